@@ -305,7 +305,7 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
         remove_image(panel)
 
 
-def hold_first_run(page: Page) -> list[Route]:
+def hold_first_run(page: Page, requests: str = "**/queue/join*") -> list[Route]:
     """Hold back the next run that the page requests; returns a list that its route joins."""
     held: list[Route] = []
 
@@ -314,7 +314,7 @@ def hold_first_run(page: Page) -> list[Route]:
         if len(held) > 1:
             route.continue_()
 
-    page.route("**/queue/join*", hold)
+    page.route(requests, hold)
     return held
 
 
@@ -413,6 +413,30 @@ def test_only_the_last_of_several_images_is_shown(
         expect(page.get_by_text("Error", exact=True)).to_have_count(0)
 
 
+def test_a_click_that_follows_quickly_counts(browser: Browser, service: RunningService) -> None:
+    """Even while the one before it is unanswered."""
+    with opened(browser, service.page) as page:
+        chosen = panel_of(page).locator(".ade-examples button:has(img)")
+        held = hold_first_run(page, "**/run/predict*")
+        chosen.nth(0).click()
+        wait_for(page, lambda: bool(held))
+        chosen.nth(1).click()
+        held[0].continue_()
+        image = panel_of(page).get_by_alt_text("the chosen image")
+        expect(image).to_have_attribute("src", re.compile(r"/automobile\.png$"))
+        show(page, "Sample")
+        samples = panel_of(page).locator(".ade-grid button:has(img)")
+        expect(samples).to_have_count(16)
+        page.wait_for_timeout(1000)
+        held = hold_first_run(page)
+        samples.nth(5).click()
+        wait_for(page, lambda: bool(held))
+        samples.nth(2).click()
+        panel_of(page).get_by_role("button", name="Score it").click()
+        expect(panel_of(page).locator("img[src*='sample-7-2']")).to_be_visible()
+        held[0].continue_()
+
+
 def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
     """It shows neither results nor an error."""
     runs = Runs()
@@ -438,18 +462,26 @@ def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
 
 
 def test_a_run_that_waited_is_of_what_is_chosen(tiny_bundle: Path) -> None:
-    """It does not start, and so does not replace the newer run of the present choice."""
+    """It does not start, and so does not replace the newer run of the present choice.
+
+    Where the present choice starts no run by itself, the page says what to do: the button may have
+    been pressed before the page's server knew of the choice.
+    """
     served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
-    for name, former, others in (
-        ("score", ("tiny", "former.png"), (1, 0.05, True)),
-        ("score_many", ("tiny", ["former.png"], None), (0.1, True, 0.05)),
-        ("reproduce", ("tiny", "former.png"), ()),
-        ("sample", ("former",), (1, 7, 1.0, "mean")),
+    for name, former, others, button in (
+        ("score", ("tiny", "former.png"), (1, 0.05, True), None),
+        ("score_many", ("tiny", ["former.png"], None), (0.1, True, 0.05), "Score all"),
+        ("reproduce", ("tiny", "former.png"), (), "Make it again"),
+        ("sample", ("former",), (1, 7, 1.0, "mean"), None),
     ):
         runs = Runs()
         runs.chosen = (*former[:-1], "present")
-        found = page_function(served, name)(*former, *others, runs)
-        assert set(map(str, found)) == {str(gr.skip())}, name
+        run = page_function(served, name)
+        if button is None:
+            assert set(map(str, run(*former, *others, runs))) == {str(gr.skip())}, name
+        else:
+            with pytest.raises(gr.Error, match=f"just changed: press {button}"):
+                run(*former, *others, runs)
         assert runs.latest == 0, name
     cleared = [fn.fn for fn in build_page(served).fns.values() if fn.fn is not None]
     remembering = [fn for fn in cleared if fn.__name__ == "clear"]
@@ -1065,6 +1097,14 @@ def test_only_the_last_look_at_levels_is_shown(
     assert levels(*given, Runs(), looks) == (gr.skip(),) * 2
 
 
+def test_the_names_of_examples_predict_no_verdict() -> None:
+    """Another calibration may be installed while the page runs."""
+    page = build_page(Served("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None))
+    labels = {block.label for block in page.blocks.values() if isinstance(block, gr.Dataset)}
+    assert {"CIFAR-10 photographs", "Drawings, text, noise"} <= labels
+    assert not any("distribution" in label for label in labels)
+
+
 def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     files = {n: its for n, its in bundle.manifest["files"].items() if n != CALIBRATION_NAME}
@@ -1176,6 +1216,9 @@ def test_samples_are_of_the_chosen_model(
         assert drew(sample("tiny", *settings, runs)[1]) == "tiny"
         assert draw_once([], "tiny", *settings, runs) == (gr.skip(),) * 3
         assert clear("other", runs)[0] == []
+        # Nor is the tab empty when it is opened again while a draw of the former model lasts.
+        opening = next(f for f in build_page(served).fns.values() if f.name == "draw_once")
+        assert opening.trigger_mode == "multiple"
         # What was asked for before and waited draws nothing.
         assert sample("tiny", *settings, runs) == (gr.skip(),) * 3
         # Samples that are shown stay, and with them a choice among them, also after an error.
@@ -1323,13 +1366,26 @@ def test_the_oldest_files_go_when_all_take_too_much(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"0", "2", "3"}
 
 
+def test_what_a_former_page_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples stay, and the folder of uploads, which both pages use."""
+    monkeypatch.setattr("serving.page.sweep.EVERY_S", 0.05)
+    for name in ("left", "example", UPLOADS):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    start_sweeping(tmp_path, ["left", UPLOADS])
+    deadline = time.monotonic() + 10
+    while (tmp_path / "left").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"example", UPLOADS}
+
+
 def test_sweeping_survives_an_error_and_spares_a_full_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It resumes when the folder of uploads is back, and counts the blocks of small files."""
     monkeypatch.setattr("serving.page.sweep.EVERY_S", 0.05)
     monkeypatch.setattr("serving.page.sweep.MAX_UPLOAD_BYTES", 2 * 4096 * 10)
-    start_sweeping(tmp_path)
+    start_sweeping(tmp_path, [])
     time.sleep(0.2)  # there are no uploads yet
     for i in range(10):
         (tmp_path / UPLOADS / f"{i}").mkdir(parents=True)
@@ -1368,6 +1424,18 @@ def test_every_function_has_a_stable_name(service: RunningService) -> None:
         assert Path(first["image"]).read_bytes() == Path(second["image"]).read_bytes()
     with pytest.raises(AppError, match="There is no image yet"):
         client.predict("cifar10-av-ade", None, 1, 0.01, True, api_name="/score")
+
+
+def test_overlapping_calls_of_one_client_all_get_their_results(service: RunningService) -> None:
+    """They have one session, in which the page itself shows only the latest run."""
+    from gradio_client import Client, handle_file
+
+    client = Client(service.page, verbose=False)
+    image = handle_file(str(EXAMPLE))
+    jobs = [
+        client.submit("cifar10-av-ade", image, 1, 0.01, True, api_name="/score") for _ in range(2)
+    ]
+    assert all("ade-verdict" in job.result(60)[0] for job in jobs)
 
 
 def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def build_page(served: Served) -> gr.Blocks:
                 scale=1,
                 min_width=280,
             )
-        inbox, examples = make_inbox(), example_files(served)
+        inbox, examples = make_inbox(), example_files()
         shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             for name, module in TABS.items():
@@ -280,13 +280,14 @@ def main() -> None:
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"
     # Gradio requires files that it shows to be in the temporary or the current folder.
     tempfile.tempdir = str(inbox())
+    left = os.listdir(inbox())  # by a page that ended and that this one replaces
     app = make_app(
         args.url,
         [open_bundle(folder.resolve()) for folder in args.bundles],
         os.environ.get("ADE_TOKEN"),
     )
     os.chdir(inbox())
-    start_sweeping(inbox())
+    start_sweeping(inbox(), left)
     server = PageServer(app, args.allowed_hosts, host=args.host, port=args.port)
     if args.gate is not None and args.gate.exists():
         args.gate.write_text("built")

@@ -51,6 +51,7 @@ MOST_BYTES = 256 * 2**20  # unpacked
 TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and press Score all."
 UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
+CHANGED = "The model or the files were just changed: press Score all again."
 THUMBNAIL = 48  # pixels of the longer side at most
 
 
@@ -258,7 +259,7 @@ def add_tab(shared: Shared) -> None:
     results = [said, table, download]
     runs = gr.State(Runs())
     scored = go.click(
-        latest_only(score_many, len(results), of=range(3)),
+        latest_only(score_many, len(results), of=range(3), changed=CHANGED),
         [shared.model, files, folder, fdr, resize, alpha, runs],
         results,
         api_name="score_many",

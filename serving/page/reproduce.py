@@ -23,6 +23,7 @@ from serving.page.served import (
     read,
 )
 
+CHANGED = "The model or the picture was just changed: press Make it again once more."
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
 
@@ -108,7 +109,7 @@ def add_part(shared: Shared) -> None:
             said = gr.Markdown()
     runs = gr.State(Runs())
     go.click(
-        latest_only(reproduce, 2, of=range(2)),
+        latest_only(reproduce, 2, of=range(2), changed=CHANGED),
         [shared.model, picture, runs],
         [again, said],
         api_name="reproduce",

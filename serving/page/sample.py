@@ -255,7 +255,9 @@ def add_tab(shared: Shared) -> None:
         sampled, [*settings, runs], shown, api_name="sample", trigger_mode="multiple", **busy
     )
     entered = seed.submit(sampled, [*settings, runs], shown, trigger_mode="multiple", **private)
-    opened = tab.select(draw_once, [gallery, *settings, runs], shown, **private)
+    opened = tab.select(
+        draw_once, [gallery, *settings, runs], shown, trigger_mode="multiple", **private
+    )
     rolled = go.click(
         lambda: secrets.randbelow(2**31),
         None,
@@ -302,7 +304,13 @@ def add_tab(shared: Shared) -> None:
         **in_order,
     )
     gallery.select(
-        pick, gallery, chosen, show_progress="hidden", api_visibility="private", **in_order
+        pick,
+        gallery,
+        chosen,
+        show_progress="hidden",
+        trigger_mode="multiple",  # the gallery marks each click
+        api_visibility="private",
+        **in_order,
     )
 
 

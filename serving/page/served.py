@@ -18,6 +18,7 @@ import gradio as gr
 import httpx
 import numpy as np
 from gradio.components import Component
+from gradio.context import LocalContext
 from PIL import Image
 
 from serving.api.errors import ApiError
@@ -298,16 +299,16 @@ def live(value: str = "") -> gr.HTML:
     return html(value, elem_classes="ade-live")
 
 
-def example_files(served: Served) -> dict[str, list[str]]:
-    """Example images by kind, photographs and as many drawings, in files of the page."""
-    is_known = all(served.calibration_data(model) == "cifar10" for model in served.bundles)
-    photographs = "In-distribution: CIFAR-10 photographs" if is_known else "Photographs"
-    drawings = "Out-of-distribution: drawings, text, noise" if is_known else "Drawings"
+def example_files() -> dict[str, list[str]]:
+    """Example images by kind, photographs and as many drawings, in files of the page.
+
+    The names of the kinds predict no verdict: the calibration may be replaced while the page runs.
+    """
     return {
-        photographs: [
+        "CIFAR-10 photographs": [
             write_file(path.read_bytes(), path.name) for path in EXAMPLES[: len(DRAWINGS)]
         ],
-        drawings: [write_file(draw(name), f"{name}.png") for name in DRAWINGS],
+        "Drawings, text, noise": [write_file(draw(name), f"{name}.png") for name in DRAWINGS],
     }
 
 
@@ -329,6 +330,8 @@ def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280)
                     chosen,
                     image,
                     show_progress="hidden",
+                    # By default Gradio drops a click while an earlier one is unanswered.
+                    trigger_mode="always_last",
                     queue=False,
                     api_visibility="private",
                 )
@@ -363,24 +366,36 @@ def is_outdated() -> bool:
     return _is_outdated.get()()
 
 
+def _is_api_call() -> bool:
+    """Whether a client of Gradio's API asked for the present run, not the page in a browser."""
+    request = LocalContext.request.get(None)
+    return request is not None and request.headers.get("x-gradio-user") == "api"
+
+
 def latest_only(
-    run: Callable[..., Any], outputs: int, of: Sequence[int] = ()
+    run: Callable[..., Any], outputs: int, of: Sequence[int] = (), changed: str = ""
 ) -> Callable[..., Any]:
     """Drop the results or the error of a run if a later run has started meanwhile.
 
-    The decorated function takes a :class:`Runs` as one more argument.
+    The decorated function takes a :class:`Runs` as one more argument. Calls of the API are
+    independent: a client may make several at once in one session, and waits for each result.
 
     Args:
         run: the function.
         outputs: number of its results.
-        of: which of its arguments are what was chosen. A run that waited while something else was
-            chosen does not start.
+        of: which of its arguments are what was chosen. A run of another choice than the present one
+            does not start: it waited meanwhile, or came before the change was known here.
+        changed: the error of such a run; none if the present choice starts a run by itself.
     """
 
     @functools.wraps(run)
     def numbered(*values: Any) -> Any:
         *given, runs = values
+        if _is_api_call():
+            return run(*given)
         if of and runs.chosen not in (None, tuple(given[i] for i in of)):
+            if changed:
+                raise gr.Error(changed)
             return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
         number = runs.start()
         _is_outdated.set(lambda: number != runs.latest)

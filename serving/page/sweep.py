@@ -48,9 +48,15 @@ def _disk(path: Path) -> int:
     return sum(one.lstat().st_blocks * 512 for one in (path, *inside))
 
 
-def start_sweeping(folder: Path) -> None:
-    """Sweep regularly in a thread; files that exist already, the examples, stay."""
-    kept = {path.name for path in folder.iterdir()}
+def start_sweeping(folder: Path, left: Collection[str]) -> None:
+    """Sweep regularly in a thread; entries that exist already, the examples, stay.
+
+    Args:
+        folder: of the page.
+        left: names of entries that are not the page's own, of a page before it. Tabs that are open
+            may still need them for as long as other files.
+    """
+    kept = {path.name for path in folder.iterdir()}.difference(left) | {UPLOADS}
 
     def run() -> None:
         while True:
