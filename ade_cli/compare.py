@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 import torch
 
@@ -11,7 +10,7 @@ from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, 
 from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
-from ade_cli.run_checks import check_same_data, size_checked
+from ade_cli.run_checks import check_one_process, check_same_data, size_checked
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows, recorded_data
@@ -84,11 +83,7 @@ def run(args: argparse.Namespace) -> None:
     for name in args.recipes:
         if name not in recipe_names():
             raise RunError(f"RECIPE must be one of {', '.join(recipe_names())}, got {name!r}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "ade compare trains each system in one process: instead of torchrun, start it several "
-            "times with the same --out"
-        )
+    check_one_process("start it several times with the same --out instead")
     device = choose_device(args.device)
     if args.recipes:
         _train(args, device)

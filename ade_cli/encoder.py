@@ -13,9 +13,9 @@ from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_own_size
 from ade_model.errors import ConfigError
-from export.sketch import record_of
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
+from training.datasets.sketch import record_of
 from training.device import DEVICES, choose_device
 from training.encoder import make_encoder
 from training.encoder_network import check_size

@@ -10,6 +10,7 @@ from pathlib import Path
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path, say_what_is_not_followed
+from ade_cli.run_checks import check_one_process
 from ade_model.errors import ConfigError
 from export.parity import ParityError
 from fitting.pipeline import fit_folder, has_begun
@@ -54,14 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=given_path,
         metavar="OUT",
-        help="output folder (default: fits/NAME, where NAME is that of DIR in lower case, with - "
-        "for everything but Latin letters and digits)",
+        help="output folder (default: fits/NAME, with the model's name)",
     )
     parser.add_argument(
         "--name",
         metavar="NAME",
         help="of the model, in answers and in the addresses of further bundles (default: that of "
-        "DIR, changed in the same way)",
+        "DIR in lower case, with - for everything but Latin letters and digits)",
     )
     parser.add_argument(
         "--budget",
@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_one_process("start it without torchrun")
     folder = args.folder.resolve()
     if not folder.is_dir():
         raise DataError(f"{args.folder} is not a folder")

@@ -146,6 +146,10 @@ def _run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         from serving.decode.pool import DecoderError  # here, because it needs NumPy
 
+        torch = sys.modules.get("torch")  # which few verbs import
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            print(f"ade {args.verb}: {_of_gpu_memory(args)}", file=sys.stderr)
+            return 2
         if not isinstance(error, DecoderError):
             raise
         print(f"ade {args.verb}: {error}", file=sys.stderr)
@@ -168,6 +172,22 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _of_gpu_memory(args: argparse.Namespace) -> str:
+    """What to do about a GPU with too little memory."""
+    options = _options(args.usage)
+    remedies = {
+        "--batch-size": "a smaller --batch-size",
+        # A fit keeps the device that it was begun with.
+        "--device": "--device cpu" + (" and another --out" if args.verb == "fit" else ""),
+    }
+    given = [remedy for option, remedy in remedies.items() if option in options]
+    return "the GPU has too little memory" + (f": give {', or '.join(given)}" if given else "")
+
+
+def _options(usage: str) -> set[str]:
+    return {word.strip("[]") for word in usage.split()}
+
+
 def _as_typed(message: str, usage: str) -> str:
     """Spell the option that a message begins with as the user types it.
 
@@ -175,8 +195,7 @@ def _as_typed(message: str, usage: str) -> str:
     """
     name, must, rest = message.partition(" must ")
     option = "--" + name.replace("_", "-")
-    options = {word.strip("[]") for word in usage.split()}
-    return option + must + rest if must and option in options else message
+    return option + must + rest if must and option in _options(usage) else message
 
 
 def _module(verb: str, for_help: bool = False) -> ModuleType:

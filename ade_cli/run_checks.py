@@ -1,8 +1,9 @@
-"""Checks of the data with which ``ade train`` and ``ade compare`` begin or resume runs."""
+"""Checks with which ``ade train``, ``ade compare`` and ``ade fit`` begin or resume runs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,22 @@ from training.runs import RunError
 Config = TypeVar("Config")
 ADVISED = 64  # pixels: image size for folders of photographs
 LARGEST = 256  # pixels: image size that is taken without being asked for
+
+
+def check_one_process(instead: str) -> None:
+    """Check that ``torchrun`` did not start several processes, which would train together.
+
+    Args:
+        instead: what to do instead, for the error.
+
+    Raises:
+        RunError: it did.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise RunError(
+            f"this command trains in one process, and torchrun started {count}: {instead}"
+        )
 
 
 def check_same_data(recorded: Mapping[Path, str], args: argparse.Namespace) -> None:

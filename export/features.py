@@ -28,10 +28,10 @@ from export.feature_source import (
     FeaturesError,
     FeatureSource,
 )
-from export.sketch import KEY, sketch_in
 from serving.engine.manifest import DATA, check_types
 from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import FEATURES, LOGITS
+from training.datasets.sketch import KEY, sketch_in
 
 LAYOUTS = ("nchw", "nhwc")
 MIN_OPSET, OPSET = 11, 13  # older graphs are converted
@@ -128,9 +128,9 @@ def check_source(source: FeatureSource, image_shape: tuple[int, ...]) -> None:
 
 
 def data_of(path: Path) -> dict[str, Any] | None:
-    """What a network was trained on, see :func:`export.sketch.record_of`; ``None`` if unknown.
+    """What a network was trained on, as :func:`training.datasets.sketch.record_of` describes it.
 
-    :func:`export.to_onnx.export_encoder` writes it.
+    :func:`export.to_onnx.export_encoder` writes it. ``None`` if unknown.
 
     Raises:
         FeaturesError: the graph cannot be read.

@@ -68,8 +68,8 @@ def export_encoder(
         images: of that shape, two or more; what they show does not matter.
         outputs: names of what it gives.
         path: of the file.
-        data: that it was trained on, as :func:`export.sketch.record_of` describes it, so
-            that ``ade calibrate`` keeps its training images out of the calibration.
+        data: that it was trained on, as :func:`training.datasets.sketch.record_of` describes
+            it, so that ``ade calibrate`` keeps its training images out of the calibration.
     """
     example = {"images": torch.from_numpy(images)}
     model = traced(network, example, outputs, ({0: torch.export.Dim("N")},))

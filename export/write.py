@@ -14,7 +14,6 @@ from ade_model.checkpoint import load_model, read_config, round_to_half, save_mo
 from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
-from export.sketch import KEY, record_of
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
 from serving.engine.backends import BACKENDS, load_backend
@@ -28,6 +27,7 @@ from serving.engine.bundle import (
 from serving.engine.signatures import graphs_of, inputs_of
 from serving.files import new_folder
 from training.data import Dataset
+from training.datasets.sketch import KEY, record_of, sketch_in
 
 
 class ExportError(ValueError):
@@ -59,7 +59,8 @@ def export_bundle(
         licence: of the weights, for the manifest.
         with_codec: add what lossless coding needs.
         dataset: that the checkpoint was trained on, if at hand: the manifest gets a sketch of its
-            files. One of another name or other splits is not used.
+            files if the checkpoint is of a version that kept none. One of another name or other
+            splits is not used.
 
     Raises:
         BundleError: the name is invalid.
@@ -85,7 +86,9 @@ def export_bundle(
     if with_codec:
         check_codable(about)
     data = {"name": about["data"], "splits": about["splits"]}
-    if dataset is not None:
+    if (sketch := sketch_in(about)) is not None:
+        data[KEY] = sketch
+    elif dataset is not None:
         if data == {"name": dataset.name, "splits": dataset.splits}:
             data = record_of(dataset)
         elif dataset.folder is not None:

@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 
 from export.feature_source import FeatureSource
-from export.sketch import record_of
 from export.to_onnx import export_encoder
 from fitting.held_out import rows_of
 from fitting.plan import Plan, minutes_text
@@ -17,6 +16,7 @@ from fitting.survey import Survey
 from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset, ImageSet, Report
+from training.datasets.sketch import record_of
 from training.encoder import TrainedEncoder, make_encoder
 from training.labels import class_folders, class_labels, listed
 from training.runs import read_json, write_json

@@ -8,6 +8,7 @@ verdict's encoder (``encoder.onnx``), the bundle before and after its calibratio
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from export.verdict.calibrate import calibrate_bundle
 from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
 from export.verdict.images import readable
 from export.write import export_bundle
-from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
+from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on
 from fitting.held_out import held_out_images
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
 from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from serving.engine.bundle import MANIFEST_NAME
 from training.data import CHANNELS, DataError, Dataset, Report
 from training.datasets.files import few_names_hint, unusable_hint
 from training.datasets.folder import load_files
@@ -66,7 +68,8 @@ def fit_folder(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Repo
         say: called with each line of progress.
 
     Raises:
-        PlanError: the output folder was begun with another plan.
+        PlanError: the output folder was begun with another plan, is exported with another licence,
+            or holds results but no fitting.
         DataError: the images are too few, or cannot be used.
         RunError: another process works in the output folder.
         ConfigError: the image size does not suit the networks.
@@ -123,7 +126,39 @@ def _keep_plan(plan: Plan, out: Path) -> None:
             plan.check_resumes(Plan.load(path))
         except PlanError as error:
             raise PlanError(f"{out}: {error}, or choose another output folder") from None
+        if (out / "exported").exists():
+            _check_licence(plan, out / "exported")
+            return
+    else:
+        _check_unused(out)
     write_json(path, plan.to_dict())
+
+
+def _check_licence(plan: Plan, exported: Path) -> None:
+    licence = read_json(exported / MANIFEST_NAME).get("licence")
+    if plan.licence not in (None, licence):
+        raise PlanError(
+            f"{exported} has {f'the licence {licence}' if licence else 'no licence'} and cannot "
+            f"take {plan.licence}: leave the licence out, or choose another output folder"
+        )
+
+
+def _check_unused(out: Path) -> None:
+    """Check that a folder holds nothing that this fitting would take for its own.
+
+    Raises:
+        PlanError: it does.
+    """
+    names = ["exported", "bundle", "report.html"]
+    try:
+        Plan.load(out / "plan.json")  # of a fitting that ended before it trained anything
+    except (PlanError, OSError):
+        names += ["plan.json", "survey.json", "stage-0", ENCODER_ABOUT, GUIDE_NAME]
+    if found := [name for name in names if os.path.lexists(out / name)]:
+        raise PlanError(
+            f"{out} holds {', '.join(found)}, but no fitting that can be resumed: choose another "
+            "output folder"
+        )
 
 
 def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out: Path) -> Survey:
@@ -185,7 +220,8 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             except TrainingDiverged as error:
                 if not runs:
                     raise TrainingDiverged(
-                        f"{error}; delete {run} to try again, perhaps with a larger budget"
+                        f"{error}; choose another output folder than {out} to try again, perhaps "
+                        "with a larger budget"
                     ) from error
                 step(f"{error}; the model of the stage before is used")
                 write_json(run / GIVEN_UP, {"error": str(error)})

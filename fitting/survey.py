@@ -38,7 +38,9 @@ class Survey:
         leaking: held-out files with the pixels of a training file; they are left out, unless there
             are so many of a picture that it will repeat in use.
         content: SHA-256 of the parts, names and pixels of all files.
-        parts: number of usable files in each part, without those of ``leaking``.
+        parts: number of usable files in each part, without those of ``leaking``; in the part
+            select that of different pictures which are in neither of train and calibrate, because
+            the verdict's density is fitted to these alone.
         warnings: sentences for the user.
     """
 
@@ -110,6 +112,11 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
     leaking = [copy for group in copies if len(group) < REPEATS for copy in group]
     lost = Counter(part for part, _ in leaking)
     parts = {part: len(dataset.files[part]) - lost[part] for part in PARTS}
+    others = {"train", "calibrate"}
+    parts["select"] = sum(
+        "select" in found and others.isdisjoint(found)
+        for found in ({part for part, _ in group} for group in groups.values())
+    )
     warnings = []
     if parts["train"] < FEW:
         warnings.append(

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -119,6 +120,20 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
     return dataclasses.replace(
         config, model=dataclasses.replace(model, **small), discriminator=discriminator
     )
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt training as Ctrl-C does, in the last of some steps."""
+    from training.step import Trainer
+
+    run = Trainer.run
+
+    def interrupted(self: Trainer, *given: Any) -> dict[str, float]:
+        if self.step + 1 == steps:
+            signal.raise_signal(signal.SIGINT)
+        return run(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", interrupted)
 
 
 def with_calibrations(

@@ -45,6 +45,7 @@ from serving.page.about import card
 from serving.page.served import Served
 from tests.helpers import PRETRAINED, ROOT
 from training.measure import EFFICIENTNET, RESNET20
+from training.runs import latest_checkpoint
 
 GRAPH_NAMES = graphs_of(OPERATIONS)
 
@@ -122,6 +123,27 @@ def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> 
 
 
 WRONG: list[Any] = [None, True, 7, 1.5, "x", [True], {"x": True}]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_changed_model_is_neither_exported_nor_measured_nor_a_start(
+    copy: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new manifest would vouch for it, with the figures of the old model."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    assert latest_checkpoint(copy) == copy
+    with open(copy / name, "ab") as file:
+        file.write(b" ")
+    data = ["--data", str(tmp_path / "images")]
+    for words in (
+        ["export", str(copy), str(tmp_path / "out")],
+        ["evaluate", str(copy)],
+        ["train", "v-ade", "--init", str(copy), "--out", str(tmp_path / "out"), *data],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert f"ade {words[0]}: {copy / name} does not match the manifest: expected" in said
 
 
 def same_type(a: Any, b: Any) -> bool:

@@ -491,12 +491,14 @@ def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) ->
     archive(tmp_path / "stl10_binary.tar.gz", "stl10_binary", files)
     whole = load_dataset("stl10", str(tmp_path), 96)
     assert np.array_equal(
-        np.concatenate([whole.parts[p].images for p in ("train", "select", "calibrate")]),
-        large[:20],
+        np.concatenate([whole.parts[p].images for p in ("train", "select")]), large[:19]
     )
-    assert np.array_equal(whole.parts["test"].images, large[20:]) and whole.parts[
-        "test"
-    ].labels.tolist() == list(range(10))
+    # Those that calibrate and those that test are of one population.
+    assert np.array_equal(
+        np.concatenate([whole.parts[p].images for p in ("calibrate", "test")]), large[20:]
+    )
+    assert (whole.splits["calibrate"], whole.splits["test"]) == ("test[0:4]", "test[4:10]")
+    assert whole.parts["test"].labels.tolist() == list(range(4, 10))
     dataset = load_dataset("stl10", str(tmp_path))
     assert whole.parts["train"].labels is None
     assert dataset.image_size == 48 and whole.splits["train"] == "unlabeled[0:18]"
@@ -515,7 +517,9 @@ def test_stl10_without_its_unlabelled_images_has_labels(
         (tmp_path / f"{name}_X.bin").write_bytes(rows.tobytes())
         classes = np.arange(len(rows), dtype=np.uint8) % 10 + 1
         (tmp_path / f"{name}_y.bin").write_bytes(classes.tobytes())
-    parts = load_dataset("stl10", str(tmp_path), 96).parts
+    dataset = load_dataset("stl10", str(tmp_path), 96)
+    parts = dataset.parts
+    assert dataset.splits["test"] == "test[0:10]"
     assert parts["train"].labels.tolist() == [*range(10), *range(8)]
     assert parts["calibrate"].labels.tolist() == [9]
 

@@ -22,7 +22,6 @@ from torch import nn
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
 from export.features import data_of, feature_graph
-from export.sketch import record_of
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.detector import fit_calibration, fit_mixture
@@ -58,6 +57,7 @@ from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
 from training.data import Dataset, ImageSet
 from training.datasets.folder import load_folder
+from training.datasets.sketch import record_of
 from training.distillation import Distillation
 from training.encoder import make_encoder
 from training.encoder_network import Encoder

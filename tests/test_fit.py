@@ -27,7 +27,7 @@ from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.encoder import fit_encoder, fit_guide
 from fitting.findings import _caught
 from fitting.held_out import held_out_images
-from fitting.pipeline import _bundle, _train, fit_folder
+from fitting.pipeline import _bundle, _keep_plan, _survey, _train, fit_folder
 from fitting.plan import (
     FLOWS,
     GUIDE_MOST_MINUTES,
@@ -54,7 +54,7 @@ from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder
-from training.data import REPEATS, Dataset, ImageSet
+from training.data import REPEATS, DataError, Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
 from training.guide import load_guide
 from training.labels import class_folders, class_labels, why_no_classes
@@ -190,6 +190,34 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "theirs", ["exported", "bundle", "report.html", "survey.json", "plan.json", "stage-0"]
+)
+def test_results_of_other_programs_are_not_taken_over(theirs: str, tmp_path: Path) -> None:
+    plan = make_plan("/images", "images", 16, 60, False)
+    (tmp_path / theirs).mkdir()
+    with pytest.raises(PlanError, match=f"{tmp_path} holds {theirs}, but no fitting"):
+        fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
+    (tmp_path / theirs).rmdir()
+    _keep_plan(plan, tmp_path)
+    (tmp_path / "survey.json").touch()
+    _keep_plan(plan, tmp_path)  # of a fitting that has trained nothing
+
+
+def test_an_exported_fitting_keeps_its_licence(tmp_path: Path) -> None:
+    plan = make_plan("/images", "images", 16, 60, False, "CC0-1.0")
+    _keep_plan(plan, tmp_path)
+    for folder in ("stage-0", "exported"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "stage-0" / "run.json").touch()
+    (tmp_path / "exported" / "manifest.json").write_text('{"licence": "CC0-1.0"}')
+    for licence in ("CC0-1.0", None):
+        _keep_plan(dataclasses.replace(plan, licence=licence), tmp_path)
+    with pytest.raises(PlanError, match=r"exported has the licence CC0-1\.0 and cannot take MIT"):
+        _keep_plan(dataclasses.replace(plan, licence="MIT"), tmp_path)
+    assert Plan.load(tmp_path / "plan.json").licence == "CC0-1.0"
+
+
+@pytest.mark.parametrize(
     "sizes, side",
     [
         ({(32, 32): 9}, 32),
@@ -230,7 +258,9 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     held_out = {name for part in ("select", "calibrate", "test") for name in names[part]}
     assert len(held_out & set(often)) >= REPEATS  # so it will repeat in use
     assert found.leaking and set(found.leaking) == held_out & set(seldom)
-    assert sum(found.parts.values()) == 373 - len(found.leaking)
+    kept = {part: len({*rows} - {*found.leaking}) for part, rows in names.items()}
+    kept["select"] -= len({*often} & {*names["select"]})  # in train and calibrate, too
+    assert found.parts == kept
     # The same pictures under other names are in other parts.
     shutil.move(folder / "again0.png", folder / "another name.png")
     renamed = load_files(folder, image_files(folder), 8, None, lambda line: None)
@@ -249,6 +279,25 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
         "Files that cannot be used",
         "Images that are not 8 x 8, whose centre squares were resized",
     ]
+
+
+def test_pictures_that_calibration_leaves_out_count_for_too_few(
+    tmp_path: Path, small_images: np.ndarray
+) -> None:
+    """Before the training, which would be in vain."""
+    rows = {
+        "train": [0, 1],
+        "select": [*range(1, 22), *[2] * 5],  # 1 is trained on, 2 repeats, 3 calibrates
+        "calibrate": [3, *range(30, 60)],
+        "test": [4, 5],
+    }
+    parts = {part: ImageSet(small_images[its]) for part, its in rows.items()}
+    names = {part: [f"{part}{i}.png" for i, _ in enumerate(its)] for part, its in rows.items()}
+    dataset = Dataset("images", parts, {}, files=names)
+    with pytest.raises(DataError, match="select needs at least 20 images and gets 19"):
+        _survey(tmp_path, [], Counter(), dataset, tmp_path)
+    parts["select"] = ImageSet(small_images[[22, *rows["select"][1:]]])
+    assert _survey(tmp_path, [], Counter(), dataset, tmp_path).parts["select"] == 20
 
 
 def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -624,7 +673,8 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     dataset = load_folder(tmp_path / "images", 8, None, lambda line: None)
     lines: list[str] = []
     if fails == 0:
-        with pytest.raises(TrainingDiverged, match=f"not finite; delete {tmp_path}/stage-0 to try"):
+        advice = f"not finite; choose another output folder than {tmp_path} to try again"
+        with pytest.raises(TrainingDiverged, match=advice):
             _train(plan, dataset, None, tmp_path, lines.append)
         return
     for _ in range(2):  # the second time nothing is left to do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.quantization import dequantize
 from ade_model.vae import Draw
 from tests.helpers import TINY, make_model, shake
+from training.evaluate import bits_of, evaluate
 
 # Four pixels and one latent: small enough to integrate.
 FOUR_PIXELS = ModelConfig(
@@ -116,6 +118,15 @@ def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
 def test_iwae_1_is_the_elbo() -> None:
     weights = torch.randn(1, 7, dtype=torch.float64)
     assert torch.equal(importance_weighted_bound(weights), weights[0])
+
+
+def test_a_bound_comes_with_the_elbo_of_the_same_images() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    model = make_model()
+    found = evaluate(model, images, torch.device("cpu"), 2, bound_images=3)
+    assert (found["elbo"]["images"], found["iwae-2"]["images"]) == (7, 3)
+    first = bits_of(model, images, torch.device("cpu"), 1)[:3]
+    assert found["iwae-2"]["elbo"] == pytest.approx(first.mean())
 
 
 class LinearDecoder(nn.Module):

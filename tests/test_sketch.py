@@ -18,15 +18,19 @@ from torch import nn
 from ade_model.checkpoint import read_config
 from export.feature_source import DATA_KEY
 from export.features import data_of
-from export.sketch import SIZE, record_of
 from export.to_onnx import export_encoder
 from export.verdict.choice import choose_files, files_that_test
 from export.write import export_bundle
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
+from tests.helpers import narrow
 from training.data import DataError, Dataset
 from training.datasets.files import part_of
 from training.datasets.folder import load_folder
+from training.datasets.sketch import SIZE, record_of
+from training.loop import train
+from training.run_options import RunOptions
+from training.runs import latest_checkpoint
 
 COUNT = 400
 
@@ -207,7 +211,7 @@ def test_the_data_of_earlier_models_are_recognised(
     assert names_of(chosen.trained) == names_in("train")
     assert names_of([*chosen.fit, *chosen.calibrate]) == names_in("select") | names_in("calibrate")
     assert choose_files(tmp_path / "later", bundle, None, print).trained
-    del before["sketch"]  # as of a run that was not exported
+    del before["sketch"]  # as of a run of an earlier version
     assert choose_files(photos, bundle, None, print).trained
     photos.rename(tmp_path / "renamed")
     assert not choose_files(tmp_path / "renamed", bundle, None, print).trained
@@ -216,12 +220,36 @@ def test_the_data_of_earlier_models_are_recognised(
 def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(
     tmp_path: Path, record: dict[str, Any]
 ) -> None:
-    """The run of an earlier stage has no sketch, and its folder's name alone would mislead."""
+    """A run of an earlier version has no sketch, and its folder's name alone would mislead."""
     before = {"data": record["name"], "splits": record["splits"], "started_from": None}
     others = write_images(tmp_path / "others" / "photos", 2)
     said: list[str] = []
     assert not choose_files(others, bundle_of(record, before), None, said.append).trained
     assert any("a data set of the same name, photos, but none of" in line for line in said)
+
+
+@pytest.mark.parametrize("how", ["resumed", "started from"])
+def test_training_files_that_were_moved_between_runs_are_recognised(
+    tmp_path: Path, photos: Path, how: str
+) -> None:
+    """A run keeps a sketch of the files from its start."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    train(narrow("vae"), load_folder(photos, 8, None, print), run, options, resume=False)
+    moved.mkdir()
+    for i in range(COUNT // 2):
+        (photos / f"{i}.png").rename(moved / f"{i}.png")
+    if how == "resumed":
+        options = dataclasses.replace(options, images=32)
+    else:
+        options, run = dataclasses.replace(options, init=str(run)), tmp_path / "later"
+    rest = load_folder(photos, 8, None, print)
+    train(narrow("vae"), rest, run, options, resume=how == "resumed")
+    about = read_config(latest_checkpoint(run))
+    record = {"name": about["data"], "splits": about["splits"], "sketch": about["sketch"]}
+    chosen = choose_files(moved, bundle_of(record, about["started_from"]), None, print)
+    assert names_of(chosen.trained) == names_in("train", COUNT // 2)
+    assert choose_files(photos, bundle_of(record), None, print).trained
 
 
 class Means(nn.Module):
@@ -258,14 +286,17 @@ def test_a_bundle_has_the_sketch_of_the_data_that_it_was_trained_on(
     config.update(data="photos", splits=dataset.splits)
     (checkpoint / "config.json").write_text(json.dumps(config))
     said: list[str] = []
-    for name in ("same", "other"):
+    for name in ("same", "other", "kept"):
         if name == "other":
             (photos / "0.png").unlink()
             dataset = loaded(photos)
+        if name == "kept":  # as training keeps it
+            (checkpoint / "config.json").write_text(json.dumps({**config, "sketch": ["0" * 16]}))
         out = tmp_path / name
         export_bundle(checkpoint, out, "it", small_images[:40], None, said.append, dataset=dataset)
         found = open_bundle(out).manifest["data"]
-        assert found["name"] == "photos" and ("sketch" in found) == (name == "same")
+        assert found["name"] == "photos" and ("sketch" in found) == (name != "other")
         # From which further training takes it.
         assert read_config(out).get("sketch") == found.get("sketch")
-    assert any("no sketch of the training files" in line for line in said)
+    assert found["sketch"] == ["0" * 16]
+    assert sum("no sketch of the training files" in line for line in said) == 1

@@ -24,7 +24,7 @@ from serving.engine.engine import InferenceEngine
 from serving.files import LOCK
 from serving.images import write_png
 from serving.reports import from_markdown
-from tests.helpers import ROOT, held_by_another, make_folder, narrow
+from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
 from training.comparison.compare import (
     FAILURE,
     MEASURED,
@@ -231,6 +231,24 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
     assert row["run"] == run and row["state"]["images"] == 32
 
 
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_an_interrupted_run_is_no_finished_one_of_a_smaller_budget(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its learning rates have not fallen."""
+    short, long = (Job(narrow(name), options(steps)) for steps in (4, 8))
+    run = tmp_path / "runs" / f"{name}-seed0"
+    with monkeypatch.context() as patched:
+        interrupt_after(5, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(long.config, dataset, run, long.options, resume=False)
+    with pytest.raises(RunError, match=r"after 80 images .* a budget of 128 images: finish it"):
+        compare_one(short, dataset, tmp_path)
+    done = [f"{name}-seed0: training", f"{name}-seed0: measuring"]
+    assert compare_one(long, dataset, tmp_path) == done
+    assert compare_one(short, dataset, tmp_path) == []
+
+
 def test_a_system_that_fails_before_it_begins_has_a_row(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,13 +271,26 @@ def test_a_system_that_fails_before_it_begins_has_a_row(
     assert row["measured"] and row["failure"] is None
 
 
-def test_processes_of_torchrun_do_not_share_a_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    "words, instead",
+    [
+        (["compare", "vae", "--data", "cifar10"], "start it several times"),
+        (["fit", str(ROOT)], "start it without torchrun"),
+    ],
+)
+def test_processes_of_torchrun_do_not_share_a_comparison_or_a_fit(
+    words: list[str],
+    instead: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     # Each process would otherwise take another system, and they would average their gradients.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]) == 2
-    assert "start it several times" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"one process, and torchrun started 2: {instead}" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_alone_needs_no_data(

@@ -45,6 +45,7 @@ from tests.helpers import (
     TINY,
     encoder_file,
     held_by_another,
+    interrupt_after,
     make_folder,
     narrow,
     shake,
@@ -660,6 +661,42 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
     assert "score" in read_config(latest_checkpoint(tmp_path / "whole"))["operations"]
 
 
+@pytest.mark.parametrize("budget", ["images", "minutes"])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_smaller_budget_leaves_a_gan_its_inference_network(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    budget: str,
+    is_frozen: bool,
+) -> None:
+    """Whose training counts from the generator's last step, even if that was beyond the budget."""
+    dataset, config, run = load_dataset(str(folder), None, 8), narrow("gan"), tmp_path / "run"
+    clock = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr("training.loop.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    whole_step = Trainer.run
+
+    def timed(self: Trainer, *given: Any) -> dict[str, float]:
+        clock.seconds += 60
+        return whole_step(self, *given)
+
+    monkeypatch.setattr(Trainer, "run", timed)
+
+    def options(steps: int) -> RunOptions:
+        given = {"images": 16 * steps} if budget == "images" else {"images": 999, "minutes": steps}
+        return RunOptions(device="cpu", precision="float32", checkpoint_minutes=99.0, **given)
+
+    with monkeypatch.context() as patched:
+        interrupt_after(9 if is_frozen else 8, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dataset, run, options(8 if is_frozen else 20), resume=False)
+    train(config, dataset, run, options(6), resume=True)
+    state = read_state(latest_checkpoint(run))
+    assert state["inferring_since"] == 8
+    assert state["step"] == 8 + round(6 * config.inference_share)
+    assert "score" in read_config(latest_checkpoint(run))["operations"]
+
+
 def test_what_is_refused_leaves_a_run_as_it_was(
     folder: Path, tmp_path: Path, small_images: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1268,7 +1305,9 @@ def test_images_to_bundle_and_back(folder: Path, tmp_path: Path, small_images: n
     evaluated = ade("evaluate", str(run), "--draws", "3")
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads(evaluated.stdout)
-    assert result["part"] == "test" and result["iwae-3"]["bpd"] < result["elbo"]["bpd"] + 0.05
+    bound = result["iwae-3"]
+    assert result["part"] == "test" and bound["bpd"] < result["elbo"]["bpd"] + 0.05
+    assert bound["elbo"] == result["elbo"]["bpd"]  # of the same images
     exported = ade("export", str(run), str(bundle))
     assert exported.returncode == 0, exported.stderr
     assert (
@@ -1572,6 +1611,35 @@ def test_a_gpu_with_too_little_memory_is_no_traceback(
     assert main([*words, "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert "give a smaller --batch-size or --size, after deleting" in said and str(run) in said
+
+
+@pytest.mark.parametrize(
+    "words, called, remedy",
+    [
+        (["fit", "x"], "fit.run", "--device cpu and another --out"),
+        (["evaluate", "x"], "evaluate.run", "--device cpu"),
+        (["encoder", "x", "--data", "x"], "encoder.run", "--device cpu"),
+        (
+            ["train", "vae", "--data", "x", "--out", "x"],
+            "train.run",
+            "a smaller --batch-size, or --device cpu",
+        ),
+    ],
+)
+def test_every_verb_names_its_remedy_for_too_little_memory_of_a_gpu(
+    words: list[str],
+    called: str,
+    remedy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def out_of_memory(args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"ade_cli.{called}", out_of_memory)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said == f"ade {words[0]}: the GPU has too little memory: give {remedy}\n"
 
 
 def test_a_run_does_not_resume_on_another_folder_of_the_same_name(

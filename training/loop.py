@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from ade_model.checkpoint import read_config
 from serving.signals import signals_held
 from training.data import Dataset
+from training.datasets.sketch import KEY, record_of, sketch_in
 from training.device import bfloat16_is_faster, choose_device
 from training.recipes import TrainConfig
 from training.report import write_report
@@ -124,19 +126,24 @@ def train(
     options = resumed_options(run, options, resume)
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
-    trainer, progress, lineage = _prepare(config, dataset, run, options, resume, fabric)
+    trainer, progress, before = _prepare(config, dataset, run, options, resume, fabric)
     with _with_others(fabric):
         fabric.barrier()
     if is_main:  # all checks have passed: write to the folder from here on
         open_run(run, config, dataset, options, source)
     about = {
         "recipe": config.recipe,
-        "started_from": lineage,
+        "started_from": before.get("started_from"),
         "data": dataset.name,
         "splits": dataset.splits,
         "seed": options.seed,
         "training": config.to_dict(),
     }
+    if is_main:
+        # Now, because files may be moved or deleted while the run lasts.
+        sketch = record_of(dataset, sketch_in(before) or ()).get(KEY)
+        if sketch:
+            about[KEY] = sketch
     if trainer.guides:
         about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
@@ -155,11 +162,12 @@ def _prepare(
     options: RunOptions,
     resume: bool,
     fabric: Fabric,
-) -> tuple[Trainer, Progress, dict[str, Any] | None]:
+) -> tuple[Trainer, Progress, dict[str, Any]]:
     """Check everything, and make a trainer with the weights that the run begins or resumes with.
 
     Returns:
-        The trainer, the progress of a resumed run, and what its weights were started from.
+        The trainer, the progress of a resumed run, and what ``config.json`` describes of the
+        training before: ``started_from``, and for a resumed run all fields of its checkpoint.
     """
     check_shares(config, fabric.world_size)
     check_run(run, config, dataset, resume)
@@ -184,16 +192,16 @@ def _prepare(
         guide,
     )
     progress = Progress()
-    lineage: dict[str, Any] | None = None
+    before: dict[str, Any] = {}
     if resume and checkpoint_folders(run):
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
-        lineage = read_config(checkpoint_folders(run)[-1])["started_from"]
+        before = read_config(checkpoint_folders(run)[-1])
     elif options.init is not None:
         start_from(Path(options.init), trainer)
-        lineage = _lineage(Path(options.init))
+        before = {"started_from": _lineage(Path(options.init))}
     if not _out_of_time(progress, options.minutes):
         check_budget(run, trainer.inferring_since, config.batch_size, options.images)
-    return trainer, progress, lineage
+    return trainer, progress, before
 
 
 def _run_steps(
@@ -225,8 +233,10 @@ def _run_steps(
     last_saved = time.monotonic()
     # Training the inference network of a GAN comes on top of the budget.
     whole = 1 + config.inference_share
-    total = round(options.images * whole)
-    minutes = options.minutes and options.minutes * whole
+    excess = _excess(trainer, progress, options)
+    total = round(options.images * whole) + excess.images
+    minutes = options.minutes and options.minutes * whole + excess.seconds / 60
+    generator_seconds = progress.generator_seconds
     bar = tqdm(
         total=total if minutes is None else None,
         initial=progress.images,
@@ -238,7 +248,7 @@ def _run_steps(
     )
     try:
         while progress.images < total and not _out_of_time(progress, minutes):
-            spent = _spent(progress, options)
+            spent = _spent(progress, excess, options)
             drawn = [
                 torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
                 for _ in range(batches_a_step)
@@ -246,6 +256,8 @@ def _run_steps(
             with signals_held():
                 is_intact = False
                 if config.inference_share and spent >= 1:
+                    if not trainer.inferring:
+                        generator_seconds = progress.seconds
                     trainer.begin_inference()
                     spent = (spent - 1) / config.inference_share
                 losses = trainer.run(drawn, spent)
@@ -254,7 +266,8 @@ def _run_steps(
                 if fabric.world_size > 1 and minutes is not None:
                     with _with_others(fabric):
                         seconds = float(fabric.broadcast(seconds))
-                progress = Progress(trainer.step, progress.images + config.batch_size, seconds)
+                images = progress.images + config.batch_size
+                progress = Progress(trainer.step, images, seconds, generator_seconds)
                 is_intact = True
             if log is None:
                 continue
@@ -295,7 +308,7 @@ def _lineage(init: Path) -> dict[str, Any]:
     """Recipe, images seen and data of the run that weights are taken from, and of its ancestors."""
     source = read_config(latest_checkpoint(init))
     found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
-    known = ("data", "splits", "sketch", "flow_from", "guided")
+    known = ("data", "splits", KEY, "flow_from", "guided")
     return found | {key: source[key] for key in known if key in source}
 
 
@@ -303,10 +316,28 @@ def _out_of_time(progress: Progress, minutes: float | None) -> bool:
     return minutes is not None and progress.seconds >= 60 * minutes
 
 
-def _spent(progress: Progress, options: RunOptions) -> float:
+def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progress:
+    """Images and seconds that a GAN's generator was trained on beyond its budget.
+
+    It was if the run is resumed with a smaller budget than before. The inference network is trained
+    for its whole share of the budget nevertheless.
+    """
+    if not trainer.config.inference_share:
+        return Progress()
+    batch_size = trainer.config.batch_size
+    step, seconds = progress.step, progress.seconds
+    if trainer.inferring_since is not None:
+        step, seconds = trainer.inferring_since, progress.generator_seconds
+    steps = max(0, step - math.ceil(options.images / batch_size))
+    budget = 60 * options.minutes if options.minutes else math.inf
+    return Progress(steps, steps * batch_size, max(0.0, seconds - budget))
+
+
+def _spent(progress: Progress, excess: Progress, options: RunOptions) -> float:
     """The larger of the fractions of the budgets of images and of time that are spent.
 
-    It is above 1 while the inference network of a GAN is trained.
+    The excess does not count. It is above 1 while the inference network of a GAN is trained.
     """
-    of_time = progress.seconds / (60 * options.minutes) if options.minutes else 0.0
-    return max(progress.images / options.images, of_time)
+    images, seconds = progress.images - excess.images, progress.seconds - excess.seconds
+    of_time = seconds / (60 * options.minutes) if options.minutes else 0.0
+    return max(images / options.images, of_time)

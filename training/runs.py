@@ -7,6 +7,7 @@ the report at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,7 +23,14 @@ import torch
 from filelock import Timeout
 from torch import Tensor
 
-from ade_model.checkpoint import WEIGHTS_NAME, read_config, read_tensors, read_weights, save_model
+from ade_model.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_config,
+    read_tensors,
+    read_weights,
+    save_model,
+)
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
 from serving.files import LOCK, locked, new_folder, write_text
@@ -40,6 +48,7 @@ MOMENTS_NAMES = {
     "classifier_loss": "classifier_moments.safetensors",
 }
 STATE_NAME = "state.json"
+MANIFEST_NAME = "manifest.json"  # only bundles have one
 
 
 class RunError(ValueError):
@@ -48,11 +57,16 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Model steps, training images seen and seconds of training."""
+    """Model steps, training images seen and seconds of training.
+
+    ``generator_seconds`` are those until a GAN's generator was frozen; 0 before that, and in
+    checkpoints of earlier versions.
+    """
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+    generator_seconds: float = 0.0
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -114,9 +128,12 @@ def latest_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run; the folder of a checkpoint or bundle is returned as it is.
 
     Raises:
-        RunError: the folder does not exist, or holds no finished checkpoint.
+        RunError: the folder does not exist, holds no finished checkpoint, or is a bundle whose
+            model does not match the manifest.
     """
     if (run / WEIGHTS_NAME).is_file():
+        if (run / MANIFEST_NAME).is_file():
+            _check_bundle(run)
         return run
     if not run.exists():
         raise RunError(f"there is no run, checkpoint or bundle {run}")
@@ -124,6 +141,20 @@ def latest_checkpoint(run: Path) -> Path:
     if not folders:
         raise RunError(f"{run} holds no finished checkpoint")
     return folders[-1]
+
+
+def _check_bundle(folder: Path) -> None:
+    """Check the model of a bundle of any format version, whose figures belong to it alone."""
+    listed = read_json(folder / MANIFEST_NAME, "files")["files"]
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        expected = listed.get(name) if isinstance(listed, dict) else None
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise RunError(
+                f"{folder / name} does not match the manifest: expected SHA-256 {expected}, got "
+                f"{found}"
+            )
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -174,6 +205,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
                 "skipped": trainer.skipped,
                 "usual_norm": trainer.usual_norm,
                 "inferring_since": trainer.inferring_since,
+                "generator_seconds": progress.generator_seconds,
                 "rescued_at": trainer.rescued_at,
             },
         )
@@ -224,7 +256,8 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.inferring_since = state.get("inferring_since")
     if trainer.inferring:
         trainer.begin_inference()
-    return Progress(state["step"], state["images"], state["seconds"])
+    generator_seconds = state.get("generator_seconds", 0.0)
+    return Progress(state["step"], state["images"], state["seconds"], generator_seconds)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from export.sketch import data_of_features, data_of_model, file_hashes, sketch_in
+from export.sketch import data_of_features, data_of_model
 from export.verdict.detector import MIN_IMAGES
 from serving.api.requests import InputImage
 from serving.engine.bundle import Bundle
 from training.data import PARTS, DataError, Dataset, Report
 from training.datasets.files import is_split_by_name, part_of, shuffled
 from training.datasets.folder import image_files
+from training.datasets.sketch import file_hashes, sketch_in
 
 MAX_IMAGES = 20_000
 FIT_SHARE = 0.4  # as in CIFAR-10's held-out parts; the other images calibrate
@@ -149,7 +150,7 @@ def trained_on(
     """Whether a network was trained on a data set, whose held-out parts must be used then.
 
     A folder is recognised by its files, whatever its name is, if the bundle has a sketch of the
-    training files (:mod:`export.sketch`), and by its name otherwise.
+    training files (:mod:`training.datasets.sketch`), and by its name otherwise.
 
     Args:
         bundle: its manifest describes the data sets of the model and of those it was started from.

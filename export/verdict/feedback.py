@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from export.sketch import HASH_DIGITS, sketched
+from export.sketch import sketched
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_source
 from serving.engine.bundle import verify_bundle
@@ -31,6 +31,7 @@ from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.store import FOLDER, check_name, write_calibrations
 from training.data import Report
+from training.datasets.sketch import HASH_DIGITS
 
 AUDIT = "feedback.jsonl"
 ALPHA = 0.01  # at which joining images must leave something to reject

@@ -66,7 +66,7 @@ _CALIBRATION: dict[str, Expected] = {
     "webp": str,
 }
 _CALIBRATION["resized"] = _or_null({**_CALIBRATION, "resized_and_back": int})
-# What a network was trained on; export/sketch.py explains the sketch.
+# What a network was trained on; training/datasets/sketch.py explains the sketch.
 DATA: dict[str, Expected] = {"name": str, "splits": {...: str}, "sketch": [str]}
 MANIFEST: dict[str, Expected] = {
     "format_version": int,

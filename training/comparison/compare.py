@@ -81,24 +81,30 @@ def compare(
         report: called with each line of progress.
 
     Raises:
-        RunError: the folder holds a run of the same name with another configuration, or one of its
-            files is damaged.
+        RunError: the folder holds a run of the same name with another configuration, or one that
+            was interrupted beyond this budget but within its own; or one of its files is damaged.
     """
     ready = functools.cache(measurer)  # its networks are loaded once
     # Names of files alone: an archive should not tell where it was made.
     how = json.loads(json.dumps(dataclasses.asdict(options), default=lambda path: path.name))
     if options.inception is not None:
         how["inception"] = Path(options.inception).name
-    for job in jobs:
-        _check_same(out / "runs" / job.name, job, dataset)
     kept = {row["name"]: row for row in _kept_rows(out)}
+    archived = set()
     for job in jobs:
         run = out / "runs" / job.name
+        _check_same(run, job, dataset)
         if (
             job.name in kept
             and _is_valid(kept[job.name], run)
             and _is_finished(kept[job.name], job, dataset, how)
         ):
+            archived.add(job.name)
+        else:
+            _check_ended(run, job)
+    for job in jobs:
+        run = out / "runs" / job.name
+        if job.name in archived:
             report(f"{job.name}: finished before; its archived row is used")
             continue
         try:
@@ -165,10 +171,16 @@ def _is_trained(run: Path, job: Job) -> bool:
 
 
 def _is_enough(state: dict[str, Any], job: Job) -> bool:
-    share = 1 + job.config.inference_share
-    enough = state["images"] >= round(job.options.images * share)
-    return enough or (
-        job.options.minutes is not None and state["seconds"] >= 60 * job.options.minutes * share
+    return _has_spent(state, job.options.images, job.options.minutes, job.config.inference_share)
+
+
+def _has_spent(
+    state: dict[str, Any], images: int, minutes: float | None, inference_share: float
+) -> bool:
+    share = 1 + inference_share
+    return bool(
+        state["images"] >= round(images * share)
+        or (minutes is not None and state["seconds"] >= 60 * minutes * share)
     )
 
 
@@ -217,6 +229,33 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
     state = read_state(folders[-1])
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
         check_budget(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
+
+
+def _check_ended(run: Path, job: Job) -> None:
+    """Check that a run which has spent a job's budget has also spent its own.
+
+    Its learning rates do not fall before the last part of its own.
+
+    Raises:
+        RunError: it was started with a larger budget and was interrupted.
+    """
+    folders = checkpoint_folders(run)
+    if not folders:
+        return
+    state, options = read_state(folders[-1]), read_started(run)["options"]
+    images, minutes = options["images"], options["minutes"]
+    # Until a GAN's generator is frozen, the budget counts without that of its inference network.
+    is_frozen = state.get("inferring_since") is not None
+    share = job.config.inference_share if is_frozen else 0.0
+    is_past = _has_spent(state, job.options.images, job.options.minutes, share)
+    if not is_past or _has_spent(state, images, minutes, share):
+        return
+    time = "" if minutes is None else f" or {minutes:g} minutes"
+    raise RunError(
+        f"{run} was interrupted after {state['images']:,} images in {state['seconds'] / 60:.1f} "
+        f"minutes, and was started with a budget of {images:,} images{time}: finish it with that "
+        "budget, delete it, or choose another folder for the comparison"
+    )
 
 
 def read_rows(out: Path) -> list[dict[str, Any]]:

@@ -218,12 +218,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             else "–"
         )
         iwae = next(
-            (
-                bracket.format(number_text(v["bpd"], 3))
-                for k, v in measured.items()
-                if k.startswith("iwae-")
-            ),
-            "–",
+            (bracket.format(_iwae(v)) for k, v in measured.items() if k.startswith("iwae-")), "–"
         )
         score = (
             measured.get("distances", {})
@@ -243,6 +238,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             ]
         )
     return markdown_table(header, body)
+
+
+def _iwae(value: dict[str, Any]) -> str:
+    """The bound, and the ELBO of the same images if these are not those of the column BPD."""
+    bound = number_text(value["bpd"], 3)
+    return f"{bound} (ELBO {number_text(value['elbo'], 3)})" if "elbo" in value else bound
 
 
 def _short(why: str) -> str:
@@ -296,7 +297,8 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
         )
     for name, value in measured.items():
         if name.startswith("iwae-"):
-            found["IWAE"] = f"{name} of the first {value['images']:,} of them"
+            same = " (and the ELBO of these)" if "elbo" in value else ""
+            found["IWAE"] = f"{name} of the first {value['images']:,} of them{same}"
     for space, value in measured.get("distances", {}).get("mean", {}).items():
         found[SPACES[space]] = (
             f"between {value['samples']:,} mean samples and {value['reference']}; it is not the FID"

@@ -13,11 +13,15 @@ from training.data import DataError, Dataset, ImageSet, Report, split_tail
 from training.datasets.source import Source
 
 SIZE, DEFAULT_SIZE = 96, 48
+CALIBRATING = 3 / 8  # of the test images, if the others are unlabelled: 3,000
 FOLDERS, ARCHIVES = ("stl10_binary",), ("stl10_binary.tar.gz",)
 
 
 def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     """Load the 100,000 unlabelled images, or else the 5,000 labelled ones, and the test images.
+
+    Unlabelled images show more kinds of things than test images. So that both are from one
+    population, the images that calibrate are then test images, too.
 
     Raises:
         DataError: files are missing or damaged.
@@ -39,12 +43,13 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     report(f"resizing STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
     parts, splits = split_tail(name, ImageSet(images, _classes(labels)))
-    return Dataset(
-        "stl10",
-        {**parts, "test": ImageSet(test_images, _classes(test_labels))},
-        {**splits, "test": f"test[0:{len(test_images)}]"},
-        is_resized=size != SIZE,
-    )
+    count = round(CALIBRATING * len(test_images)) if labels is None else 0
+    tested = ImageSet(test_images, _classes(test_labels))
+    if count:
+        parts["calibrate"], splits["calibrate"] = tested.slice(0, count), f"test[0:{count}]"
+    parts["test"] = tested.slice(count, len(tested))
+    splits["test"] = f"test[{count}:{len(tested)}]"
+    return Dataset("stl10", parts, splits, is_resized=size != SIZE)
 
 
 def _classes(content: bytes | None) -> np.ndarray | None:
