@@ -10,7 +10,8 @@ Every engine of ``ade serve`` gives these answers.
 
 In the environment of the recording (versions, processor), bodies are compared byte for byte.
 Elsewhere rounding may differ: there, numbers are compared within a tolerance and pictures and
-arrays by shape and mean, and everything else still exactly.
+arrays by shape and mean, and everything else still exactly. In all environments, the engines'
+bodies are compared byte for byte with each other.
 """
 
 from __future__ import annotations
@@ -323,6 +324,7 @@ def servers_own() -> dict[str, Request]:
 
 
 REQUESTS, SERVERS_OWN = requests(), servers_own()
+FIRST: dict[str, str] = {}  # SHA-256 of the first engine's answers, by request
 
 
 def environment() -> dict[str, str]:
@@ -479,6 +481,8 @@ def test_an_answer_is_as_recorded(
 ) -> None:
     answer = REQUESTS[name].send(served.url)
     compare(answer, record["answers"][name], record["environment"] == environment())
+    body = observed(answer)["sha256"]
+    assert FIRST.setdefault(name, body) == body, "the engine before gave other bytes"
 
 
 @pytest.mark.parametrize("name", SERVERS_OWN)
