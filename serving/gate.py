@@ -32,7 +32,8 @@ class Decision:
 
     Attributes:
         decision: ``accept``, ``reject`` or ``no_verdict``.
-        p_value: ``None`` without a verdict.
+        p_value: ``None`` if no calibration judged the image. With the reason ``alpha_too_small``
+            there is one, but it cannot decide.
         bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
         reason: why there is no verdict: a code, a colon and a sentence. ``None`` with a verdict.
         calibration: ``name`` and ``version`` of the calibration that decided; ``None`` without one.
