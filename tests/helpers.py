@@ -261,3 +261,29 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         holder.kill()
         holder.communicate()
+
+
+def check_metrics(text: str) -> None:
+    """Check metrics by Prometheus's own linter, where it is installed."""
+    if promtool := shutil.which("promtool"):
+        command = [promtool, "check", "metrics"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def npm_install(folder: Path, *packages: str) -> Path:
+    """Install packages of Node.js below a folder, without their scripts.
+
+    Returns:
+        The folder of their programs. The test is skipped without npm or its registry.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed")
+    (folder / "package.json").write_text("{}")
+    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", *packages]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    if "ENOTFOUND" in done.stderr or "EAI_AGAIN" in done.stderr:
+        pytest.skip("the registry of npm cannot be reached")
+    assert done.returncode == 0, done.stderr
+    return folder / "node_modules" / ".bin"

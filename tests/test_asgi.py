@@ -58,7 +58,15 @@ from serving.api.responses import Response
 from serving.engine.bundle import open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports, free_ports
-from tests.helpers import PRETRAINED, ROOT, address_beyond_loopback, npy, settled, wait_for
+from tests.helpers import (
+    PRETRAINED,
+    ROOT,
+    address_beyond_loopback,
+    check_metrics,
+    npy,
+    settled,
+    wait_for,
+)
 
 SCRIPT = """
 import json, sys
@@ -596,6 +604,7 @@ def test_metrics(app: RunningApplication) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "# TYPE ade_request_seconds histogram\n" in answer.text
     assert "# TYPE ade_requests_total counter\n" in answer.text
+    check_metrics(answer.text)
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", answer.text, re.MULTILINE))
     assert set(types) == set(re.findall(r"^# HELP (\w+) .", answer.text, re.MULTILINE))
     for name, kind in types.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,11 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.images import read_image
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, npm_install
 from tests.test_docs import blocks
 
 PAGE = ROOT / "docs" / "how-to" / "onnx-elsewhere.md"
 CAT = ROOT / "serving" / "examples" / "cat.png"
-MODULES = ROOT / "node_modules"  # npm install --no-save onnxruntime-node pngjs
 
 
 @pytest.fixture
@@ -59,16 +61,38 @@ def test_openvino(folder: Path, expected: float, capsys: pytest.CaptureFixture) 
     assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
-def test_node(folder: Path, expected: float) -> None:
-    node = shutil.which("node")
-    if node is None or not (MODULES / "onnxruntime-node").is_dir():
-        pytest.skip("needs Node.js, and npm install --no-save onnxruntime-node pngjs")
-    (folder / "node_modules").symlink_to(MODULES)
+@pytest.mark.slow
+def test_javascript(folder: Path, expected: float) -> None:
+    """In Node.js, and on a web page."""
+    npm_install(folder, "onnxruntime-node@1", "pngjs@7", "onnxruntime-web@1")
     names = ("noise.mjs", "score.mjs")
     for name, block in zip(names, blocks(PAGE, "javascript"), strict=True):
         (folder / name).write_text(block)
-    done = subprocess.run([node, "score.mjs"], capture_output=True, text=True, check=True)
+    done = subprocess.run(["node", "score.mjs"], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-6)
+    (page,) = blocks(PAGE, "html")
+    (folder / "page.html").write_text(page)
+    assert on_page(folder, "page.html") == pytest.approx(expected, abs=1e-5)
+
+
+def on_page(folder: Path, name: str) -> float:
+    """The number at the end of a web page's text."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.goto(f"http://localhost:{server.server_port}/{name}")
+            page.wait_for_function("document.body?.innerText.includes('bits')", timeout=60_000)
+            text: str = page.inner_text("body")
+            browser.close()
+        server.shutdown()
+    return float(text.split()[-1])
 
 
 def test_the_test_vector() -> None:

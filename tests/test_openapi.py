@@ -32,7 +32,7 @@ from serving.api.operations.base import IMAGE_TYPES
 from serving.api.operations.registry import OPERATIONS
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
-from tests.helpers import DATA, PRETRAINED, ROOT, encode, npy
+from tests.helpers import DATA, PRETRAINED, ROOT, encode, npm_install, npy
 from tests.service import RunningService
 
 EXAMPLES = 40
@@ -313,16 +313,7 @@ def test_a_generated_client_calls_all_operations(
 @pytest.mark.slow
 def test_a_typescript_client_calls_all_operations(service: RunningService, tmp_path: Path) -> None:
     """That of openapi-fetch, whose types openapi-typescript makes; `data/client.mts` is strict."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("needs npm")
-    packages = ("openapi-fetch@0.17", "openapi-typescript@7", "typescript@5")
-    (tmp_path / "package.json").write_text("{}")
-    installed = run([npm, "install", "--no-audit", "--no-fund", *packages], tmp_path)
-    if "ENOTFOUND" in installed.stderr or "EAI_AGAIN" in installed.stderr:
-        pytest.skip("the npm registry cannot be reached")
-    assert installed.returncode == 0, installed.stderr
-    tools = tmp_path / "node_modules" / ".bin"
+    tools = npm_install(tmp_path, "openapi-fetch@0.17", "openapi-typescript@7", "typescript@5")
     (tmp_path / "openapi.json").write_text(httpx.get(f"{service.page}/openapi.json").text)
     shutil.copy(DATA / "client.mts", tmp_path)
     image = base64.b64encode(write_png(pixels(4))).decode()
@@ -335,6 +326,18 @@ def test_a_typescript_client_calls_all_operations(service: RunningService, tmp_p
         done = run(command, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() in ("accept", "reject")
+
+
+@pytest.mark.slow
+def test_linters_find_no_error(tmp_path: Path) -> None:
+    tools = npm_install(tmp_path, "@redocly/cli@2", "@stoplight/spectral-cli@6")
+    (tmp_path / ".spectral.yaml").write_text("extends: [spectral:oas]")
+    for needs_token in (False, True):
+        made = openapi_document("http://x", [open_bundle(PRETRAINED)], needs_token)
+        (tmp_path / "openapi.json").write_text(json.dumps(made))
+        for tool in ("redocly", "spectral"):
+            done = run([tools / tool, "lint", "openapi.json"], tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run(command: list[Any], folder: Path) -> subprocess.CompletedProcess[str]:
