@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -261,6 +262,17 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         holder.kill()
         holder.communicate()
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Files cannot become larger than so many bytes: neither those of a test nor pytest's own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def check_metrics(text: str) -> None:

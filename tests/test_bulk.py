@@ -9,7 +9,6 @@ import errno
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -45,7 +44,14 @@ from serving.page.files import write_file
 from serving.page.served import Runs, Served
 from serving.page.uploads import safe_name
 from serving.verdict.calibration_file import Calibrations
-from tests.helpers import ROOT, held_by_another, make_folder, make_traps, with_calibrations
+from tests.helpers import (
+    ROOT,
+    full_disk,
+    held_by_another,
+    make_folder,
+    make_traps,
+    with_calibrations,
+)
 from tests.in_process import answered_here, page_function
 
 
@@ -458,12 +464,8 @@ def test_a_full_disk_is_named_and_the_same_command_resumes(
 ) -> None:
     out = tmp_path / "scores.csv"
     command = ["score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out)]
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
+    with full_disk(50_000):
         assert main([*command, "--workers", "1"]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"ade score: {out}: File too large" in capsys.readouterr().err
     assert main(command) == 0
     assert len(read(out)) == 303

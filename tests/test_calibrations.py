@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -50,6 +49,7 @@ from serving.verdict.store import (
     path_of,
     write_calibrations,
 )
+from tests.helpers import full_disk
 from training.data import PARTS, REPEATS, DataError, Dataset, ImageSet
 from training.datasets.files import part_of
 
@@ -1162,13 +1162,11 @@ def test_feedback_counts_and_records_what_it_was_given(
     said = capsys.readouterr().out
     assert "ade calibrate used them, so they stay: 2. Rejected, and not added before: 1." in said
     audit = bundle / FOLDER / "feedback.jsonl"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (audit.stat().st_size + 10, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large: '.*/feedback.jsonl'"):
-            give_feedback(bundle, "default", [new, copy, new], [])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        full_disk(audit.stat().st_size + 10),
+        pytest.raises(OSError, match=r"File too large: '.*/feedback.jsonl'"),
+    ):
+        give_feedback(bundle, "default", [new, copy, new], [])
     assert give_feedback(bundle, "default", [new, copy, new], []).joined == 1
     lines = audit.read_text().splitlines()
     assert lines[3] == '{"time": "'

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
@@ -36,7 +34,7 @@ from serving.files import (
 )
 from serving.images import DecodedImage, read_image
 from serving.verdict.calibration import CalibrationError
-from tests.helpers import ROOT, make_folder
+from tests.helpers import ROOT, full_disk, make_folder
 from training.datasets.files import decode_into
 from training.datasets.folder import first_size
 from training.runs import _save
@@ -191,22 +189,13 @@ def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """Files cannot become larger than 1,000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_an_error_that_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(OSError, match=r"File too large: '.*/whole'"):
+    with full_disk(1000), pytest.raises(OSError, match=r"File too large: '.*/whole'"):
         write_text(tmp_path / "whole", "x" * 2000)
     with (
+        full_disk(1000),
         pytest.raises(OSError, match=r"File too large: '.*/folder'"),
         new_folder(tmp_path / "folder", ValueError) as folder,
     ):
