@@ -19,7 +19,7 @@ from ade_model.checkpoint import read_config
 from export.feature_source import DATA_KEY
 from export.features import data_of
 from export.to_onnx import export_encoder
-from export.verdict.choice import choose_files, files_that_test
+from export.verdict.choice import choose_files, files_that_test, trained_on
 from export.write import export_bundle
 from serving.engine.bundle import Bundle, open_bundle
 from serving.images import write_png
@@ -228,6 +228,23 @@ def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(
     assert any("a data set of the same name, photos, but none of" in line for line in said)
 
 
+def test_a_named_data_set_is_recognised_by_its_training_part() -> None:
+    """The other parts may be divided otherwise, as STL-10's were in earlier versions."""
+    said: list[str] = []
+    parts = {"train": "unlabeled[0:90000]", "test": "test[0:8000]"}
+    bundle = bundle_of({"name": "stl10", "splits": parts})
+
+    def found(**splits: str) -> str:
+        return trained_on(bundle, "stl10", splits, None, said.append)
+
+    now = found(train=parts["train"], calibrate="test[0:3000]", test="test[3000:8000]")
+    assert now == "model was trained on stl10" and not said
+    # Labelled images are others, and slices of the unlabelled ones may hold the same.
+    assert found(train="train[0:4500]", test=parts["test"]) == "" and "another split" in said[0]
+    with pytest.raises(DataError, match=r"on unlabeled\[0:90000\] .* is unlabeled\[0:80000\] now"):
+        found(train="unlabeled[0:80000]", test=parts["test"])
+
+
 @pytest.mark.parametrize("how", ["resumed", "started from"])
 def test_training_files_that_were_moved_between_runs_are_recognised(
     tmp_path: Path, photos: Path, how: str
@@ -250,6 +267,23 @@ def test_training_files_that_were_moved_between_runs_are_recognised(
     chosen = choose_files(moved, bundle_of(record, about["started_from"]), None, print)
     assert names_of(chosen.trained) == names_in("train", COUNT // 2)
     assert choose_files(photos, bundle_of(record), None, print).trained
+
+
+def test_training_files_are_hashed_once(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by later stages of a process, nor by a run that resumes on the same files."""
+    run, later = tmp_path / "run", tmp_path / "later"
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    dataset = load_folder(photos, 8, None, print)
+    train(narrow("vae"), dataset, run, options, resume=False)
+    monkeypatch.delattr("training.datasets.sketch.file_hashes")
+    train(narrow("vae"), dataset, later, dataclasses.replace(options, init=str(run)), resume=False)
+    again, options = load_folder(photos, 8, None, print), dataclasses.replace(options, images=32)
+    train(narrow("vae"), again, run, options, resume=True)
+    sketch = record_of(dataset)["sketch"]
+    assert len(sketch) == SIZE
+    assert all(read_config(latest_checkpoint(its))["sketch"] == sketch for its in (run, later))
 
 
 class Means(nn.Module):

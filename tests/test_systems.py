@@ -202,14 +202,33 @@ def test_a_system_that_another_process_trains_is_left_to_it(
 
 
 def test_a_path_spelt_otherwise_is_no_other_measurement(tmp_path: Path) -> None:
-    measured = {"checkpoint": "step-1", "how": {"draws": 8, "resnet20": "a.npz"}}
+    measured = {
+        "checkpoint": "step-1",
+        "split": "test[0:9]",
+        "how": {"draws": 8, "resnet20": "a.npz"},
+    }
     (tmp_path / MEASURED).write_text(json.dumps(measured))
     for how, same in (
         ({"draws": 8, "resnet20": "/b/a.npz"}, True),
         ({"draws": 8, "resnet20": None}, False),
         ({"draws": 9, "resnet20": "a.npz"}, False),
     ):
-        assert _is_measured(tmp_path, tmp_path / "step-1", how) == same
+        assert _is_measured(tmp_path, tmp_path / "step-1", how, "test[0:9]") == same
+
+
+def test_figures_of_another_test_part_are_measured_again(dataset: Dataset, tmp_path: Path) -> None:
+    job, run = Job(narrow("vae"), options(1)), tmp_path / "runs" / "vae-seed0"
+    compare_one(job, dataset, tmp_path)
+    other = dataclasses.replace(dataset, splits={**dataset.splits, "test": "test[3:8]"})
+    assert compare_one(job, other, tmp_path) == ["vae-seed0: measuring"]
+    (row,) = read_rows(tmp_path)
+    assert row["measured"]["split"] == "test[3:8]"
+    write_comparison([row], tmp_path, torch.device("cpu"))
+    shutil.rmtree(run)
+    archived = ["vae-seed0: finished before; its archived row is used"]
+    assert compare_one(job, other, tmp_path) == archived
+    done = ["vae-seed0: training", "vae-seed0: measuring"]
+    assert compare_one(job, dataset, tmp_path) == done
 
 
 def test_a_kept_row_stands_until_its_run_is_measured_again(
@@ -247,6 +266,21 @@ def test_an_interrupted_run_is_no_finished_one_of_a_smaller_budget(
     done = [f"{name}-seed0: training", f"{name}-seed0: measuring"]
     assert compare_one(long, dataset, tmp_path) == done
     assert compare_one(short, dataset, tmp_path) == []
+
+
+@pytest.mark.parametrize("name, now", [("vae", 4), ("gan", 16)])
+def test_a_run_that_diverged_blocks_no_comparison_of_another_budget(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, now: int
+) -> None:
+    """Neither if it diverged beyond a smaller budget, nor after a GAN's generator was frozen."""
+    config, run = narrow(name), tmp_path / "runs" / f"{name}-seed0"
+    with monkeypatch.context() as patched:
+        interrupt_after(5 if name == "vae" else 10, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dataset, run, options(8), resume=False)
+    (run / FAILURE).write_text(json.dumps({"kind": "TrainingDiverged", "why": "x", "trace": ""}))
+    (said,) = compare_one(Job(config, options(now)), dataset, tmp_path)
+    assert "diverged before" in said
 
 
 def test_a_system_that_fails_before_it_begins_has_a_row(

@@ -127,6 +127,9 @@ def train(
     fabric = make_fabric(options.device, options.precision)
     is_main = fabric.global_rank == 0
     trainer, progress, before = _prepare(config, dataset, run, options, resume, fabric)
+    # Now, because files may be moved or deleted while the run lasts. By all processes, because it
+    # may take longer than the others would wait for one.
+    sketch = _sketch_of(dataset, before)
     with _with_others(fabric):
         fabric.barrier()
     if is_main:  # all checks have passed: write to the folder from here on
@@ -139,11 +142,8 @@ def train(
         "seed": options.seed,
         "training": config.to_dict(),
     }
-    if is_main:
-        # Now, because files may be moved or deleted while the run lasts.
-        sketch = record_of(dataset, sketch_in(before) or ()).get(KEY)
-        if sketch:
-            about[KEY] = sketch
+    if sketch:
+        about[KEY] = sketch
     if trainer.guides:
         about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
@@ -302,6 +302,20 @@ def _run_steps(
         if log is not None:
             log.close()
     return progress
+
+
+def _sketch_of(dataset: Dataset, before: dict[str, Any]) -> list[str] | None:
+    """The sketch of all files that a run is trained on; ``None`` if they are not known.
+
+    Args:
+        dataset: that the run is trained on from now on.
+        before: the ``config.json`` of the checkpoint that it resumes with. If that describes the
+            same splits, its sketch is used, because reading all files would delay each resumption.
+    """
+    earlier = sketch_in(before)
+    if earlier and before.get("splits") == dataset.splits:
+        return earlier
+    return record_of(dataset, earlier or ()).get(KEY)
 
 
 def _lineage(init: Path) -> dict[str, Any]:

@@ -155,8 +155,9 @@ def trained_on(
     Args:
         bundle: its manifest describes the data sets of the model and of those it was started from.
         name: of the data set, or of a folder.
-        splits: of a named data set; ``None`` for a folder. Splits by file names are equal even if
-            their numbers of files differ, since an added file moves no other.
+        splits: of a named data set; ``None`` for a folder. Its training part decides, since the
+            other parts may be divided otherwise. Splits by file names are equal even if their
+            numbers of files differ, since an added file moves no other.
         features: describes the data set of the network of features; ``None`` if unknown.
         report: called with a warning of another data set of the same name.
         files: of a folder.
@@ -166,7 +167,9 @@ def trained_on(
         name)``; an empty string for none.
 
     Raises:
-        DataError: the names of training files put them into held-out parts: they were renamed.
+        DataError: the names of training files put them into held-out parts: they were renamed. Or
+            a network was trained on other images of the same official part, so that held-out parts
+            may hold some of these.
     """
     found = []
     by_hash: dict[str, list[Path]] = defaultdict(list)
@@ -190,20 +193,45 @@ def trained_on(
             continue
         if sketch:
             why = f"but none of {len(sketch)} of its files is among these"
-        elif data.get("splits") == splits or (
-            is_split_by_name(data.get("splits", {}))
-            and (splits is None or is_split_by_name(splits))
-        ):
+        elif _has_training_part(data.get("splits", {}), splits):
             how = "" if splits else " (recognised by its name)"
             found.append(f"{network} was trained on {name}{how}")
             continue
         else:
+            _check_apart(network, name, data.get("splits", {}), splits or {})
             why = "with another split"
         report(
             f"warning: the {network} of {bundle.name} was trained on a data set of the same name, "
             f"{name}, {why}: check that these images were not trained on"
         )
     return found[0] if found else ""
+
+
+def _has_training_part(its: Mapping[str, str], splits: dict[str, str] | None) -> bool:
+    """Whether the splits that trained a network have the training part of a data set's.
+
+    The arguments are those of :func:`trained_on`, ``its`` the recorded ones.
+    """
+    if is_split_by_name(dict(its)):
+        return splits is None or is_split_by_name(splits)
+    return splits is not None and its.get("train") == splits.get("train")
+
+
+def _check_apart(
+    network: str, name: str, its: Mapping[str, str], splits: Mapping[str, str]
+) -> None:
+    """Check that different training parts are not slices of one official part.
+
+    Raises:
+        DataError: they are, such as ``train[0:45000]`` and ``train[0:40000]``.
+    """
+    then, now = its.get("train", ""), splits.get("train", "")
+    if now and then.partition("[")[0] == now.partition("[")[0]:
+        raise DataError(
+            f"the {network} was trained on {then} of {name}, and the training part is {now} now: "
+            f"which images it has not seen is unknown. Give the files of {name} that it was "
+            "trained on, or other images"
+        )
 
 
 def _check_names(network: str, copies: Sequence[Sequence[Path]]) -> None:

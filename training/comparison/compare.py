@@ -76,7 +76,8 @@ def compare(
         dataset: for all jobs.
         source: where the data is, for each run's ``data.json``.
         out: the comparison's folder; jobs of earlier calls are kept in it.
-        options: what to measure; a run that was measured with other options is measured again.
+        options: what to measure; a run that was measured with other options, or on another split,
+            is measured again.
         measurer: makes the measurer for these options; called when it is first needed.
         report: called with each line of progress.
 
@@ -134,7 +135,7 @@ def _finish(
             report(f"{job.name}: training")
             train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
         folder = latest_checkpoint(run)
-        if not _is_measured(run, folder, how):
+        if not _is_measured(run, folder, how, dataset.splits[how["part"]]):
             report(f"{job.name}: measuring")
             model = load_model(folder).to(measurer().device)
             found = measurer().measure(model, read_config(folder))
@@ -192,6 +193,7 @@ def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str,
         and row["state"] is not None
         and _is_enough(row["state"], job)
         and row["measured"] is not None
+        and row["measured"].get("split") == dataset.splits[how["part"]]
         and _without_paths(row["measured"]["how"]) == _without_paths(how)
     )
 
@@ -204,12 +206,15 @@ def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_measured(run: Path, folder: Path, how: dict[str, Any]) -> bool:
+def _is_measured(run: Path, folder: Path, how: dict[str, Any], split: str) -> bool:
+    """Whether a checkpoint was measured with these options on this part of the data."""
     if not (run / MEASURED).is_file():
         return False
     before = read_json(run / MEASURED, "checkpoint", "how")
     return bool(
-        before["checkpoint"] == folder.name and _without_paths(before["how"]) == _without_paths(how)
+        before["checkpoint"] == folder.name
+        and before.get("split") == split
+        and _without_paths(before["how"]) == _without_paths(how)
     )
 
 
@@ -224,7 +229,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
             "choose another folder for the comparison, or delete the run"
         )
     folders = checkpoint_folders(run)
-    if not folders:
+    if not folders or _diverged(run):
         return
     state = read_state(folders[-1])
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
@@ -240,7 +245,7 @@ def _check_ended(run: Path, job: Job) -> None:
         RunError: it was started with a larger budget and was interrupted.
     """
     folders = checkpoint_folders(run)
-    if not folders:
+    if not folders or _diverged(run):  # it is not trained again
         return
     state, options = read_state(folders[-1]), read_started(run)["options"]
     images, minutes = options["images"], options["minutes"]

@@ -36,13 +36,23 @@ def record_of(dataset: Dataset, earlier: Iterable[str] = ()) -> dict[str, Any]:
         ``earlier`` it is the sketch of the files of both.
     """
     record: dict[str, Any] = {"name": dataset.name, "splits": dataset.splits}
-    hashes = set(earlier)
-    if dataset.folder is not None:
-        paths = [dataset.folder / name for name in dataset.files["train"]]
-        hashes.update(file_hash for _, file_hash in file_hashes(paths))
+    hashes = {*earlier, *_smallest_hashes(dataset)}
     if hashes:
         record[KEY] = sorted(hashes)[:SIZE]
     return record
+
+
+def _smallest_hashes(dataset: Dataset) -> list[str]:
+    """Of the training files; each data set's files, which may be many, are read only once."""
+    if dataset.folder is None:
+        return []
+    known = vars(dataset)  # a frozen dataclass that cannot be hashed: kept as a cached_property is
+    if "_smallest_hashes" not in known:
+        paths = [dataset.folder / name for name in dataset.files["train"]]
+        hashes = {file_hash for _, file_hash in file_hashes(paths)}
+        known["_smallest_hashes"] = sorted(hashes)[:SIZE]
+    found: list[str] = known["_smallest_hashes"]
+    return found
 
 
 def sketch_in(record: Mapping[str, Any]) -> list[str] | None:
