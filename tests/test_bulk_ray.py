@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from benchmarks.ray_cluster import ray_cluster
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
-from serving.files import only_writer
+from serving.files import LOCK, locked
 from serving.images import is_image_name
 from serving.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT, make_folder
@@ -135,6 +136,38 @@ def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MemoryFileSystem, "ls", lambda *args, **options: listed)
     with pytest.raises(BulkError, match=r"^/a/b// cannot be listed: .* manifest"):
         list(manifest.list_files("memory://a/b"))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "listed", "found", "refused"),
+    [
+        ("gs", "b/a", [], False),  # marked by an empty object, b/a/
+        ("gs", "b/a", ["b/a//x.png"], True),
+        ("http", "b/a/", [], False),  # an index with a link to itself, or to /
+        ("s3", "b/a", [], False),
+        ("s3", "b/a/", [], True),
+    ],
+)
+def test_a_folder_may_list_itself(
+    protocol: str, listed: str, found: list[str], refused: bool
+) -> None:
+    class Store:
+        def __init__(self) -> None:
+            self.protocol = (protocol,)
+
+        def ls(self, path: str, detail: bool) -> list[dict[str, str]]:
+            image = {"name": "b/a/1.png", "type": "file"}
+            return [{"name": listed, "type": "directory"}, image]
+
+        def find(self, path: str, prefix: str) -> list[str]:
+            return [name for name in found if name.startswith(f"{path}/{prefix}")]
+
+        def invalidate_cache(self) -> None:
+            pass
+
+    expected = pytest.raises(BulkError, match="^b/a// cannot") if refused else nullcontext()
+    with expected:
+        assert [about["name"] for about in manifest._walk(Store(), "b/a")] == ["b/a/1.png"]
 
 
 def test_a_local_path_may_have_colons(tmp_path: Path) -> None:
@@ -372,9 +405,23 @@ def test_a_commit_that_was_interrupted_is_pending_again(tmp_path: Path) -> None:
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     scorer = FileScorer(open_bundle(PRETRAINED), None, BulkOptions())
     source, out = str(ROOT / "serving" / "examples"), tmp_path / "out"
-    with only_writer(out, BulkError), pytest.raises(BulkError, match="by another process"):
+    with locked(out / LOCK), pytest.raises(BulkError, match="out is in use by another process"):
         score.score_on_ray(scorer, source, f"{out}/", 1, None, lambda done, total: None)
-    assert not out.exists()
+    assert [path.name for path in out.iterdir()] == [LOCK]
+
+
+def test_nothing_is_written_beside_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container it may be a mount point, whose parent cannot be written."""
+
+    def prepare(source: str, out: str, plan: object) -> int:
+        raise BulkError(f"{os.listdir(tmp_path)} and {os.listdir(out)}")
+
+    monkeypatch.setattr(score, "_prepare", prepare)
+    scorer = FileScorer(open_bundle(PRETRAINED), None, BulkOptions())
+    with pytest.raises(BulkError, match=re.escape(f"['out'] and ['{LOCK}']")):
+        score.score_on_ray(scorer, "in", str(tmp_path / "out"), 1, None, lambda done, total: None)
 
 
 def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:

@@ -107,18 +107,29 @@ def _walk(files: Any, folder: str) -> Iterator[dict[str, Any]]:
     for about in sorted(files.ls(folder, detail=True), key=lambda about: about["name"]):
         name = about["name"].rstrip("/")
         if about["type"] == "directory":
-            if about["name"] == folder.rstrip("/") + "/":  # s3://bucket/folder//image.png
-                raise BulkError(
-                    f"{about['name']}/ cannot be listed: the name of a folder is empty; write the "
-                    "URLs of all files into a manifest (.parquet)"
-                )
-            if name != folder.rstrip("/"):  # a store of objects may list the folder itself
+            if name != folder.rstrip("/"):
                 folders.append(name)
+            elif _has_nameless_folder(files, about["name"]):
+                raise BulkError(
+                    f"{name}// cannot be listed: the name of a folder is empty; write the URLs of "
+                    "all files into a manifest (.parquet)"
+                )
         elif is_image_name(name):
             yield about
     files.invalidate_cache()  # which would keep the names of all folders
     for name in folders:
         yield from _walk(files, name)
+
+
+def _has_nameless_folder(files: Any, listed: str) -> bool:
+    """Whether a folder that is in its own listing has a subfolder with an empty name.
+
+    The folder of ``s3://bucket/folder//image.png`` is listed as ``bucket/folder/``. gcsfs says
+    ``bucket/folder``, as it does of folders that an empty object marks.
+    """
+    if "http" in files.protocol:  # a link of an index to itself, or to ``/``
+        return False
+    return listed.endswith("/") or ("gs" in files.protocol and bool(files.find(listed, prefix="/")))
 
 
 def absolute(path: str) -> str:

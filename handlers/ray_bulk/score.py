@@ -16,14 +16,15 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+from filelock import Timeout
 from pyarrow import dataset, fs, parquet
 
 from handlers.ray_bulk import manifest
@@ -41,7 +42,7 @@ from serving.bulk import (
 )
 from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
-from serving.files import only_writer, read_file
+from serving.files import LOCK, locked, read_file
 from serving.images import MAX_FILE_BYTES
 from serving.messages import printable
 from serving.verdict.calibration import CalibrationError
@@ -126,7 +127,7 @@ def score_on_ray(
         progress: called with the number of committed files and of all files.
 
     Raises:
-        BulkError: there are no images, ``out`` is finished, being written or of another call, or a
+        BulkError: there are no images, ``out`` is finished, in use or of another call, or a
             worker stops, such as for files that cannot be read at present.
         ClusterError: Ray cannot be used.
     """
@@ -141,7 +142,7 @@ def score_on_ray(
     }
     files, folder = manifest.file_system(out)
     is_local = "file" in files.protocol  # other stores have no locks
-    with only_writer(Path(folder), BulkError) if is_local else nullcontext():
+    with _alone_in(Path(folder)) if is_local else nullcontext():
         if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
             raise BulkError(f"{out} is complete already")
         total = _prepare(source, out, plan)
@@ -157,6 +158,16 @@ def score_on_ray(
         summary = _count(out, total)
         manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
     return summary
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which may be a mount point: nothing is written beside it."""
+    try:
+        with locked(folder / LOCK):
+            yield
+    except Timeout:
+        raise BulkError(f"{folder} is in use by another process") from None
 
 
 def _reason(text: str) -> str | None:
