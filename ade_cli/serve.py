@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="with --engine ray: a Ray cluster to serve on, from one of its nodes (default: a Ray "
-        "instance of its own on this machine)",
+        help="with --engine ray: a Ray cluster to serve on, from its head, with --host 0.0.0.0 "
+        "(default: a Ray instance of its own on this machine)",
     )
     parser.add_argument(
         "--host",
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed-hosts",
         default="",
         metavar="NAME[,NAME]",
-        help="names by which clients may address API and page, besides localhost and IP addresses",
+        help="names by which clients may address API and page, besides localhost, IP addresses and "
+        "HOST",
     )
     parser.add_argument(
         "--expose-metrics",
@@ -95,5 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def extra(args: argparse.Namespace) -> str:
-    """The extra of pyproject.toml that these arguments need."""
-    return ENGINES[args.engine]
+    """The extras of pyproject.toml that these arguments need, separated by commas."""
+    # Of the extras with PyTorch, train goes with each ONNX Runtime.
+    return ENGINES[args.engine] + (",train" if args.backend == "torchscript" else "")

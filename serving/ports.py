@@ -55,9 +55,13 @@ class PortError(ValueError):
 def check_host(host: str) -> None:
     """Reject IPv6 hosts, which the service does not listen on, and what cannot be a name.
 
+    An empty host, as of a variable that is not set, would be every address.
+
     Raises:
         PortError: it is one.
     """
+    if not host:
+        raise PortError("--host takes an address of this machine or a name, got an empty text")
     if ":" in host:
         raise PortError(f"--host takes an IPv4 address or a name, got {host}")
     try:
@@ -101,15 +105,18 @@ class Ports:
 
         Args:
             host: of the API and the page.
-            exposes_metrics: whether the metrics are served there too.
+            exposes_metrics: whether the metrics are served there, beside loopback.
 
         Raises:
             PortError: a port is in use; the error names the variable that sets it.
         """
         check_host(host)
         for name in VARIABLES:
-            is_local = name == "metrics" and not exposes_metrics
-            self.bound(name, "127.0.0.1" if is_local else host).close()
+            hosts = [LOOPBACK[0]] if name == "metrics" else [host]
+            if name == "metrics" and exposes_metrics:
+                hosts.append(host)
+            for one in hosts:
+                self.bound(name, one).close()
 
     def bound(self, name: str, host: str) -> socket.socket:
         """A socket that is bound to one of the ports and does not listen yet.

