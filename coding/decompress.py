@@ -16,7 +16,7 @@ import numpy as np
 
 from coding.archive import Chunk, Contents, read_chunk, scan
 from coding.chunks import ChunkCoder
-from coding.errors import CodingError, Damaged
+from coding.errors import CodingError, Damaged, NotDecoded
 from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture, write_picture
@@ -59,17 +59,17 @@ def decompress(
         archive: of :func:`coding.compress.compress`.
         out: a new folder, or a new ``.npy`` file for an archive of an array.
         bundle: the one that the archive was made with.
-        warn: called before the start if this processor or its software is not that of the encoder.
+        warn: called before the start if this processor or its software is not that of the encoder,
+            and for each chunk that another attempt may restore.
         progress: called with the number of images done and of all.
 
     Returns:
-        What came back. A damaged chunk loses its own images: their files are missing, and the rows
-        of an array are zero.
+        What came back. A chunk that is damaged, or that this machine is too busy to decode, loses
+        its own images: their files are missing, and the rows of an array are zero.
 
     Raises:
-        CodingError: the file is not an archive, nothing in it can be decoded, the machine is too
-            busy to decode an image, it was made with another bundle, or ``out`` exists or is of the
-            wrong kind.
+        CodingError: the file is not an archive, nothing in it can be decoded, it was made with
+            another bundle, or ``out`` exists or is of the wrong kind.
         BundleError: the bundle's files do not match its manifest.
     """
     with open(archive, "rb") as file:
@@ -84,37 +84,45 @@ def decompress(
         result = Result(total, contents.lost(), not contents.is_complete, contents.is_intact)
         if not contents.chunks:
             raise CodingError(f"{archive} is truncated or damaged: it holds no complete chunk")
-        done = 0
+        done, not_decoded = 0, None
         target = _folder if contents.header["kind"] == "files" else _array
         with target(out, total) as images:
             progress(0, total)
             for chunk in contents.chunks:
-                if not _restore(file, chunk, coder, images):
-                    result.lost.append(range(chunk.first, chunk.first + chunk.count))
+                try:
+                    _restore(file, chunk, coder, images)
+                except (Damaged, NotDecoded) as error:
+                    images.undo()
+                    lost = range(chunk.first, chunk.first + chunk.count)
+                    result.lost.append(lost)
+                    if isinstance(error, NotDecoded):
+                        not_decoded = str(error)
+                        warn(f"the images {lost.start + 1} to {lost.stop} are intact: {error}")
                 done += chunk.count
                 progress(done, total)
             result.lost.sort(key=lambda lost: lost.start)
             if not result.restored:
-                raise CodingError(
-                    f"{archive}: no image came back. The archive is damaged, or this processor "
-                    "computes other numbers than the encoder's"
+                why = not_decoded or (
+                    "the archive is damaged, or this processor computes other numbers than the "
+                    "encoder's"
                 )
+                raise CodingError(f"{archive}: no image came back: {why}")
     return result
 
 
-def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> bool:
-    """Write the images of a chunk; ``False`` if it is damaged, and none of them is written."""
+def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> None:
+    """Write the images of a chunk.
+
+    Raises:
+        Damaged: the images written since the last call of ``keep`` are invalid.
+        NotDecoded: as :func:`coding.pictures.read_stored`; they are incomplete.
+    """
     payload = read_chunk(file, chunk)
     if payload is None:
-        return False
-    try:
-        for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
-            images.write(chunk.first + i, name, picture)
-    except Damaged:
-        images.undo()
-        return False
+        raise Damaged("the checksum of a chunk is wrong")
+    for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
+        images.write(chunk.first + i, name, picture)
     images.keep()
-    return True
 
 
 class _Target(Protocol):

@@ -7,6 +7,10 @@ class CodingError(ValueError):
     """An archive cannot be written or read as requested; the message is for the user."""
 
 
+class NotDecoded(CodingError):
+    """This machine cannot decode an image now; that is no damage of the archive."""
+
+
 class NotCoded(ValueError):
     """The model cannot code this image, whose numbers leave the range of the coder."""
 

@@ -12,8 +12,10 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from coding.errors import CodingError, Damaged
+from coding.errors import CodingError, Damaged, NotDecoded
+from serving.decode.pool import DecoderError
 from serving.decode.structure import read_structure
+from serving.decode.worker import DecodedImage
 from serving.images import MAX_FILE_BYTES, ImageError, read_image
 
 # Formats whose pixels are coded and which are written again from them. Files of other formats, and
@@ -22,6 +24,7 @@ WRITTEN = {".png": "PNG", ".bmp": "BMP"}
 _GREY = ["converted from L to RGB"]
 _NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
 _DEPTH_AT = 24  # in a PNG, the bits of each sample
+_ATTEMPTS = 3  # to decode an image, on a machine that is too busy for a moment
 _WEBP = {"lossless": True, "method": 4, "quality": 100}  # smaller than method 6
 
 
@@ -93,18 +96,11 @@ def read_stored(kind: str, blob: bytes, is_grey: bool) -> Picture:
 
     Raises:
         Damaged: it cannot be decoded.
-        CodingError: it is not decoded, perhaps because the machine is busy.
+        NotDecoded: it may be intact, but this machine has too little time or memory.
     """
     if kind == "f":
         return Picture(None, blob)
-    try:
-        image = read_image(blob)
-    except MemoryError as error:
-        raise CodingError("there is no memory to decode a stored image: try again") from error
-    except ImageError as error:
-        if error.may_pass:
-            raise CodingError(f"a stored image is not decoded ({error}): try again") from error
-        raise Damaged(f"a stored image cannot be decoded: {error}") from error
+    image = _decode(blob)
     if image.notes:
         raise Damaged("a stored image is not RGB")
     return Picture(image.pixels[:, :, :1] if is_grey else image.pixels)
@@ -133,6 +129,20 @@ def update_digest(digest: hashlib._Hash, picture: Picture, is_file: bool) -> Non
         digest.update(b"f%d " % len(picture.data) + picture.data)
     else:
         digest.update(b"p%d %d %d " % picture.pixels.shape + picture.pixels.tobytes())
+
+
+def _decode(blob: bytes) -> DecodedImage:
+    for _ in range(_ATTEMPTS):
+        try:
+            return read_image(blob)
+        except (ImageError, MemoryError, DecoderError) as error:
+            if isinstance(error, ImageError) and not error.may_pass:
+                raise Damaged(f"a stored image cannot be decoded: {error}") from error
+            reason = str(error) or "no memory"  # the error itself would keep what it could not use
+    raise NotDecoded(
+        f"a stored image could not be decoded now ({reason}): repeat the command on a machine with "
+        "more time or memory"
+    )
 
 
 def _chunks(data: bytes) -> list[bytes]:

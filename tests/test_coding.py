@@ -42,10 +42,12 @@ from export.graphs import Graphs
 from export.lifting import COEFFICIENT_BITS, factorize
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
+from serving.decode.pool import DecoderError
+from serving.decode.worker import DecodedImage
 from serving.engine.bundle import Bundle, open_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import inputs_of
-from serving.images import ImageError
+from serving.images import ImageError, read_image
 from tests.helpers import PRETRAINED, ROOT, make_model, make_traps, narrow
 from training.recipes import recipe_names
 
@@ -572,29 +574,77 @@ def test_chunks_that_do_not_come_back_are_stored_without_the_model(
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:100])
 
 
-@pytest.mark.parametrize(
-    "error", [ImageError("too_large", "not decoded in time", may_pass=True), MemoryError()]
-)
-def test_a_busy_machine_loses_no_chunk(
+BUSY = ImageError("too_large", "not decoded in time", may_pass=True)
+
+
+@pytest.mark.parametrize("error", [BUSY, MemoryError(), DecoderError("did not start")])
+def test_a_machine_that_is_busy_for_a_moment_loses_nothing(
     error: Exception,
     archived: Path,
     bundle: Bundle,
+    small_images: np.ndarray,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(data: bytes) -> None:
-        raise error
+    errors = [error] * 2
 
-    source = ArraySource(tmp_path / "in.npy")
+    def fail_at_first(data: bytes) -> DecodedImage:
+        if errors:
+            raise errors.pop()
+        return read_image(data)
+
+    monkeypatch.setattr("coding.pictures.read_image", fail_at_first)
+    decompress.decompress(archived, tmp_path / "back.npy", bundle)
+    assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:200])
+
+
+def test_a_machine_that_is_too_busy_for_a_chunk_restores_the_others(
+    archived: Path,
+    bundle: Bundle,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    busy = [*small_images[[51]]]  # stored without the model, and not the first of its chunk
+
+    def fail(data: bytes) -> DecodedImage:
+        image = read_image(data)
+        if any(np.array_equal(image.pixels, pixels) for pixels in busy):
+            raise BUSY
+        return image
+
+    monkeypatch.setattr("coding.pictures.read_image", fail)
+    words = ["decompress", str(archived), "--bundle", str(bundle.folder)]
+    assert main([*words, str(tmp_path / "back.npy")]) == 3
+    printed = capsys.readouterr().err
+    assert "images 51 to 100 are intact: a stored image could not be decoded now" in printed
+    assert "repeat the command" in printed and "damaged" not in printed
+    found = np.load(tmp_path / "back.npy")
+    assert not found[50:100].any()
+    found[50:100] = small_images[50:100]
+    assert np.array_equal(found, small_images[:200])
+    busy += [*small_images[:200]]
+    assert main([*words, str(tmp_path / "none.npy")]) == 2
+    assert "no image came back: a stored image could not be" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_no_reason_to_do_without_the_model(
+    bundle: Bundle,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(data: bytes) -> DecodedImage:
+        raise BUSY
+
+    source = save_array(tmp_path / "in.npy", small_images[:100])
     with monkeypatch.context() as patch:
         patch.setattr("coding.pictures.read_image", fail)
-        with pytest.raises(CodingError, match="a stored image.*: try again"):
-            decompress.decompress(archived, tmp_path / "back.npy", bundle)
-        with pytest.raises(CodingError, match="a stored image.*: try again"):
-            compress(source, tmp_path / "again.ade", bundle)
-    assert not (tmp_path / "back.npy").exists()
-    assert not decompress.decompress(archived, tmp_path / "back.npy", bundle).lost
-    assert compress(source, tmp_path / "again.ade", bundle).not_reproduced == 0
+        with pytest.raises(CodingError, match="a stored image could not be .* repeat the command"):
+            compress(source, tmp_path / "out.ade", bundle)
+    assert (tmp_path / "out.ade.part").exists()
+    assert compress(source, tmp_path / "out.ade", bundle).not_reproduced == 0
 
 
 def test_pictures_whose_pixels_cannot_be_stored_are_stored_as_files(
