@@ -164,13 +164,16 @@ def _check_unused(out: Path) -> None:
 def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out: Path) -> Survey:
     found = survey(sizes, dataset)
     for part, least in MIN_IMAGES.items():
-        if found.parts[part] < least:
+        is_fitted = part == "select"
+        usable = found.fitted if is_fitted else found.parts[part]
+        if usable < least:
             copies = sum(len(group) - 1 for group in found.twice)
             unusable = f"{len(found.broken)}{unusable_hint(dataset.skipped)}"
             raise DataError(
                 f"{folder}: about {ENOUGH} different images are needed, got {found.files} files "
                 f"(unusable: {unusable}; copies: {copies}); "
-                f"the part {part} needs at least {least} images and gets {found.parts[part]}"
+                f"the part {part} needs at least {least} images and gets {usable}"
+                + ", not counting copies of each other and of those in calibrate" * is_fitted
                 + few_names_hint([file.name for file in files])
             )
     path = out / "survey.json"

@@ -7,9 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
 from serving.cores import available_cores
 from serving.files import read_file
 from serving.images import file_size
@@ -38,9 +40,9 @@ class Survey:
         leaking: held-out files with the pixels of a training file; they are left out, unless there
             are so many of a picture that it will repeat in use.
         content: SHA-256 of the parts, names and pixels of all files.
-        parts: number of usable files in each part, without those of ``leaking``; in the part
-            select that of different pictures which are in neither of train and calibrate, because
-            the verdict's density is fitted to these alone.
+        parts: number of usable files in each part, without those of ``leaking``.
+        fitted: number of pictures that the verdict's density will be fitted to: calibration leaves
+            out copies of each other and of those that calibrate.
         warnings: sentences for the user.
     """
 
@@ -51,6 +53,7 @@ class Survey:
     leaking: list[str]
     content: str
     parts: dict[str, int]
+    fitted: int
     warnings: list[str]
 
     def change_since(self, before: dict[str, Any]) -> str:
@@ -112,11 +115,13 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
     leaking = [copy for group in copies if len(group) < REPEATS for copy in group]
     lost = Counter(part for part, _ in leaking)
     parts = {part: len(dataset.files[part]) - lost[part] for part in PARTS}
-    others = {"train", "calibrate"}
-    parts["select"] = sum(
-        "select" in found and others.isdisjoint(found)
-        for found in ({part for part, _ in group} for group in groups.values())
-    )
+    left_out = {name for _, name in leaking}
+
+    def pictures(part: str, most: int) -> set[bytes]:
+        named = zip(dataset.files[part], dataset.parts[part].digests(), strict=True)
+        return set(islice((digest for name, digest in named if name not in left_out), most))
+
+    fitted = len(pictures("select", MAX_FITTED) - pictures("calibrate", MAX_CALIBRATING))
     warnings = []
     if parts["train"] < FEW:
         warnings.append(
@@ -156,6 +161,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
         [name for _, name in leaking],
         content.hexdigest(),
         parts,
+        fitted,
         warnings,
     )
 

@@ -259,13 +259,16 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     assert len(held_out & set(often)) >= REPEATS  # so it will repeat in use
     assert found.leaking and set(found.leaking) == held_out & set(seldom)
     kept = {part: len({*rows} - {*found.leaking}) for part, rows in names.items()}
-    kept["select"] -= len({*often} & {*names["select"]})  # in train and calibrate, too
     assert found.parts == kept
+    assert found.fitted == kept["select"] - len({*often} & {*names["select"]})
     # The same pictures under other names are in other parts.
     shutil.move(folder / "again0.png", folder / "another name.png")
     renamed = load_files(folder, image_files(folder), 8, None, lambda line: None)
     again = survey(sizes, dataset)
-    assert not again.change_since(json.loads(json.dumps(as_dict(found))))
+    before = json.loads(json.dumps(as_dict(found)))
+    assert not again.change_since(before)
+    del before["fitted"]  # of an earlier version
+    assert not again.change_since(before)
     moved = dataclasses.replace(survey(sizes, renamed), twice=found.twice)
     assert moved.change_since(as_dict(found)) == "names or pixels differ"
     unread = dataclasses.replace(again, broken=[*again.broken, "a.png: Input/output error"])
@@ -291,13 +294,18 @@ def test_pictures_that_calibration_leaves_out_count_for_too_few(
         "calibrate": [3, *range(30, 60)],
         "test": [4, 5],
     }
-    parts = {part: ImageSet(small_images[its]) for part, its in rows.items()}
-    names = {part: [f"{part}{i}.png" for i, _ in enumerate(its)] for part, its in rows.items()}
-    dataset = Dataset("images", parts, {}, files=names)
-    with pytest.raises(DataError, match="select needs at least 20 images and gets 19"):
-        _survey(tmp_path, [], Counter(), dataset, tmp_path)
-    parts["select"] = ImageSet(small_images[[22, *rows["select"][1:]]])
-    assert _survey(tmp_path, [], Counter(), dataset, tmp_path).parts["select"] == 20
+
+    def surveyed() -> Survey:
+        parts = {part: ImageSet(small_images[its]) for part, its in rows.items()}
+        names = {part: [f"{part}{i}.png" for i, _ in enumerate(its)] for part, its in rows.items()}
+        dataset = Dataset("images", parts, {}, files=names)
+        return _survey(tmp_path, [], Counter(), dataset, tmp_path)
+
+    with pytest.raises(DataError, match="select needs at least 20 images and gets 19, not count"):
+        surveyed()
+    rows["select"] += [1] * (REPEATS - 1)  # now 1 will repeat in use, and is fitted to once
+    found = surveyed()
+    assert (found.parts["select"], found.fitted) == (len(rows["select"]), 20)
 
 
 def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -434,10 +442,12 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         [],
         "a digest",
         {"train": 1000, "select": 40, "calibrate": 80, "test": 40},
+        40,
         [],
     )
     plan = make_plan("/images", "images", 8, 20, False)
-    alarms = false_alarms({False: list((np.arange(40) + 0.5) / 40), True: []}, bundle)
+    calibrations = Calibrations.load(bundle.folder / "calibration.npz")
+    alarms = false_alarms({False: list((np.arange(40) + 0.5) / 40), True: []}, calibrations)
     findings = Findings(
         plan,
         found,
