@@ -14,10 +14,10 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -47,6 +47,7 @@ CHUNK = 64  # files per task
 AHEAD = 3  # tasks submitted per process
 ENDED = "a process ended (was there too little memory?): the same command resumes here"
 ROWS_A_GROUP = 20_000  # of a Parquet file
+TRIED = 8  # files, to know whether any can be read
 RETRY_S = 2.0  # until files are read again whose errors may pass
 
 
@@ -133,6 +134,7 @@ class FileScorer:
         if like is not None and self.calibrations.version != like.calibration:
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))
+        self._folder = folder
         self._readable: str | None = None  # the last file that could be read
         self.bundle, self.options = bundle, options
 
@@ -175,9 +177,9 @@ class FileScorer:
             for i, _ in _passing(images):
                 images[i] = self._read(paths[i])
         for path, image in zip(paths, images, strict=True):
-            if isinstance(image, InputImage):
+            if isinstance(image, InputImage) or (not image.may_pass and image.code != "unreadable"):
                 self._readable = path
-        if (failed := _passing(images)) and not self._can_read():
+        if (failed := _passing(images)) and not self._can_read(set(paths)):
             i, error = failed[0]
             raise BulkError(
                 f"{printable(paths[i])}: {error.message}, and no other file can be read either: "
@@ -185,11 +187,21 @@ class FileScorer:
             )
         return images
 
-    def _can_read(self) -> bool:
-        try:
-            return self._readable is not None and bool(self._read_file(self._readable))
-        except OSError:
-            return False
+    def _can_read(self, failed: Set[str]) -> bool:
+        """Whether a file that was read before, or else one of the first in the folder, can be."""
+        if self._readable is not None:
+            tried = [self._readable]
+        elif self._folder is not None:
+            others = (path for path in image_paths(self._folder) if path not in failed)
+            tried = list(islice(others, TRIED))
+        else:
+            tried = []
+        for path in tried:
+            with suppress(OSError):
+                if self._read_file(path):
+                    self._readable = path
+                    return True
+        return False
 
     def _read(self, path: str) -> InputImage | ApiError:
         fit = self.options.resize == "fit"

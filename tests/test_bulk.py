@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -372,6 +373,30 @@ def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
         scores(paths)
     answers.clear()
     assert not any("error" in row for row in scores(paths))
+
+
+def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
+    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others can be read: of the folder, or in the chunk, of another size than the model's."""
+    monkeypatch.setattr(bulk, "RETRY_S", 0.0)
+    damaged = next(path for path in image_paths(folder) if path.startswith("class"))
+
+    def scores(of: Path | None, others: dict[str, bytes]) -> list[str | None]:
+        def read_here(path: str) -> bytes:
+            if path == damaged:
+                raise OSError(errno.EIO, "I/O error")
+            return others.get(path) or (folder / path).read_bytes()
+
+        made = FileScorer(open_bundle(tiny_bundle), of, BulkOptions(), read_here)
+        return [row.get("error") for row in made([damaged, *others])]
+
+    assert scores(folder, {}) == ["unreadable"]
+    large = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(large, "PNG")
+    assert scores(None, {"large.png": large.getvalue()}) == ["unreadable", "wrong_size"]
+    with pytest.raises(BulkError, match="no other file can be read"):
+        scores(None, {})
 
 
 def test_all_processes_must_score_with_one_bundle(

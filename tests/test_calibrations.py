@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,6 +332,44 @@ def test_a_link_that_is_moved_brings_no_calibrations_of_another_bundle(
     add(bundle, night_file, "evening")
     store.refresh()
     assert "evening" in store.names and "day" not in store.names
+
+
+def test_whoever_reads_the_bundle_reads_its_calibrations(
+    bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """A service may run as another user than the command that writes them."""
+    bundle.chmod(0o755)
+    Image.fromarray(small_images[0]).save(tmp_path / "new.png")
+    before = os.umask(0o077)
+    try:
+        give_feedback(bundle, "default", [tmp_path / "new.png"], [])
+        path = bundle / FOLDER / "default.npz"
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        path.chmod(0o640)
+        give_feedback(bundle, "default", [], [tmp_path / "new.png"])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_feedback_stays_with_the_bundle_that_a_link_led_to(
+    bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(small_images[0]).save(tmp_path / "new.png")
+    later, link = bundle.with_name("later"), bundle.with_name("current")
+    shutil.copytree(bundle, later)
+    link.symlink_to(bundle)
+    read = feedback_module._read
+
+    def read_while_the_link_moves(*given: Any) -> Any:
+        link.unlink()
+        link.symlink_to(later)
+        return read(*given)
+
+    monkeypatch.setattr(feedback_module, "_read", read_while_the_link_moves)
+    assert give_feedback(link, "default", [tmp_path / "new.png"], []).joined
+    assert (bundle / FOLDER / "default.npz").exists() and not (later / FOLDER).exists()
 
 
 def test_what_is_broken_stays_reported_while_the_folder_cannot_be_read(

@@ -154,6 +154,7 @@ def calibrate_into(
         CalibrationError: the name is not valid, the calibration has images that feedback added, too
             few images, or scores that cannot be used.
     """
+    folder = folder.resolve()  # a link may be moved meanwhile
     bundle = check_into(folder, name, discard_feedback)
     parts = _parts(bundle, fit, calibrate, trained, report)
     calibrations, _ = _calibrate(bundle, parts, _own_calibration(bundle), report, unseen)

@@ -116,6 +116,7 @@ def give_feedback(
             trained on one, or so many unusual images would join that they disable the gate.
     """
     check_name(name)
+    folder = folder.resolve()  # a link may be moved meanwhile
     bundle = verify_bundle(folder)
     bundle.check_has("score")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])

@@ -21,7 +21,7 @@ from export.verdict.separation import (
     compare_scores,
 )
 from serving.brand import verdict_card
-from serving.files import write_text
+from serving.files import replacing, write_text
 from serving.messages import printable
 from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
@@ -181,7 +181,7 @@ def _singles(table: Mapping[str, Mapping[str, Figures]]) -> list[str]:
 
 
 def _write_csv(table: Mapping[str, Mapping[str, Figures]], path: Path) -> None:
-    with open(path, "w", newline="") as file:
+    with replacing(path, text=True) as file:
         writer = csv.writer(file)
         writer.writerow(
             [

@@ -15,6 +15,7 @@ import numpy as np
 from serving.api.operations.score import DIGITS
 from serving.brand import percent, rounded
 from serving.verdict.calibration import Calibration, Unusual
+from serving.verdict.conformal import SLACK
 from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.statistics import meaning
 
@@ -191,7 +192,7 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
     reference = calibration.scores
     count = len(reference)
     rank = flagging_rank(count, alpha)
-    level = float(reference[count - rank]) if rank else None
+    level = float(reference[count - rank]) + SLACK if rank else None
     low = float(reference[0])
     high = float(reference[-1]) if level is None else max(float(reference[-1]), level)
     most = low + BEYOND * (high - low)

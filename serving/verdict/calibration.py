@@ -49,8 +49,9 @@ class Verdict:
     Attributes:
         ood_score: of :meth:`Calibration.ood_scores`, nats; a higher score is more unusual.
         p_value: of :func:`serving.verdict.conformal.conformal_p_values`.
-        beyond: ``#{calibration scores > this one} / (n + 1)``. For images like the calibration
-            images, a random number between this and ``p_value`` is uniform on (0, 1).
+        beyond: the same of the calibration scores above this one, ``#{...} / (n + 1)``: a random
+            number between this and ``p_value`` is uniform on (0, 1) for images like the calibration
+            images.
         explain: every statistic, the most unusual first.
         calibrated: number of calibration images.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def path_of(bundle: Path, name: str) -> Path:
 def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations:
     """Write a named calibration into a bundle's folder in one step; running services take it over.
 
+    Whoever can read the bundle can read it, whatever the umask of the writer is.
+
     Args:
         bundle: the bundle's folder.
         calibrations: with a name and the model's hash.
@@ -71,10 +74,14 @@ def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations
         CalibrationError: the name is not valid.
     """
     path = path_of(bundle, calibrations.name)
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir()
+        path.parent.chmod(stat.S_IMODE(bundle.stat().st_mode))
+    mode = (path if path.exists() else bundle).stat().st_mode & 0o666
     content = calibrations.to_bytes()
     with replacing(path) as file:
         file.write(content)
+        os.fchmod(file.fileno(), mode)
     return replace(calibrations, version=version_of(content))
 
 
