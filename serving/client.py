@@ -72,6 +72,8 @@ FOREIGN_ERRORS = {
     404: ("unknown_model", "the server has no model of this name"),
     413: ("request_too_large", "the request is larger than the server reads"),
 }
+# Of errors of single images, by code, as if the image had been alone; of all others 422.
+STATUSES = {"malformed_request": 400, "too_large": 413, "not_an_image": 415}
 RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
 # For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
@@ -94,7 +96,7 @@ NOT_OURS = (
     BadZipFile,
     ArithmeticError,
     MemoryError,
-    RecursionError,
+    RuntimeError,
     zlib.error,
 )
 CONNECT_S = 20.0  # for a machine that does not answer at all
@@ -246,6 +248,11 @@ class AdeClient:
             raise ValueError(f"retries must be at least 0, got {retries}")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         if identity is not None:
+            if not identity:
+                raise ValueError(
+                    "identity must name a model, got '': latents that were read from a file name "
+                    "none"
+                )
             headers[MODEL_HEADER] = identity
         self.url = url or f"http://127.0.0.1:{Ports.from_environment().inference}"
         self._http = httpx.Client(
@@ -348,6 +355,8 @@ class AdeClient:
         answer = self._post("encode", parameters, images, format="npz")
         with _reading():
             latents = Latents.load(answer.content, answer.headers.get(MODEL_HEADER, ""))
+            if not latents.z:
+                raise ValueError("it has no latents")
             for level in latents.z:
                 _check_count(len(level), len(images))
             return latents
@@ -576,7 +585,9 @@ def _reading() -> Iterator[None]:
 
 
 def _npy(answer: httpx.Response, count: int) -> np.ndarray:
-    array: np.ndarray = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    array = np.load(io.BytesIO(answer.content), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
+        raise ValueError("it is not an array of images, uint8 (N, H, W, C)")
     _check_count(len(array), count)
     return array
 
@@ -591,7 +602,8 @@ def _entry(result: ResultT | Problem) -> ResultT | AdeError:
     """One image's result, or its error."""
     if isinstance(result, Problem):
         error = result.error
-        return AdeError(422, error.code, error.message, error.index)
+        status = STATUSES.get(error.code, 422)
+        return AdeError(status, error.code, error.message, error.index)
     return result
 
 

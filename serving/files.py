@@ -20,6 +20,10 @@ from serving.images import MAX_FILE_BYTES, is_image_name
 from serving.messages import printable
 
 LOCK = ".lock"  # in a folder that one process at a time works in
+# Without O_NONBLOCK, opening a pipe would wait for a writer. Windows, where clients run, lacks it.
+FLAGS = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    FLAGS |= getattr(os, _name, 0)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -83,8 +87,7 @@ def check_readable(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path, limit: int) -> Iterator[int]:
-    # Without O_NONBLOCK, opening a pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, FLAGS)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
@@ -187,6 +189,22 @@ def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -
         with pytest.raises(OSError, match="not a regular file"):
             read_file(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_client_can_be_imported_without_unix() -> None:
+    """Windows has no ``resource``, no forks, and not these flags."""
+    code = """
+import os, sys
+sys.modules["resource"] = None
+import pathlib, httpx, numpy, PIL.Image, filelock
+del os.register_at_fork, os.O_NONBLOCK, os.O_CLOEXEC
+import serving.client
+from serving.files import read_file
+print(len(read_file(pathlib.Path(sys.argv[1]))))
+"""
+    cat = ROOT / "serving" / "examples" / "cat.png"
+    done = subprocess.run([sys.executable, "-c", code, cat], capture_output=True, text=True)
+    assert done.stdout.strip() == str(cat.stat().st_size), done.stderr
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(

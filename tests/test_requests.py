@@ -27,6 +27,7 @@ from serving.api.requests import (
     ImagesRequest,
     InputImage,
     RawRequest,
+    array_of,
     decode_images,
 )
 from serving.api.responses import error_response
@@ -553,6 +554,33 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
         "request_too_large",
     ) and what in raised.value.message
     assert time.process_time() - started < 1
+
+
+def test_booleans_among_numbers_are_no_numbers() -> None:
+    levels = [{"z": np.zeros(shape).tolist()} for shape in LATENTS]
+    levels[0]["z"][0][0][0] = True
+    error = refused(parse_sample, as_json(latents=[{"levels": levels}]), LATENTS)
+    assert error.code == "bad_latents" and "must be numbers" in error.message
+    with pytest.raises(TypeError, match="a boolean among the numbers"):
+        array_of([True, 7])
+    assert array_of([True, False], of_booleans=True).dtype == bool
+
+
+def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
+    """JSON has one type of numbers, and some languages write 4 as 4.0."""
+    assert parse_sample(as_json(n=4.0, seed=7.0), LATENTS) == parse_sample(
+        as_json(n=4, seed=7), LATENTS
+    )
+    for value in (1.5, 1e300, float("nan")):
+        assert refused(parse_sample, as_json(n=value), LATENTS).code == "bad_parameter"
+
+
+def test_values_that_json_can_just_nest_are_refused() -> None:
+    """Python's limit of recursion is reached by the text of the error first."""
+    for depth in range(900, 1000):
+        nested = f'{{"images": ["AA=="], "seed": {"[" * depth}1{"]" * depth}}}'
+        raw = RawRequest("application/json", nested.encode())
+        assert refused(parse_images, "score", raw).status in (400, 422)
 
 
 def test_text_among_numbers_takes_no_memory() -> None:

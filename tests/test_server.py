@@ -610,6 +610,31 @@ def test_answers_that_are_not_the_apis(body: bytes) -> None:
             assert (caught.value.status, caught.value.code) == (200, "server_error")
 
 
+def test_arrays_that_are_not_the_apis() -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    for save, array in ((np.savez, image[None]), (np.save, np.zeros(1)), (np.save, image)):
+        body = io.BytesIO()
+        save(body, array)
+        with other_program(200, body.getvalue()) as url, AdeClient(url) as client:
+            for call in (lambda: client.sample(1), lambda: client.encode(image)):
+                with pytest.raises(AdeError, match="the answer is not this API's"):
+                    call()
+
+
+def test_an_error_of_one_image_has_the_status_that_it_would_have_alone() -> None:
+    problem = {"error": {"code": "not_an_image", "message": "the data is not an image"}}
+    about = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
+    body = json.dumps({**about, "results": [problem, problem]}).encode()
+    with other_program(200, body) as url, AdeClient(url) as client:
+        found = client.score(np.zeros((2, 32, 32, 3), np.uint8))
+    assert [str(error) for error in found] == ["the data is not an image (415 not_an_image)"] * 2
+
+
+def test_an_empty_identity_does_not_mean_any_model() -> None:
+    with pytest.raises(ValueError, match="identity must name a model"):
+        AdeClient(identity="")
+
+
 def test_an_answer_has_a_row_for_each_image() -> None:
     image, latents, samples = np.zeros((32, 32, 3), np.uint8), io.BytesIO(), io.BytesIO()
     np.savez(
@@ -782,10 +807,13 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
         text=True,
         start_new_session=True,
     )
+    limit = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
+    limit.start()
     assert process.stdout is not None
     for line in process.stdout:
         if "Ctrl-C stops everything." in line:
             break
+    limit.cancel()
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 7
     if sign == signal.SIGINT:
@@ -794,6 +822,12 @@ def test_make_serve_leaves_no_process_behind(sign: signal.Signals) -> None:
         process.send_signal(sign)
     process.communicate(timeout=60)
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_make_fit_requires_a_folder_of_images() -> None:
+    command = ["make", "fit", "DATA=", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.fit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "make fit needs DATA=DIR" in done.stderr
 
 
 def mean_bpd(service: RunningService, images: np.ndarray) -> float:

@@ -236,7 +236,7 @@ def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
     Raises:
         ValueError: the type cannot hold them.
     """
-    given = array_of(data).reshape(-1)
+    given = array_of(data, of_booleans=dtype.kind == "b").reshape(-1)
     flat = given.astype(dtype)
     if dtype.kind != "f" and not np.array_equal(flat, given):
         raise ValueError("values would change")

@@ -231,6 +231,7 @@ def _read(field: Field, value: Any) -> Any:
     return value  # the operation checks it
 
 
+LARGEST_EXACT = 2**53  # of whole numbers as floating-point ones
 # As forms spell them: what JSON and Python write in any case, what check boxes send, digits.
 _BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 
@@ -258,6 +259,8 @@ def _integer(field: Field, value: Any) -> int:
     if isinstance(value, str) and _is_decimal(value):
         with contextlib.suppress(ValueError):  # the text itself is reported below
             value = int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
+        value = int(value)  # JSON has one type of numbers: 4.0 is 4
     if isinstance(value, bool) or not isinstance(value, int):
         raise unusable(
             "bad_parameter",

@@ -199,22 +199,22 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
         raise malformed(f"{name} is not JSON: {error}") from None
 
 
-def array_of(value: Any) -> np.ndarray:
+def array_of(value: Any, of_booleans: bool = False) -> np.ndarray:
     """The array of a number, or of nested lists of numbers, from JSON.
 
     If one of the values is text, NumPy makes text of all, each as long as the longest: gigabytes of
-    a few megabytes of JSON.
+    a few megabytes of JSON. Of a boolean among numbers it makes 0 or 1.
 
     Raises:
-        TypeError: one of the values is text.
+        TypeError: one of the values is text, or a boolean unless it is an array of these.
         ValueError: the lists do not have the lengths of an array.
     """
     lists = [[value]]
     while lists:
         items = lists.pop()
         kinds = set(map(type, items))
-        if str in kinds:
-            raise TypeError("there is text among the numbers")
+        if str in kinds or (bool in kinds and not of_booleans):
+            raise TypeError("there is text or a boolean among the numbers")
         if list in kinds:
             lists += [item for item in items if isinstance(item, list)]
     return np.asarray(value)

@@ -195,4 +195,5 @@ def _take() -> _Decoder:
 
 
 # A forked process must not use the decoders of its parent.
-os.register_at_fork(after_in_child=_idle.clear)
+if hasattr(os, "register_at_fork"):  # Windows, where clients run, has no such processes
+    os.register_at_fork(after_in_child=_idle.clear)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import resource
 import signal
 import socket
 import struct
@@ -259,6 +258,8 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         cpu_seconds: processor time per file, after which the process is killed.
         idle_seconds: how long to wait for a file.
     """
+    import resource  # Windows, where clients import this module, has none
+
     # They may reach a whole group, and the parent still finishes its requests; its end ends this.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)

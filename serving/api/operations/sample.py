@@ -340,7 +340,7 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
             try:
                 with np.errstate(over="ignore"):  # numbers that become infinite are refused below
                     numbers = array_of(item.get(are) if isinstance(item, dict) else item)
-                    if numbers.dtype.kind not in "iuf":  # booleans would be converted
+                    if numbers.dtype.kind not in "iuf":
                         raise TypeError
                     array = numbers.astype(np.float32)
             except (ValueError, TypeError, OverflowError):
