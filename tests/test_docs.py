@@ -24,7 +24,9 @@ from handlers.launch import run_folder
 from serving import ports
 from serving.engine.bundle import verify_bundle
 from serving.engine.signatures import OPERATIONS
-from tests.helpers import ROOT, make_folder
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.conformal import conformal_p_values
+from tests.helpers import PRETRAINED, ROOT, make_folder
 from tests.service import RunningService
 from training.comparison.compare import read_rows
 from training.comparison.report import write_comparison
@@ -293,6 +295,16 @@ def test_the_page_on_generating_images(
     code = block.replace("AdeClient()", f'AdeClient("{service.url}")')
     exec(compile(code, str(page), "exec"), {})
     assert "(8, 32, 32, 3)" in capsys.readouterr().out
+
+
+def test_the_example_of_a_score_is_of_the_shipped_calibration() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    (found,) = re.findall(r'"ood_score": ([\d.]+), "p_value": ([\d.]+)', text)
+    (version,) = re.findall(r'"version": "(\w+)"', text)
+    calibrations = Calibrations.load(PRETRAINED / "calibration.npz")
+    assert calibrations.version == version and calibrations.exact is not None
+    (p_value,) = conformal_p_values(calibrations.exact.scores, np.array([float(found[0])]))
+    assert p_value == float(found[1])
 
 
 def test_javascript(service: RunningService) -> None:
