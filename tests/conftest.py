@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 from ade_model.checkpoint import save_model
@@ -24,6 +25,10 @@ from tests.helpers import DATA, PRETRAINED, make_model
 if TYPE_CHECKING:
     from serving.engine.engine import InferenceEngine
     from tests.service import RunningService
+
+# No deadline, which fails on a busy machine, and the same examples in each run.
+settings.register_profile("ade", deadline=None, derandomize=True)
+settings.load_profile("ade")
 
 
 @pytest.fixture

@@ -23,11 +23,9 @@ import importlib.util
 import io
 import json
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,6 +33,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coding.networks import fingerprint
 from handlers.launch.engines import DEFAULT, ENGINES
 from serving.engine.bundle import open_bundle
 from tests.helpers import DATA, PRETRAINED, ROOT, b64, npy, png_header
@@ -329,22 +328,9 @@ FIRST: dict[str, str] = {}  # SHA-256 of the first engine's answers, by request
 
 def environment() -> dict[str, str]:
     """Everything that the bytes of an answer may depend on."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    names = {name.lower() for name in (d.name for d in metadata.distributions()) if name}
-    runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in names else "onnxruntime"
-    return {
-        "processor": f"{platform.machine()} {cpu}",
-        "onnxruntime": metadata.version(runtime),
-        "numpy": metadata.version("numpy"),
-        "pillow": metadata.version("pillow"),
-    }
+    found = fingerprint()
+    del found["constriction"]  # of the codec alone
+    return {**found, "pillow": metadata.version("pillow")}
 
 
 def observed(answer: httpx.Response) -> dict[str, Any]:

@@ -239,9 +239,9 @@ def test_a_process_that_ended_when_it_was_asked_is_replaced(gif: bytes) -> None:
 def test_a_process_that_hangs_is_an_error_of_its_image(
     gif: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "WALL_SECONDS", 0.5)
     read_image(gif)
     (decoder,) = decoders._idle
+    monkeypatch.setattr(decoders, "WALL_SECONDS", 0.5)
     os.kill(decoder.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(ImageError, match="was not decoded within 0.5 seconds") as error:
@@ -249,6 +249,7 @@ def test_a_process_that_hangs_is_an_error_of_its_image(
     assert error.value.code == "too_large" and time.monotonic() - started < 5
     assert error.value.may_pass
     assert not psutil.pid_exists(decoder.pid)
+    monkeypatch.undo()
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
@@ -257,6 +258,7 @@ def test_processor_time_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ImageError, match="takes more than 0.05 seconds") as error:
         read_image(BOMBS["tiff-deflate"]())
     assert error.value.code == "too_large"
+    monkeypatch.undo()
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
@@ -384,8 +386,6 @@ EDIT = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1,
 
 @settings(
     max_examples=300,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=6))
@@ -442,7 +442,8 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
             for kind, taken in (("beside junk", alone), ("beside bombs", beside))
         )
     )
-    assert max(beside) < max(2.0, 4 * max(alone))
+    # Not the maxima: one pause of the machine would decide.
+    assert np.quantile(beside, 0.95) < max(2.0, 4 * np.quantile(alone, 0.95))
 
 
 def _seconds_beside(service: RunningService, bad: list[bytes], seconds: float) -> list[float]:

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import select
 import selectors
 import socket
 import stat
@@ -52,6 +53,16 @@ SHORT = {
     "waiting_s": 3.0,
     "upstream_s": 4.0,
 }
+# The same budgets for clients that have more time: tests of what happens before it is over.
+LENIENT = {
+    **SHORT,
+    "head_s": 4.0,
+    "write_s": 4.0,
+    "body_idle_s": 4.0,
+    "body_grace_s": 6.0,
+    "waiting_s": 20.0,
+    "upstream_s": 20.0,
+}
 UNREAD = 9 * 2**19  # bytes of an answer: nearly the budget, and more than the sockets' buffers
 
 
@@ -64,6 +75,11 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
 def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
     """A front with short timeouts."""
     yield from running(tmp_path_factory, SHORT)
+
+
+@pytest.fixture(scope="module")
+def lenient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+    yield from running(tmp_path_factory, LENIENT)
 
 
 def running(
@@ -79,7 +95,7 @@ def running(
 @pytest.fixture
 def upstream(request: pytest.FixtureRequest) -> Iterator[Upstream]:
     """The upstream of the front that the test uses."""
-    name = "short" if "short" in request.fixturenames else "front"
+    (name,) = {"front", "short", "lenient"}.intersection(request.fixturenames)
     made = Upstream(request.getfixturevalue(name).socket)
     yield made
     made.stop()
@@ -90,6 +106,11 @@ def error_of(answer: httpx.Response) -> str:
     assert set(body) == {"error"} and set(body["error"]) == {"code", "message"}, body
     assert answer.headers["content-type"] == "application/json"
     return body["error"]["code"]
+
+
+def answered(connections: list[socket.socket]) -> list[socket.socket]:
+    """Those that have an answer, or are closed."""
+    return select.select(connections, [], [], 0)[0]
 
 
 def read_answer(connection: socket.socket) -> tuple[int, bytes]:
@@ -929,16 +950,16 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
     half.sendall(HEAD)
     second.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert read_answer(second)[0] == 200
-    started = time.monotonic()
-    for _ in range(12):
+
+    def all_closed() -> bool:
         for connection, data in ((half, b"X: 1\r\n"), (blank, b"\r\n"), (second, b"\r\n")):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(data)
-        time.sleep(0.2)
+        return all(is_closed(connection, 0.1) for connection in (silent, half, blank, second))
+
+    wait_for(all_closed, 10)  # by time: so many bytes and fields would not be too many
     for connection in (silent, half, blank, second):
-        with connection:
-            assert is_closed(connection, 0.5)
-    assert time.monotonic() - started < 4
+        connection.close()
 
 
 def test_a_head_that_cannot_be_read_yet_ends_no_earlier_request(
@@ -962,14 +983,12 @@ def test_a_head_that_cannot_be_read_yet_ends_no_earlier_request(
             assert length and json.loads(stream.read(length))["body"] == body
 
 
-def test_stalled_bodies_do_not_block_others(short: RunningFront, upstream: Upstream) -> None:
-    stalled = [short.connect() for _ in range(50)]
+def test_stalled_bodies_do_not_block_others(lenient: RunningFront, upstream: Upstream) -> None:
+    stalled = [lenient.connect() for _ in range(50)]
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 50_000)
-    started = time.monotonic()
-    assert post(short).status_code == 200 and time.monotonic() - started < 0.9, (
-        "before the stalled ones are dropped"
-    )
+    assert post(lenient).status_code == 200
+    assert answered(stalled) == [], "before the stalled ones are dropped"
     for connection in stalled:
         with connection:
             status, body = read_answer(connection)
@@ -1015,18 +1034,15 @@ def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) 
     assert post(short, content=large).status_code == 200
 
 
-def test_large_bodies_that_stall_give_way(short: RunningFront, upstream: Upstream) -> None:
+def test_large_bodies_that_stall_give_way(lenient: RunningFront, upstream: Upstream) -> None:
     """They fill the memory, and are dropped at once in favour of smaller ones."""
-    stalled = [short.connect() for _ in range(4)]
+    stalled = [lenient.connect() for _ in range(4)]
     for connection in stalled:
         connection.sendall(HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_500_000)
-    started = time.monotonic()
-    assert (
-        post(short, content=b"x" * 1_000_000).status_code == 200
-        and time.monotonic() - started < 0.9
-    )
-    answers = [read_answer(connection) for connection in stalled]
-    assert sorted({status for status, _ in answers}) == [408, 503]
+    wait_for(lambda: answered(stalled))
+    assert post(lenient, content=b"x" * 1_100_000).status_code == 200
+    assert len(answered(stalled)) < 4, "before the time of the others is over"
+    assert {read_answer(connection)[0] for connection in stalled} == {408, 503}
 
 
 def test_connections_are_bounded(short: RunningFront, upstream: Upstream) -> None:
@@ -1070,26 +1086,26 @@ def test_answers_that_nobody_reads_are_dropped(
         time.sleep(0 if others else 2.0)
         # All answers together exceed the budget.
         assert post(short, content=b"x" * 2**20).status_code == 200
-        assert is_closed(lazy, 1.0)
+        assert is_closed(lazy)
 
 
 def test_answers_that_nobody_reads_have_a_budget_together(
-    short: RunningFront, upstream: Upstream
+    lenient: RunningFront, upstream: Upstream
 ) -> None:
     """Answers of the same size do not give way to each other, so a further one is refused.
 
     Small ones are not.
     """
     size = str(UNREAD).encode()
-    with unread_answer(short):
-        refused = post(short, "large", size)
+    with unread_answer(lenient):
+        refused = post(lenient, "large", size)
         assert (
             refused.status_code == 503
             and error_of(refused) == "overloaded"
             and refused.headers["retry-after"] == "1"
         )
-        assert post(short).status_code == 200
-    wait_for(lambda: post(short, "large", size).status_code == 200)
+        assert post(lenient).status_code == 200
+    wait_for(lambda: post(lenient, "large", size).status_code == 200)
 
 
 def test_no_connection_outlasts_a_client_that_does_not_read(
@@ -1118,11 +1134,11 @@ def test_no_connection_outlasts_a_client_that_does_not_read(
         connection.close()
 
 
-def test_a_slow_reader_gets_everything(short: RunningFront, upstream: Upstream) -> None:
+def test_a_slow_reader_gets_everything(lenient: RunningFront, upstream: Upstream) -> None:
     size = UNREAD
     with httpx.stream(
         "POST",
-        f"{short.url}/predictions/score",
+        f"{lenient.url}/predictions/score",
         content=str(size).encode(),
         headers={"Content-Type": "test/large"},
     ) as answer:

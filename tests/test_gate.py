@@ -494,7 +494,7 @@ def test_overload_leaves_some_requests_their_answers() -> None:
             free.wait(60)
             return [Decision("accept", 0.5, 3.0)] * len(images)
 
-    client, reached = app_behind(Busy(), timeout_s=2.0)
+    client, reached = app_behind(Busy(), timeout_s=4.0)
 
     def ask(number: int) -> int:
         return client.post("/classify", content=b"%d" % number, headers=PNG).status_code

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -19,7 +20,8 @@ from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
 from serving.brand import NAME, STYLE
-from tests.helpers import ROOT
+from tests.helpers import PRETRAINED, ROOT
+from tests.service import RunningService
 
 METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
 # TYPE ade_requests_total counter
@@ -134,6 +136,29 @@ def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     assert len(lines) == 2 and all(
         json.loads(line)["message"] == "not an image\nat all" for line in lines
     )
+
+
+def test_journals_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.api.journal.MAX_BYTES", 1000)
+    journal = Journal(tmp_path, "score-9001")
+    for _ in range(100):
+        journal.write([{"status": 200}])
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == [f"score-9001.requests.jsonl{end}" for end in ("", ".1", ".2")]
+    assert all(0 < file.stat().st_size <= 1000 for file in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_logs_are_kept_in_the_folder_that_is_given(tmp_path: Path) -> None:
+    options = ("--engine", "asgi", "--workers", "1", "--logs", str(tmp_path / "logs"))
+    running = RunningService(PRETRAINED, options=options)
+    try:
+        url = f"{running.url}/predictions/sample"
+        assert httpx.post(url, json={"n": 0}, timeout=60).status_code == 422
+    finally:
+        assert running.stop() == []
+    (error,) = last_errors(tmp_path / "logs")
+    assert error["operation"] == "sample" and (tmp_path / "logs" / "front.out").exists()
 
 
 def test_the_dashboard_uses_existing_metrics() -> None:

@@ -26,7 +26,7 @@ from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
 from serving.ports import PortError, Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
-from tests.helpers import PRETRAINED, ROOT, settled
+from tests.helpers import PRETRAINED, ROOT, address_beyond_loopback, wait_for
 from tests.service import CANARIES, RunningService
 
 NOBODY = 65534
@@ -230,24 +230,31 @@ def test_the_working_folder_is_private(service: RunningService) -> None:
 def test_a_probe_needs_the_secret(service: RunningService) -> None:
     """Clients cannot hide traffic from logs and metrics by a header."""
 
-    def requests() -> float:
+    def total(status: int) -> float:
         lines = httpx.get(f"{service.metrics}/metrics").text.splitlines()
         return sum(
             float(line.rsplit(" ", 1)[1])
             for line in lines
             if line.startswith('ade_requests_total{model_name="sample"')
+            and f'status="{status}"' in line
         )
 
+    def ask(n: int, **headers: str) -> int:
+        url = f"{service.url}/predictions/sample"
+        return httpx.post(url, json={"n": n, "seed": 1}, headers=headers, timeout=60).status_code
+
+    def requests() -> float:
+        """An invalid request shows when those before it are counted, in their order."""
+        before = total(422)
+        assert ask(0) == 422
+        wait_for(lambda: total(422) > before)
+        return total(200)
+
     def count(secret: str) -> float:
-        before = settled(requests)
+        before = requests()
         for _ in range(3):
-            answer = httpx.post(
-                f"{service.url}/predictions/sample",
-                json={"seed": 1},
-                headers={"X-Ade-Probe": secret},
-            )
-            assert answer.status_code == 200
-        return settled(requests) - before
+            assert ask(1, **{"X-Ade-Probe": secret}) == 200
+        return requests() - before
 
     secret = service.folder.probe_file.read_text()
     assert len(secret) == 32 and count("1") == 3 and count(secret) == 0
@@ -330,7 +337,10 @@ def exposed() -> Iterator[RunningService]:
     """A service beyond loopback, with the operator's token and host name."""
     running = RunningService(
         PRETRAINED,
-        options=("--host", "0.0.0.0", "--workers", "1", "--allowed-hosts", "ade.example.org"),
+        options=(
+            *("--host", "0.0.0.0", "--expose-metrics", "--workers", "1"),
+            *("--allowed-hosts", "ade.example.org"),
+        ),
     )
     yield running
     assert running.stop() == []
@@ -484,6 +494,15 @@ def test_off_loopback_a_token_is_required_and_never_printed(
     assert os.environ.get("ADE_TOKEN") is None
     found = read_status(Ports(**exposed.ports))
     assert found["ready"] and found["answers"] and found["models"]["sample"]["queued"] == 0, found
+
+
+@pytest.mark.slow
+def test_exposed_metrics_require_the_token(exposed: RunningService) -> None:
+    url = f"http://{address_beyond_loopback()}:{exposed.ports['metrics']}/metrics"
+    assert httpx.get(url).status_code == 401
+    token = exposed.folder.token_file.read_text()
+    answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"})
+    assert answer.status_code == 200 and "ade_worker_starts_total" in answer.text
 
 
 @pytest.mark.slow

@@ -591,9 +591,11 @@ def test_a_process_without_free_file_descriptors_answers_later(tmp_path: Path) -
     listener.close()
 
 
-@pytest.mark.parametrize("line, message", [(b"", "within 0.2 s"), (b"{\n", "cannot be read")])
+@pytest.mark.parametrize(
+    "line, seconds, message", [(b"", 0.2, "within 0.2 s"), (b"{\n", 30, "cannot be read")]
+)
 def test_a_process_that_hangs_or_babbles_gives_no_answer(
-    line: bytes, message: str, tmp_path: Path
+    line: bytes, seconds: float, message: str, tmp_path: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "control.sock"))
@@ -609,7 +611,7 @@ def test_a_process_that_hangs_or_babbles_gives_no_answer(
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(ChannelError, match=message):
-            ask(tmp_path / "control.sock", {"do": "describe"}, seconds=0.2)
+            ask(tmp_path / "control.sock", {"do": "describe"}, seconds=seconds)
         is_asked.set()
         thread.join()
 
