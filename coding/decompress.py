@@ -97,7 +97,10 @@ def decompress(
                     result.lost.append(lost)
                     if isinstance(error, NotDecoded):
                         not_decoded = str(error)
-                        warn(f"the images {lost.start + 1} to {lost.stop} are intact: {error}")
+                        warn(
+                            f"the images {lost.start + 1} to {lost.stop} are intact: {error}, with "
+                            "another OUT"
+                        )
                 done += chunk.count
                 progress(done, total)
             result.lost.sort(key=lambda lost: lost.start)

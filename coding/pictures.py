@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -67,7 +68,12 @@ class Picture:
 
 
 def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
-    """An image file; one that cannot be decoded is a file like any other."""
+    """An image file; one that cannot be decoded is a file like any other.
+
+    Raises:
+        NotDecoded: this machine has too little time or memory now. As a file, it would take more
+            room for good, and a resumed run would find that the images have changed.
+    """
     format = WRITTEN.get(PurePosixPath(name).suffix.lower())
     has_metadata = False
     if format == "PNG":
@@ -82,8 +88,8 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     try:
         if read_structure(data).format != format:  # such as a JPEG that is called .png
             return Picture(None, data)
-        image = read_image(data)
-    except (ImageError, MemoryError):
+        image = _decode(data)
+    except (ImageError, Damaged):
         return Picture(None, data)
     if image.notes not in ([], _GREY):
         return Picture(None, data)
@@ -132,15 +138,16 @@ def update_digest(digest: hashlib._Hash, picture: Picture, is_file: bool) -> Non
 
 
 def _decode(blob: bytes) -> DecodedImage:
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
+        time.sleep(attempt)  # what fails at once, such as for lack of memory, may pass
         try:
             return read_image(blob)
         except (ImageError, MemoryError, DecoderError) as error:
             if isinstance(error, ImageError) and not error.may_pass:
-                raise Damaged(f"a stored image cannot be decoded: {error}") from error
+                raise Damaged(f"an image cannot be decoded: {error}") from error
             reason = str(error) or "no memory"  # the error itself would keep what it could not use
     raise NotDecoded(
-        f"a stored image could not be decoded now ({reason}): repeat the command on a machine with "
+        f"an image could not be decoded now ({reason}): repeat the command when this machine has "
         "more time or memory"
     )
 
