@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ade_model.checkpoint import read_config
@@ -284,6 +285,23 @@ def test_training_files_are_hashed_once(
     sketch = record_of(dataset)["sketch"]
     assert len(sketch) == SIZE
     assert all(read_config(latest_checkpoint(its))["sketch"] == sketch for its in (run, later))
+
+
+def test_files_that_are_replaced_under_their_names_join_the_sketch(
+    tmp_path: Path, photos: Path
+) -> None:
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    before = load_folder(photos, 8, None, print)
+    train(narrow("vae"), before, tmp_path / "run", options, resume=False)
+    for path in photos.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    after = load_folder(photos, 8, None, print)
+    assert after.splits == before.splits
+    options = dataclasses.replace(options, images=32)
+    train(narrow("vae"), after, tmp_path / "run", options, resume=True)
+    sketch = read_config(latest_checkpoint(tmp_path / "run"))["sketch"]
+    hashes = [set(record_of(data)["sketch"]) for data in (before, after)]
+    assert sketch == sorted(hashes[0] | hashes[1])[:SIZE] and set(sketch) & hashes[1]
 
 
 class Means(nn.Module):

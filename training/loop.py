@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ade_model.checkpoint import read_config
 from serving.signals import signals_held
 from training.data import Dataset
-from training.datasets.sketch import KEY, record_of, sketch_in
+from training.datasets.sketch import KEY, VERSION, record_of, sketch_in, version_of
 from training.device import bfloat16_is_faster, choose_device
 from training.recipes import TrainConfig
 from training.report import write_report
@@ -143,7 +143,7 @@ def train(
         "training": config.to_dict(),
     }
     if sketch:
-        about[KEY] = sketch
+        about |= {KEY: sketch, VERSION: version_of(dataset)}
     if trainer.guides:
         about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
@@ -310,10 +310,10 @@ def _sketch_of(dataset: Dataset, before: dict[str, Any]) -> list[str] | None:
     Args:
         dataset: that the run is trained on from now on.
         before: the ``config.json`` of the checkpoint that it resumes with. If that describes the
-            same splits, its sketch is used, because reading all files would delay each resumption.
+            same files, its sketch is used, because reading all would delay each resumption.
     """
     earlier = sketch_in(before)
-    if earlier and before.get("splits") == dataset.splits:
+    if earlier and before.get(VERSION) == version_of(dataset):
         return earlier
     return record_of(dataset, earlier or ()).get(KEY)
 

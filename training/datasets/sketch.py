@@ -19,6 +19,8 @@ from training.data import Dataset
 
 SIZE = 256
 KEY = "sketch"  # in a record of data
+VERSION = "files_version"  # in a checkpoint, of the files that its sketch is of
+ESCAPE = "surrogateescape"  # names need not be UTF-8
 HASH_DIGITS = 16  # of a file's SHA-256
 _HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
@@ -53,6 +55,22 @@ def _smallest_hashes(dataset: Dataset) -> list[str]:
         known["_smallest_hashes"] = sorted(hashes)[:SIZE]
     found: list[str] = known["_smallest_hashes"]
     return found
+
+
+def version_of(dataset: Dataset) -> str:
+    """A digest of the names, sizes and times of the training files; empty if it has no files.
+
+    It is another one if files are replaced under their names. Looking at files takes no time,
+    unlike reading them.
+    """
+    if dataset.folder is None:
+        return ""
+    digest = hashlib.sha256()
+    for name in dataset.files["train"]:
+        with suppress(OSError):
+            about = (dataset.folder / name).stat()
+            digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors=ESCAPE))
+    return digest.hexdigest()
 
 
 def sketch_in(record: Mapping[str, Any]) -> list[str] | None:
