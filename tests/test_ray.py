@@ -693,7 +693,7 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
                 seconds[name] = load.wait_for_answers(50)
     finally:
         assert service.stop() == []
-    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
+    assert set(load.counts) <= {"ok", "dropped", "503"}, load.counts
     with capsys.disabled():
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
 

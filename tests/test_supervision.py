@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import resource
@@ -190,6 +191,24 @@ def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
     """
     shell = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
     assert subprocess.run(shell, cwd=ROOT, timeout=60).returncode > 12
+
+
+def test_a_child_that_dies_slowly_may_have_more_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a driver on Ray, which waits a minute for the deployment of the one before."""
+    now = itertools.count(0.0, 61.0)
+    monkeypatch.setattr("handlers.launch.supervision.time.monotonic", lambda: next(now))
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start(
+            "front", ["false"], dict(os.environ), restarts=True, deaths_within_s=600.0
+        )
+        for _ in range(MAX_DEATHS - 1):
+            child.process.wait()
+            assert supervisor.tend()
+        child.process.wait()
+        with pytest.raises(LaunchError, match=f"front ended {MAX_DEATHS} times within 600 s"):
+            supervisor.tend()
 
 
 def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:

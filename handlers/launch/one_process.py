@@ -10,7 +10,7 @@ from handlers.front.settings import FrontSettings
 from handlers.launch.engines import Plan
 from handlers.launch.environment import child_environment
 from handlers.launch.run_folder import RunFolder
-from handlers.launch.supervision import Child, Supervisor
+from handlers.launch.supervision import DEATHS_WITHIN_S, Child, Supervisor
 
 
 class OneProcess:
@@ -18,9 +18,11 @@ class OneProcess:
 
     Attributes:
         drain_s: seconds that the process may take to end once it is asked to.
+        deaths_within_s: see :class:`handlers.launch.supervision.Child`.
     """
 
     drain_s: ClassVar[float]
+    deaths_within_s: ClassVar[float] = DEATHS_WITHIN_S
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
         self._plan = plan
@@ -36,7 +38,12 @@ class OneProcess:
         environment = child_environment(**variables)
         output = self._plan.logs / "front.out"  # with the tracebacks that clients never see
         self._child = self._supervisor.start(
-            "front", command, environment, restarts=True, output=output
+            "front",
+            command,
+            environment,
+            restarts=True,
+            output=output,
+            deaths_within_s=self.deaths_within_s,
         )
 
     def open(self) -> None:

@@ -182,7 +182,9 @@ def _allowed_hosts(text: str, host: str) -> list[str]:
             raise LaunchError(
                 f"--allowed-hosts takes host names without scheme or port, got {name!r}"
             )
-    return names if host in LOOPBACK or is_address(host) else [*names, host.lower()]
+    if host in LOOPBACK or is_address(host):
+        return names
+    return [*names, host.encode("idna").decode().lower()]  # as clients send it
 
 
 def _watch(

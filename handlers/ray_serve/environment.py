@@ -133,7 +133,9 @@ def own_haproxy(folder: Path, host: str, port: int, *ports: int) -> Path:
         "#!/bin/sh\n"
         "for word; do\n"
         '  case $word in *.cfg*) if [ -f "$word" ]; then\n'
-        f'    sed -i -f {rules} "$word" || exit 1\n'  # or its statistics would listen everywhere
+        f'    sed -i -f {rules} "$word" || exit 1\n'
+        # Of another form than the rules expect: its statistics would listen everywhere.
+        f'    ! grep -Eq "bind [*]?:({"|".join(map(str, ports))})$" "$word" || exit 1\n'
         "  fi;; esac\n"
         "done\n"
         f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'

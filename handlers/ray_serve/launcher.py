@@ -20,6 +20,7 @@ class RayServe(OneProcess):
 
     timers = {ANSWER_SECONDS.name: "whole", QUEUE_SECONDS.name: "queue"}
     drain_s = 40  # of the front and then of the replicas
+    deaths_within_s = 600.0  # a driver may wait a minute for what the one before had deployed
 
     def start(self) -> None:
         """Start the driver; it starts Ray and the replicas, and then listens."""
