@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         check_parent(Path(args.out))
         check_out(Path(args.out))
     options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
-    scorer = FileScorer(open_bundle(args.bundle), Path(), options)
+    scorer = FileScorer(open_bundle(args.bundle), None, options)
     judge = scorer.calibrations.of(args.resize == "fit") or scorer.calibrations.exact
     if judge is not None:
         warnings = [judge.too_small(args.alpha)]

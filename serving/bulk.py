@@ -177,7 +177,7 @@ class FileScorer:
             for i, _ in _passing(images):
                 images[i] = self._read(paths[i])
         for path, image in zip(paths, images, strict=True):
-            if isinstance(image, InputImage) or (not image.may_pass and image.code != "unreadable"):
+            if isinstance(image, InputImage) or image.code == "wrong_size":
                 self._readable = path
         if (failed := _passing(images)) and not self._can_read(set(paths)):
             i, error = failed[0]
@@ -189,18 +189,16 @@ class FileScorer:
 
     def _can_read(self, failed: Set[str]) -> bool:
         """Whether a file that was read before, or else one of the first in the folder, can be."""
-        if self._readable is not None:
-            tried = [self._readable]
-        elif self._folder is not None:
-            others = (path for path in image_paths(self._folder) if path not in failed)
-            tried = list(islice(others, TRIED))
-        else:
-            tried = []
+        tried = [] if self._readable is None else [self._readable]
+        with suppress(OSError):
+            if self._readable is None and self._folder is not None:
+                others = (path for path in image_paths(self._folder) if path not in failed)
+                tried = list(islice(others, TRIED))
         for path in tried:
             with suppress(OSError):
-                if self._read_file(path):
-                    self._readable = path
-                    return True
+                self._read_file(path)
+                self._readable = path
+                return True
         return False
 
     def _read(self, path: str) -> InputImage | ApiError:

@@ -382,11 +382,12 @@ def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
     monkeypatch.setattr(bulk, "RETRY_S", 0.0)
     damaged = next(path for path in image_paths(folder) if path.startswith("class"))
 
-    def scores(of: Path | None, others: dict[str, bytes]) -> list[str | None]:
+    def scores(of: Path | None, others: dict[str, bytes | OSError]) -> list[str | None]:
         def read_here(path: str) -> bytes:
-            if path == damaged:
-                raise OSError(errno.EIO, "I/O error")
-            return others.get(path) or (folder / path).read_bytes()
+            content = OSError(errno.EIO, "I/O error") if path == damaged else others.get(path)
+            if isinstance(content, OSError):
+                raise content
+            return (folder / path).read_bytes() if content is None else content
 
         made = FileScorer(open_bundle(tiny_bundle), of, BulkOptions(), read_here)
         return [row.get("error") for row in made([damaged, *others])]
@@ -395,8 +396,11 @@ def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
     large = io.BytesIO()
     Image.new("RGB", (20, 20)).save(large, "PNG")
     assert scores(None, {"large.png": large.getvalue()}) == ["unreadable", "wrong_size"]
-    with pytest.raises(BulkError, match="no other file can be read"):
-        scores(None, {})
+    empty = {"empty.png": b"", "huge.png": OSError(errno.EFBIG, "File too large")}
+    assert scores(folder, empty) == ["unreadable", "not_an_image", "too_large"]
+    for gone in (None, folder / "gone"):
+        with pytest.raises(BulkError, match="no other file can be read"):
+            scores(gone, {})
 
 
 def test_all_processes_must_score_with_one_bundle(

@@ -335,28 +335,34 @@ def test_a_link_that_is_moved_brings_no_calibrations_of_another_bundle(
 
 
 def test_whoever_reads_the_bundle_reads_its_calibrations(
-    bundle: Path, small_images: np.ndarray, tmp_path: Path
+    bundle: Path, dark: np.ndarray, tmp_path: Path
 ) -> None:
     """A service may run as another user than the command that writes them."""
-    bundle.chmod(0o755)
-    Image.fromarray(small_images[0]).save(tmp_path / "new.png")
+    Image.fromarray(dark[0]).save(tmp_path / "new.png")
+    path = bundle / FOLDER / "default.npz"
     before = os.umask(0o077)
     try:
-        give_feedback(bundle, "default", [tmp_path / "new.png"], [])
-        path = bundle / FOLDER / "default.npz"
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
-        assert stat.S_IMODE(path.stat().st_mode) == 0o644
-        path.chmod(0o640)
-        give_feedback(bundle, "default", [], [tmp_path / "new.png"])
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        for mode, umask in ((0o755, 0o077), (0o750, 0o022)):
+            shutil.rmtree(path.parent, ignore_errors=True)
+            bundle.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(bundle, 12345, 12345)
+            os.umask(umask)
+            for change in ([tmp_path / "new.png"], []), ([], [tmp_path / "new.png"]):
+                give_feedback(bundle, "default", *change)
+                for one in (path, path.parent):
+                    found = one.stat()
+                    needed = mode & (0o666 if one == path else 0o777)
+                    assert stat.S_IMODE(found.st_mode) & needed == needed
+                    assert os.geteuid() or (found.st_uid, found.st_gid) == (12345, 12345)
     finally:
         os.umask(before)
 
 
 def test_feedback_stays_with_the_bundle_that_a_link_led_to(
-    bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, dark: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.fromarray(small_images[0]).save(tmp_path / "new.png")
+    Image.fromarray(dark[0]).save(tmp_path / "new.png")
     later, link = bundle.with_name("later"), bundle.with_name("current")
     shutil.copytree(bundle, later)
     link.symlink_to(bundle)

@@ -10,8 +10,9 @@ Every engine of ``ade serve`` gives these answers.
 
 In the environment of the recording (versions, processor), bodies are compared byte for byte.
 Elsewhere rounding may differ: there, numbers are compared within a tolerance and pictures and
-arrays by shape and mean, and everything else still exactly. In all environments, the engines'
-bodies are compared byte for byte with each other.
+arrays by shape and mean, and everything else still exactly. In all environments, the bodies of
+the engines that one run tests are compared byte for byte with each other: `make test` compares
+TorchServe with ASGI, `make test-ray` all three.
 """
 
 from __future__ import annotations

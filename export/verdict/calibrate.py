@@ -36,7 +36,14 @@ from serving.images import coder_version
 from serving.messages import counted
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.store import FOLDER, SUFFIX, check_name, path_of, write_calibrations
+from serving.verdict.store import (
+    FOLDER,
+    SUFFIX,
+    check_name,
+    folder_of,
+    path_of,
+    write_calibrations,
+)
 from training.data import REPEATS, Report
 
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
@@ -159,7 +166,7 @@ def calibrate_into(
     parts = _parts(bundle, fit, calibrate, trained, report)
     calibrations, _ = _calibrate(bundle, parts, _own_calibration(bundle), report, unseen)
     named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
-    with locked(folder / FOLDER / LOCK, wait=True):
+    with locked(folder_of(folder) / LOCK, wait=True):
         given = _given(folder, name, discard_feedback)  # feedback may have come meanwhile
         written = write_calibrations(folder, named)
     if given:

@@ -29,7 +29,7 @@ from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
-from serving.verdict.store import FOLDER, check_name, write_calibrations
+from serving.verdict.store import FOLDER, check_name, folder_of, write_calibrations
 from training.data import Report
 from training.datasets.sketch import HASH_DIGITS
 
@@ -131,7 +131,7 @@ def give_feedback(
     images, unusable = _read(engine, files, has_both, report)
     if not images:  # nothing is written, not even a lock file
         return Feedback(0, 0, 0, 0, 0, unusable, before.version, before.version)
-    with locked(folder / FOLDER / LOCK, wait=True):
+    with locked(folder_of(folder) / LOCK, wait=True):
         before = engine.store.usable(name)  # another process may have changed it
         joining, leaving, fitted, calibrating = _changing(before, images)
         if not force:

@@ -259,12 +259,17 @@ def _text(value: Any) -> str:
     """The text of a parameter, as in a form.
 
     Raises:
-        ApiError: 400, its lists are nested more deeply than orjson writes, though it reads them.
+        ApiError: 400, its lists are nested more deeply than orjson writes, though it reads them, or
+            it is a whole number of more than 64 bits.
     """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON has one type of numbers: 4.0 is 4
     try:
         return value if isinstance(value, str) else orjson.dumps(value).decode()
     except TypeError:
-        raise malformed("a parameter holds too deeply nested lists") from None
+        raise malformed(
+            "a parameter holds too deeply nested lists, or a number of more than 64 bits"
+        ) from None
 
 
 def respond(call: Call | None, response: Response) -> Response:

@@ -7,6 +7,7 @@ calibration that it got, whatever happens to the file meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -58,10 +59,37 @@ def path_of(bundle: Path, name: str) -> Path:
     return bundle / FOLDER / f"{name}{SUFFIX}"
 
 
+def folder_of(bundle: Path) -> Path:
+    """The folder of a bundle's named calibrations, which is made if there is none.
+
+    Whoever can read the bundle can read it, whatever umask and user the writer has.
+    """
+    folder = bundle / FOLDER
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        _open_to_readers(folder, bundle.stat(), 0o777)
+    return folder
+
+
+def _open_to_readers(path: Path | int, like: os.stat_result, bits: int) -> None:
+    """Let those who can read another file or folder read a new one, too; nobody loses a right.
+
+    Args:
+        path: of the new one, or its open file.
+        like: of the other one. Its owner and group are taken over as far as this process may.
+        bits: of the mode that are taken over.
+    """
+    for owner, group in ((like.st_uid, like.st_gid), (-1, like.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.chown(path, owner, group)
+            break
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | like.st_mode & bits)
+
+
 def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations:
     """Write a named calibration into a bundle's folder in one step; running services take it over.
 
-    Whoever can read the bundle can read it, whatever the umask of the writer is.
+    Whoever can read the bundle, or the file that is replaced, can read it.
 
     Args:
         bundle: the bundle's folder.
@@ -74,14 +102,12 @@ def write_calibrations(bundle: Path, calibrations: Calibrations) -> Calibrations
         CalibrationError: the name is not valid.
     """
     path = path_of(bundle, calibrations.name)
-    if not path.parent.exists():
-        path.parent.mkdir()
-        path.parent.chmod(stat.S_IMODE(bundle.stat().st_mode))
-    mode = (path if path.exists() else bundle).stat().st_mode & 0o666
+    folder_of(bundle)
+    like = (path if path.exists() else bundle).stat()
     content = calibrations.to_bytes()
     with replacing(path) as file:
         file.write(content)
-        os.fchmod(file.fileno(), mode)
+        _open_to_readers(file.fileno(), like, 0o666)
     return replace(calibrations, version=version_of(content))
 
 
