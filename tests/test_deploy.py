@@ -135,7 +135,7 @@ def test_the_pods_arguments_are_those_of_the_command(container: dict[str, Any]) 
     args = parse(["serve", *words])
     assert args.expose_metrics
     services = yaml.safe_load_all((KUBERNETES / "base" / "service.yaml").read_text())
-    assert set(_allowed_hosts(args.allowed_hosts)) == {
+    assert set(_allowed_hosts(args.allowed_hosts, args.host)) == {
         service["metadata"]["name"] + domain
         for service in services
         for domain in ("", ".default", ".default.svc", ".default.svc.cluster.local")
@@ -289,7 +289,7 @@ def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
     args = parse(["serve", *words])
     assert args.engine == "asgi" and [str(b) for b in args.bundles] == ["/mnt/models"]
     inside = {f"ade-predictor{d}" for d in ("", ".default", ".default.svc")}
-    assert set(_allowed_hosts(args.allowed_hosts)) == {
+    assert set(_allowed_hosts(args.allowed_hosts, args.host)) == {
         *inside,
         "ade-predictor.default.svc.cluster.local",
         "ade-default.example.com",

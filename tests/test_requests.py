@@ -307,7 +307,7 @@ BAD_PARAMETERS = [
     ({"n": 0}, "n must be from 1 to 256, got 0"),
     ({"n": 257}, "got 257"),
     ({"n": 10**400}, "an integer of 1329 bits"),
-    ({"n": 1.0}, "n must be a whole number"),
+    ({"n": 1.5}, "n must be a whole number"),
     ({"n": True}, "n must be a whole number"),
     ({"n": "x"}, "n must be a whole number"),
     ({"n": [1]}, "n must be a whole number"),

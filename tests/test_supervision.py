@@ -143,6 +143,7 @@ def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
 def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
     """At which its readiness is asked, too."""
     assert serve._allowed_hosts("", "Box.lan") == ["box.lan"]
+    assert serve._allowed_hosts("", "Bücher.lan") == ["xn--bcher-kva.lan"]  # as clients send it
     check_host(["box.lan:7860"], serve._allowed_hosts("a.example", "Box.lan"))
     for host in ("127.0.0.1", "localhost", "0.0.0.0", "10.0.0.1"):
         assert serve._allowed_hosts("a.example", host) == ["a.example"]
