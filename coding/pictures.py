@@ -26,6 +26,7 @@ _GREY = ["converted from L to RGB"]
 _NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
 _DEPTH_AT = 24  # in a PNG, the bits of each sample
 _ATTEMPTS = 3  # to decode an image, on a machine that is too busy for a moment
+PAUSE_S = 1.0  # before the second; twice as long before the third
 _WEBP = {"lossless": True, "method": 4, "quality": 100}  # smaller than method 6
 
 
@@ -139,7 +140,7 @@ def update_digest(digest: hashlib._Hash, picture: Picture, is_file: bool) -> Non
 
 def _decode(blob: bytes) -> DecodedImage:
     for attempt in range(_ATTEMPTS):
-        time.sleep(attempt)  # what fails at once, such as for lack of memory, may pass
+        time.sleep(attempt * PAUSE_S)  # what fails at once, such as for lack of memory, may pass
         try:
             return read_image(blob)
         except (ImageError, MemoryError, DecoderError) as error:

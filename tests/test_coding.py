@@ -444,6 +444,11 @@ def save_array(path: Path, images: np.ndarray) -> ArraySource:
     return ArraySource(path)
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coding.pictures.PAUSE_S", 0.0)
+
+
 @pytest.fixture
 def archived(
     bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
