@@ -1078,7 +1078,8 @@ def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_
         if part.exists() and part.stat().st_size > 10_000:
             back = tmp_path / "part.npy"
             found = decompress.decompress(part, back, bundle)
-            assert found.is_truncated
+            # It may be whole: killed before it had its name.
+            assert found.is_truncated or found.restored == 8 * len(small_images)
             rows = np.load(back)[: found.restored]
             assert np.array_equal(rows, np.concatenate([small_images] * 8)[: len(rows)])
             back.unlink()
