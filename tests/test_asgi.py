@@ -873,6 +873,11 @@ def test_v2_errors(app: RunningApplication, change: dict[str, Any], status: int)
     assert set(answer.json()) == {"error"} and len(answer.json()["error"]) < 300
 
 
+def test_v2_parameters_may_have_a_fraction_of_zero() -> None:
+    texts = {4.0: "4", 0.5: "0.5", 1e300: "1e300", "x": "x"}
+    assert {value: v2._text(value) for value in texts} == texts
+
+
 def test_v2_answers_in_json_are_bounded() -> None:
     """A number takes several times the bytes that it has in a binary tensor."""
     tensor = np.zeros((400, 20, 400), np.float32)

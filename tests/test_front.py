@@ -1298,24 +1298,26 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         runner.run(check())
 
 
+async def patient() -> dict[str, Any]:
+    """What a client that stays sends: nothing, for ever."""
+    return await asyncio.Future()
+
+
+async def take_turn(lane: Lane) -> None:
+    async with lane.turn(patient):
+        pass
+
+
 @pytest.mark.parametrize("num_before", range(6))
 @pytest.mark.parametrize("num_steps", range(8))
 @pytest.mark.parametrize("leaves_first", [True, False])
 def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
     num_before: int, num_steps: int, leaves_first: bool
 ) -> None:
-    async def patient() -> dict[str, Any]:
-        return await asyncio.Future()
-
     async def check() -> None:
         lane = Lane(Limits(in_flight=(1, 1, 1)))
-
-        async def one() -> None:
-            async with lane.turn(patient):
-                pass
-
         async with lane.turn(patient):
-            waiting = asyncio.create_task(one())
+            waiting = asyncio.create_task(take_turn(lane))
             for _ in range(num_before):
                 await asyncio.sleep(0)
             if not leaves_first:
@@ -1328,7 +1330,7 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
             waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         async with asyncio.timeout(5):
-            await one()
+            await take_turn(lane)
         assert lane._num_in_flight == 0
 
     asyncio.run(check())
@@ -1336,18 +1338,10 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
 
 @pytest.mark.parametrize("num_steps", range(6))
 def test_a_turn_is_not_lost_if_the_last_request_leaves_as_another_comes(num_steps: int) -> None:
-    async def patient() -> dict[str, Any]:
-        return await asyncio.Future()
-
     async def check() -> None:
         lane = Lane(Limits(in_flight=(1, 1, 1)))
-
-        async def one() -> None:
-            async with lane.turn(patient):
-                pass
-
         async with lane.turn(patient):
-            waiting = asyncio.create_task(one())
+            waiting = asyncio.create_task(take_turn(lane))
             for _ in range(num_steps):
                 await asyncio.sleep(0)
         async with asyncio.timeout(5):

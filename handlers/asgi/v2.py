@@ -20,6 +20,7 @@ import orjson
 
 from handlers.limits import MAX_REQUEST_BYTES
 from serving.api.errors import ApiError, ProtocolError, internal_error, malformed, unusable
+from serving.api.model import whole
 from serving.api.requests import (
     JSON_BYTES_PER_NUMBER,
     MAX_IMAGES,
@@ -259,17 +260,12 @@ def _text(value: Any) -> str:
     """The text of a parameter, as in a form.
 
     Raises:
-        ApiError: 400, its lists are nested more deeply than orjson writes, though it reads them, or
-            it is a whole number of more than 64 bits.
+        ApiError: 400, its lists are nested more deeply than orjson writes, though it reads them.
     """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON has one type of numbers: 4.0 is 4
     try:
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
+        return value if isinstance(value, str) else orjson.dumps(whole(value)).decode()
     except TypeError:
-        raise malformed(
-            "a parameter holds too deeply nested lists, or a number of more than 64 bits"
-        ) from None
+        raise malformed("a parameter holds too deeply nested lists") from None
 
 
 def respond(call: Call | None, response: Response) -> Response:

@@ -252,6 +252,12 @@ def _boolean(field: Field, value: Any) -> bool:
     return value
 
 
+def whole(value: Any) -> Any:
+    """4 for 4.0, because JSON has one type of numbers; any other value as it is."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT
+    return int(value) if is_whole else value
+
+
 def _integer(field: Field, value: Any) -> int:
     limits = field.mark(Between)
     assert limits is not None
@@ -259,8 +265,7 @@ def _integer(field: Field, value: Any) -> int:
     if isinstance(value, str) and _is_decimal(value):
         with contextlib.suppress(ValueError):  # the text itself is reported below
             value = int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
-        value = int(value)  # JSON has one type of numbers: 4.0 is 4
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise unusable(
             "bad_parameter",

@@ -60,7 +60,7 @@ def path_of(bundle: Path, name: str) -> Path:
 
 
 def folder_of(bundle: Path) -> Path:
-    """The folder of a bundle's named calibrations, which is made if there is none.
+    """The folder of a bundle's named calibrations; it is created if it does not exist.
 
     Whoever can read the bundle can read it, whatever umask and user the writer has.
     """
