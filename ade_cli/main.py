@@ -26,7 +26,7 @@ VERBS = {
     "train": "train a model on a data set or a folder of images",
     "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
     "compare": "train several systems under one budget, measure them alike, and write one report",
-    "encoder": "make a network that tells things apart, for a gate or as a guide",
+    "encoder": "make a network that tells things apart, for ade calibrate or ade train --guide",
     "export": "turn a run's checkpoint into a bundle that can be served",
     "calibrate": "calibrate a bundle's gate on your images, without training",
     "gate": "count a gate's alarms per day at each alpha, or give it feedback on images",

@@ -547,7 +547,7 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
 
 
 def documented() -> list[str]:
-    """The how-to's programs: the service, TorchServe's handler, and the gate by itself."""
+    """The how-to's programs: service, upload form, TorchServe's handler, the gate by itself."""
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
@@ -569,7 +569,7 @@ def test_the_documented_service(
 ) -> None:
     """An ID image is classified, an OOD image is not, and if the gate fails no image is."""
     monkeypatch.chdir(ROOT)
-    service, _, in_process = documented()
+    service, _, _, in_process = documented()
     names: dict[str, Any] = {}
     exec(compile(service, "service.py", "exec"), names)
     watched = names["classifier"] = Watched(names["classifier"])
@@ -606,6 +606,21 @@ def test_the_documented_service(
     assert capsys.readouterr().out.startswith(" ".join(map(str, expected)))
 
 
+def test_the_documented_upload_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate guards the uploads alone: the site's other forms have no images."""
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(documented()[1], names)
+    site = names["site"]
+    site.post("/log-in")(lambda: "welcome")
+    client = TestClient(site)
+    assert client.post("/log-in", data={"user": "me"}).json() == "welcome"
+    for image, status in ((HORSE.read_bytes(), 200), (write_png(NOISE), 422)):
+        form = {"data": {"title": "mine"}, "files": {"image": image}}
+        assert client.post("/upload/photo", **form).status_code == status
+    assert client.post("/upload/photo", data={"title": "mine"}).status_code == 415
+
+
 def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
     """As a process of its own: once killed, it answers nothing; started again, it classifies."""
     (tmp_path / "service.py").write_text(documented()[0])
@@ -640,7 +655,7 @@ def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
 def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Loaded and called by the code of TorchServe's worker: each image has its own status."""
     loader = pytest.importorskip("ts.model_loader")
-    (tmp_path / "gated.py").write_text(documented()[1])
+    (tmp_path / "gated.py").write_text(documented()[2])
     shutil.copy(PRETRAINED / "features.onnx", tmp_path / "classifier.onnx")
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
     (options,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -39,7 +39,7 @@ class TrainConfig:
         warmup_steps: steps over which the learning rates grow linearly from zero.
         cooldown: last fraction of the budget, over which the learning rates fall linearly to a
             fiftieth.
-        coverage: whether the model is trained with L_C.
+        coverage: whether the model is trained with L_C, the likelihood's loss.
         free_bits: nats per latent channel and image; the KL of a channel costs nothing below it
             (reported values of L_C are without this).
         kl_warmup: training images, from the start, over which the weight of the KL grows from 0 to
@@ -50,8 +50,8 @@ class TrainConfig:
         noisy_share: share of the generated images that the discriminator sees with the decoder's
             noise; the others are mean samples, as in the paper. If the discriminator sees mean
             samples only, density samples look too noisy.
-        quality_weight: ``w`` in ``L_C + w L_Q`` with L_C in bits per dimension and L_Q in nats;
-            without L_C, the weight of L_Q alone.
+        quality_weight: ``w`` in ``L_C + w L_Q``: L_C is the likelihood's loss, in bits per
+            dimension, and L_Q the adversarial loss, in nats; without L_C, the weight of L_Q alone.
         guide_weight: weight of the guide's loss: the mean squared distance of each generated
             image's features from those that it needs, so that all of them together have the mean
             and the covariance of real images' features; 0 without a guide.

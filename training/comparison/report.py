@@ -256,7 +256,7 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         for column, how in _how(row["measured"] or {}).items():
             columns.setdefault(column, {}).setdefault(how, []).append(row_label(row))
-    lines = []
+    lines = ["Ticks: f, with a flow; adv, with a discriminator; mle, trained by likelihood."]
     for column, hows in columns.items():
         parts = [
             how + (f" ({', '.join(labels)})" if len(hows) > 1 else "")
