@@ -15,6 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from handlers.torchserve.front import ServerSettings
+from handlers.torchserve.wire import TYPE_HEADER
 from serving.ports import free_ports
 from tests.helpers import ROOT, wait_for
 
@@ -27,8 +28,6 @@ run(ServerSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
 """
 TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
     "died": (500, "InternalServerException", "Worker died."),
-    "form": (500, "ErrorDataDecoderException", "bad multipart"),
-    "boundary": (500, "StringIndexOutOfBoundsException", "Index 0 out of bounds for length 0"),
     "full": (
         503,
         "ServiceUnavailableException",
@@ -101,7 +100,7 @@ class Upstream:
             "X-Hop": "1",
             "Connection": "X-Hop",
         }
-        word = request.headers.get("Content-Type", "").removeprefix("test/")
+        word = request.headers.get(TYPE_HEADER, "").removeprefix("test/")
         if word in TORCHSERVE_ERRORS:
             status, kind, message = TORCHSERVE_ERRORS[word]
             return web.json_response(

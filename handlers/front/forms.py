@@ -1,6 +1,6 @@
 """Checks forms before an engine reads them.
 
-Engines lose repeated fields, parts without a name, a part that is cut off and all but one of the
+Parsers lose repeated fields, parts without a name, a part that is cut off and all but one of the
 files in one field, and mistake an image under a form's content type for a malformed form.
 """
 
@@ -33,8 +33,6 @@ def quieten_parser() -> None:
 def checked_type(content_type: str, body: bytearray) -> str:
     """The content type under which a body is passed on; empty if the one given is not the body's.
 
-    That of a form is in lower case, because some engines know no other.
-
     ``curl --data-binary``, ``wget --post-file`` and urllib declare every body a URL-encoded form.
     Such a form is ASCII text; anything else is a file that was sent as the body.
 
@@ -42,8 +40,7 @@ def checked_type(content_type: str, body: bytearray) -> str:
         ApiError: 400, a field is repeated or the form cannot be parsed; 413, it has too many
             fields.
     """
-    kind, mark, parameters = content_type.partition(";")
-    kind = kind.strip().lower()
+    kind = content_type.partition(";")[0].strip().lower()
     if kind == URLENCODED:
         if body[:_FILE_START].translate(None, _TEXT):
             return ""
@@ -52,9 +49,7 @@ def checked_type(content_type: str, body: bytearray) -> str:
         _check_names(multipart_names(content_type, body))
     elif kind.startswith("multipart/"):  # some engines take whatever begins so for a form
         raise not_a_form()
-    else:
-        return content_type
-    return kind + mark + parameters
+    return content_type
 
 
 def _check_names(names: list[bytes]) -> None:
@@ -71,7 +66,7 @@ def _urlencoded_names(body: bytearray) -> list[bytes]:
     if body.count(b"&") >= MAX_FIELDS:
         raise too_many_fields()
     form = bytes(body).strip(b"\r\n")
-    if b"\r" in form or b"\n" in form:  # one engine drops what follows
+    if b"\r" in form or b"\n" in form:  # some parsers drop what follows
         raise malformed(
             "a URL-encoded form has no line breaks: write them as %0D%0A, and send JSON as "
             "application/json"

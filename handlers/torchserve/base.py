@@ -16,10 +16,12 @@ from typing import Any
 
 from ts.metrics import caching_metric
 
+from handlers.asgi.worker import answer_batch
+from handlers.front.forms import quieten_parser
+from handlers.torchserve import wire
 from handlers.torchserve.reporter import Reporter, worker_name
 from serving.api.errors import overloaded, stopping
 from serving.api.journal import Journal
-from serving.api.requests import MULTIPART, PROBE_HEADER, URLENCODED, RawRequest, is_type
 from serving.api.responses import error_response
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
@@ -39,6 +41,7 @@ class OperationHandler:
     def initialize(self, context: Any) -> None:
         """Load the engine from the archive's folder with the options of its YAML file."""
         _quieten()
+        quieten_parser()
         properties = context.system_properties
         options = context.model_yaml_config["ade"]
         engine = InferenceEngine(
@@ -70,11 +73,15 @@ class OperationHandler:
             elif self._leaving.is_set():
                 answers = [error_response(overloaded("the worker is replaced")) for _ in data]
             else:
-                answers = self.service.answer(
-                    [
-                        _raw_request(row, context.get_all_request_header(i), context.request_ids[i])
-                        for i, row in enumerate(data)
-                    ]
+                heads = [
+                    wire.unpack(context.get_all_request_header(i), context.request_ids[i])
+                    for i in range(len(data))
+                ]
+                answers = answer_batch(
+                    self.service,
+                    context.model_name,
+                    {"requests": heads},
+                    [row["body"] for row in data],
                 )
         bodies = []
         for i, answer in enumerate(answers):
@@ -119,14 +126,3 @@ def _quieten() -> None:
     logging.getLogger().addHandler(warnings)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
-
-
-def _raw_request(row: dict[str, Any], headers: dict[str, Any], request_id: str) -> RawRequest:
-    # The headers of a form's parts, {"content-type": ...}, share this dictionary with the headers
-    # of the request.
-    named = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    content_type, probe = named.get("content-type", ""), PROBE_HEADER.lower() in named
-    if is_type(content_type, MULTIPART, URLENCODED):
-        return RawRequest(content_type, None, row, probe, request_id)
-    body = row.get("body", row.get("data", b""))
-    return RawRequest(content_type, body if body is not None else b"", probe=probe, id=request_id)

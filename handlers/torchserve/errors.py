@@ -1,7 +1,7 @@
 """Translates TorchServe's own errors into the API's.
 
 TorchServe answers ``{"code": STATUS, "type": JAVA_EXCEPTION, "message": TEXT}``. The front
-translates this by the tables below.
+translates this by the table below.
 """
 
 from __future__ import annotations
@@ -11,15 +11,9 @@ import logging
 from serving.api.errors import ApiError, internal_error, malformed, overloaded, worker_died
 
 logger = logging.getLogger(__name__)
-_UNREADABLE_FORM = (400, "malformed_request", "the form cannot be parsed")
 BY_STATUS = {
     404: (404, "unknown_model", "the service has no model of this name"),
     413: (413, "request_too_large", "the request is larger than the server reads"),
-}
-BY_TYPE = {
-    "ArrayIndexOutOfBoundsException": _UNREADABLE_FORM,
-    "ErrorDataDecoderException": _UNREADABLE_FORM,
-    "StringIndexOutOfBoundsException": _UNREADABLE_FORM,
 }
 WORKER_DIED = "Worker died"  # other failures share the type of this message
 FRONTS_KEY_REFUSED = "InvalidKeyException"  # about the front's key, not about a client's token
@@ -35,7 +29,7 @@ def translate(status: int, kind: str, message: str) -> ApiError:
         kind: name of the Java exception.
         message: its text.
     """
-    known = BY_STATUS.get(status) or BY_TYPE.get(kind)
+    known = BY_STATUS.get(status)
     if known is not None:
         return ApiError(*known)
     if WORKER_DIED in message:

@@ -24,10 +24,10 @@ from handlers.front.admission import Lane, Limits, Memory
 from handlers.front.exposition import only_metrics
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.settings import FrontSettings
+from handlers.torchserve import wire
 from handlers.torchserve.errors import translate
 from handlers.torchserve.exposition import by_convention
 from serving.api.errors import ApiError, no_answer
-from serving.api.requests import PROBE_HEADER
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"
@@ -138,9 +138,7 @@ class ModelServer:
         Raises:
             ApiError: 503 ``unavailable``: the model server did not answer.
         """
-        headers = {"Content-Type": request.content_type} if request.content_type else {}
-        if request.is_probe:
-            headers[PROBE_HEADER] = "1"
+        headers = wire.pack(request.content_type, request.is_probe)
         try:
             async with server.request(
                 request.method, request.path, headers=headers, data=request.body or None
