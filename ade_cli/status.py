@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _releases(found: dict[str, Any]) -> list[str]:
-    """A canary with its figures beside those of the current bundle, and what a rollback serves."""
+    """A canary and the current bundle with their figures, the previous one, the last command."""
     releases, lines = found["releases"] or {}, []
     if releases.get("canary"):
         share = f"{releases['share']:.3g} of the requests"
@@ -53,6 +53,9 @@ def _releases(found: dict[str, Any]) -> list[str]:
                 )
     if releases.get("previous"):
         lines.append(f"previous    {', '.join(releases['previous'])}, for ade rollback")
+    if last := releases.get("last_command"):
+        text = "{began} {command}: {state}: {detail}".format(**last)
+        lines.append(f"upgrade     {text}".replace("\n", "\n            "))
     return lines
 
 

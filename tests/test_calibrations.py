@@ -218,10 +218,12 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
         engine.store.get("night")
         assert reason in engine.store.broken["night"]
         assert len([r for r in caplog.records if "night cannot be used" in r.message]) == 1
+        assert engine.store.missing == []
         # One that starts now has nothing to fall back on.
         fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
         with pytest.raises(UnknownCalibration):
             fresh.store.get("night")
+        assert fresh.store.missing == ["night"]
         with pytest.raises(CalibrationError, match=reason):
             fresh.store.usable("night")
     add(bundle, night_file, "night")
@@ -301,6 +303,7 @@ def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     make(default)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     assert engine.store.get().exact is None and "default" in engine.store.broken
+    assert engine.store.missing == ["default"]
     (score,) = engine.score(small_images[:1])
     assert isinstance(score, Score) and score.verdict is None
     assert str(decide(None, score.calibrations, False, 0.1).reason).startswith("calibration_broken")
@@ -312,6 +315,9 @@ def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     assert "default.npz" in capsys.readouterr().err.splitlines()[-1]
     default.unlink()
     assert engine.store.get().exact is not None and not engine.store.broken
+    make(default)
+    engine.store.refresh()
+    assert "default" in engine.store.broken and engine.store.missing == []
 
 
 def test_a_link_that_is_moved_brings_no_calibrations_of_another_bundle(
@@ -438,6 +444,7 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     (score,) = engine.score(dark[:1])
     assert isinstance(score, Score) and score.verdict is None
     assert engine.store.broken == {"/": f"{bundle / FOLDER} is gone"}
+    assert engine.store.missing == ["default"]
     bundle.with_name("elsewhere").rename(bundle)
     expected = Calibrations.load(night_file).version
     assert engine.store.get().version == expected and not engine.store.broken

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from ade_cli.main import parse
-from handlers.front.exposition import REFUSALS
+from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch.serve import _allowed_hosts
 from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
@@ -60,12 +60,12 @@ def tool(name: str) -> str:
 
 def test_alarms_are_about_metrics_that_exist() -> None:
     known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
-    known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES)}
+    known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES, START)}
     known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
     known["up"] = set()
     rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
-        names = re.findall(r"\b((?:ade|ts)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
+        names = re.findall(r"\b((?:ade|ts|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
         assert names, rule["alert"]
         for name, labels in names:
             used = set(re.findall(r"(\w+)=", labels))
@@ -74,7 +74,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
                 assert set(grouped.split(", ")) <= known[name] | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-    assert len(rules) == 10
+    assert len(rules) == 13
 
 
 @pytest.mark.parametrize(
@@ -306,11 +306,10 @@ def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
 
 def test_compose_finds_its_files() -> None:
     services = load(DEPLOY / "compose.yaml")["services"]
-    made_by_the_operator = {"certificate.pem", "key.pem", "keys.conf"}
     for service in services.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            if source.startswith("./") and source[2:] not in made_by_the_operator:
+            if source.startswith("./") and source != "./secrets":  # made by the operator
                 assert (DEPLOY / source).exists(), source
     assert parse(["serve", "--host", "0.0.0.0", *services["ade"]["command"]]).host == "127.0.0.1"
     assert [name for name, s in services.items() if "ports" in s] == ["network"]
@@ -323,6 +322,25 @@ def test_compose_finds_its_files() -> None:
     # Not a tmpfs, which is memory, and noexec: TorchServe loads a native library from there.
     assert services["ade"]["volumes"] == ["cache:/home/ade/.cache"] and services["ade"]["read_only"]
     assert any("--owner ade" in step and "/home/ade/.cache" in step for _, step in STEPS)
+
+
+def test_compose_bounds_its_logs() -> None:
+    for service in load(DEPLOY / "compose.yaml")["services"].values():
+        assert service["logging"]["driver"] == "local"
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+
+
+def test_nginx_reads_secrets_that_were_replaced() -> None:
+    """They are in a mounted folder, and the reload that the pages name finds the process."""
+    nginx = load(DEPLOY / "compose.yaml")["services"]["nginx"]
+    configuration = (DEPLOY / "nginx.conf").read_text()
+    named = re.findall(r"(?:include|ssl_certificate(?:_key)?) (\S+);", configuration)
+    assert named == [f"secrets/{name}" for name in ("keys.conf", "certificate.pem", "key.pem")]
+    assert "./nginx.conf:/etc/ade/nginx.conf:ro" in nginx["volumes"]
+    assert "./secrets:/etc/ade/secrets:ro" in nginx["volumes"]
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    (options,) = re.findall(r"exec nginx nginx (.*) -s reload", operations)
+    assert f"exec nginx {options} -g " in nginx["command"][-1]
 
 
 def test_the_working_folder_holds_what_the_page_keeps() -> None:

@@ -510,6 +510,28 @@ def test_refusals_of_the_front_are_counted(front: RunningFront, upstream: Upstre
     assert num_refusals(front, upstream, "malformed_request") == before + 1
 
 
+@pytest.mark.parametrize(
+    "code, line, field",
+    [
+        ("not_found", b"GET /models", b"Host: localhost"),
+        ("not_allowed", b"DELETE /ping", b"Host: localhost"),
+        ("host_not_allowed", b"GET /ping", b"Host: evil.example"),
+        ("cross_origin", b"POST /predictions/score", b"Host: localhost\r\nOrigin: null"),
+        ("malformed_request", b"GET", b"Host: localhost"),
+        ("headers_too_large", b"GET /ping", b"X: " + b"x" * 70_000),
+        ("not_implemented", b"CONNECT localhost:1", b"Host: localhost"),
+    ],
+)
+def test_refusals_before_an_endpoint_are_counted_too(
+    front: RunningFront, upstream: Upstream, code: str, line: bytes, field: bytes
+) -> None:
+    before = num_refusals(front, upstream, code)
+    with front.connect() as connection:
+        connection.sendall(line + b" HTTP/1.1\r\n" + field + b"\r\nContent-Length: 0\r\n\r\n")
+        assert json.loads(read_answer(connection)[1])["error"]["code"] == code
+    assert num_refusals(front, upstream, code) == before + 1
+
+
 def test_metrics_beyond_loopback_require_the_token(tmp_path: Path) -> None:
     address = address_beyond_loopback()
     made = RunningFront(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
@@ -569,7 +591,7 @@ def test_a_token(tmp_path: Path) -> None:
             answer = post(guarded, Authorization=value)
             assert answer.status_code == 401 and error_of(answer) == "bad_token"
             assert answer.headers["www-authenticate"] == "Bearer"
-        assert upstream.seen == []
+        assert upstream.seen == [] and num_refusals(guarded, upstream, "bad_token") == 3
         came = post(guarded, Authorization="bearer " + "t" * 43).json()
         assert dict(came["headers"])["Authorization"] == "Bearer key-of-torchserve"
         # The metrics still listen only on loopback.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import shutil
 import socket
 import ssl
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from serving.ports import free_ports
-from tests.helpers import ROOT, npy
+from tests.helpers import ROOT, npy, wait_for
 from tests.service import RunningService
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -51,7 +52,8 @@ def proxy(service: RunningService, folder: Path) -> Iterator[str]:
         assert old in text
         text = text.replace(old, new)
     (folder / "nginx.conf").write_text(text)
-    (folder / "keys.conf").write_text(f'"{KEY}" tests;\n')
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "keys.conf").write_text(f'"{KEY}" tests;\n')
     subprocess.run(
         [
             "openssl",
@@ -65,9 +67,9 @@ def proxy(service: RunningService, folder: Path) -> Iterator[str]:
             "-subj",
             "/CN=127.0.0.1",
             "-keyout",
-            str(folder / "key.pem"),
+            str(folder / "secrets" / "key.pem"),
             "-out",
-            str(folder / "certificate.pem"),
+            str(folder / "secrets" / "certificate.pem"),
         ],
         check=True,
         capture_output=True,
@@ -180,6 +182,25 @@ def test_keys(proxy: str, key: str | None) -> None:
         and answer.headers["x-content-type-options"] == "nosniff"
         and "retry-after" not in (answer.headers)
     )
+
+
+def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: Path) -> None:
+    """By the command that docs/operations.md names; its file may be renamed over the old one."""
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    (options,) = re.findall(r"^sudo nginx (.* -s reload)$", operations, re.MULTILINE)
+    keys, other = folder / "secrets" / "keys.conf", KEY[::-1]
+
+    def is_taken(key: str) -> bool:
+        return ask(proxy, "/v1/sample", key, json={"n": 500}).status_code == 422
+
+    assert NGINX is not None
+    before = keys.read_text()
+    for text, valid, refused in ((f'"{other}" tests;\n', other, KEY), (before, KEY, other)):
+        (folder / "new").write_text(text)
+        (folder / "new").rename(keys)
+        subprocess.run([NGINX, *options.split()], cwd=folder, check=True)
+        wait_for(lambda key=valid: is_taken(key))
+        assert code_of(ask(proxy, "/v1/sample", refused, json={})) == "bad_key"
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER"])

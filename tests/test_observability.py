@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from handlers.asgi.metrics import QUEUE_SECONDS
+from handlers.front.exposition import REFUSALS, START
 from handlers.launch.profile import profile_table, read_totals
 from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.launcher import TorchServe
@@ -75,6 +76,7 @@ def test_metrics_follow_the_conventions() -> None:
     assert re.search(r"TYPE ts_queue_latency_seconds_total counter\nts_queue\S+ 0.02\n", text)
     assert '\nts_responses_total{class="5xx",Level="Host",Hostname="h"} 1.0\n' in text
     assert '\nade_front_refusals_total{code="overloaded"} 2\n' in text
+    assert re.search(r"TYPE process_start_time_seconds gauge\nprocess_start_time_seconds \d", text)
     assert not re.search("Torchserve|QueueTime|microseconds", text)
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
     for name, kind in types.items():
@@ -168,9 +170,11 @@ def test_the_dashboard_uses_existing_metrics() -> None:
     ]
     known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
     known[QUEUE_SECONDS.name] = {"model_name"}  # without TorchServe
+    of_front = {metric.name: set(metric.labels) for metric in (REFUSALS, START)}
+    known |= of_front
     used = set()
     for expression in expressions:
-        for name in re.findall(r"\bade_\w+", expression):
+        for name in re.findall(r"\b(?:ade|process)_\w+", expression):
             assert name in known, expression
             used.add(name)
         for labels in re.findall(r"by \(([^)]*)\)", expression):
@@ -180,7 +184,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
             if "ade_drift" in expression:  # each process has its own
                 assert grouped == {"instance", "model_name", "worker", "calibration"}
         everything = re.findall(r"\b(?:ade|ts)_\w+\b(?!\{[^}]*model_name=~\"\$model\")", expression)
-        assert not everything, "not of the chosen models"
+        assert set(everything) <= set(of_front), "not of the chosen models"
     assert {
         "ade_requests_total",
         "ade_images_total",
@@ -190,6 +194,9 @@ def test_the_dashboard_uses_existing_metrics() -> None:
         "ade_worker_starts_total",
         "ade_drift_ks",
         "ade_queue_seconds_total",
+        "ade_gate_calibration_broken",
+        "ade_gate_calibration_missing",
+        *of_front,
     } <= used
     places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places) and len(

@@ -721,6 +721,39 @@ def test_every_path_of_the_api_is_there() -> None:
             assert found["bpd"] == [expected.json()["results"][0]["bpd"]]
     finally:
         assert service.stop() == []
+@needs_ray
+@pytest.mark.slow
+def test_warnings_of_replicas_are_in_the_folder_of_logs(tmp_path: Path) -> None:
+    """Serve drops what replicas write to standard error."""
+    bundle, logs = shutil.copytree(PRETRAINED, tmp_path / "bundle"), tmp_path / "logs"
+    (bundle / "calibrations").mkdir(exist_ok=True)
+    (bundle / "calibrations" / "night.npz").write_bytes(b"damaged")
+    options = ("--engine", "ray", "--workers", "1", "--logs", str(logs))
+    service = RunningService(bundle, options=options, timeout=300)
+
+    def has(name: str, text: str) -> bool:
+        return (logs / name).exists() and text in (logs / name).read_text()
+
+    try:
+        wait_for(lambda: has("score-0.log", "calibration night cannot be used"), 10)
+        (replica,) = replicas_of(all_processes(service), "encode")
+        replica.suspend()
+        wait_for(lambda: has("front-0.log", "encode is not ready"), 60)
+        replica.resume()
+        assert httpx.get(f"{service.url}/nowhere").status_code == 404
+        assert httpx.get(f"{service.metrics}/nowhere").status_code == 404
+
+        def is_measured() -> bool:
+            text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
+            missing = r'ade_gate_calibration_missing\{.*calibration="night"\} 1.0'
+            counted = 'ade_front_refusals_total{code="not_found"} 2'
+            return counted in text and re.search(missing, text) is not None
+
+        wait_for(is_measured, 10)
+    finally:
+        service.stop()
+
+
 
 
 @needs_ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
 
 from handlers.launch import hangs, serve
 from handlers.launch.hangs import MAX_UNANSWERED, end_if_it_hangs
@@ -36,6 +39,8 @@ from handlers.launch.supervision import (
     LaunchError,
     Supervisor,
 )
+from handlers.torchserve import launcher
+from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.status import describe_models
 from serving.api.guard import check_host
 from serving.client import AdeClient, AdeError
@@ -576,6 +581,36 @@ def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_
     assert before is not None and folder.read_description() == before
 
 
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_a_stop_on_a_full_disk_waits_for_busy_workers(
+    can_tell: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plan: Any = SimpleNamespace(bundles=[], num_workers=1, options=None, logs=tmp_path)
+    monkeypatch.setattr(launcher, "write_configuration", lambda *given: (SLEEP, dict(os.environ)))
+    monkeypatch.setattr(launcher, "queued_requests", lambda folder: 0)
+    monkeypatch.setattr(launcher, "DRAIN_TIMEOUT_S", 60.0 if can_tell else 2.0)
+    folder = RunFolder(tmp_path)
+    with Supervisor(tmp_path) as supervisor, ThreadPoolExecutor() as pool:
+        engine = TorchServe(plan, folder, supervisor)
+        engine.start()
+        assert not folder.stop_folder.exists()
+        monkeypatch.setattr(Path, "mkdir", full)
+        if not can_tell:
+            monkeypatch.setattr(Path, "rename", full)
+        started = time.monotonic()
+        drained = pool.submit(engine.drain)
+        if can_tell:
+            assert until(folder.stop_folder.exists)
+            time.sleep(0.3)
+            assert not drained.done()
+            (folder.stop_folder / "worker").write_text("")
+        drained.result(30)
+        assert can_tell or time.monotonic() - started >= 2
+
+
 def test_a_full_disk_of_the_working_folder_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / "probe.new").symlink_to("/dev/full")
@@ -614,6 +649,43 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_a_folder_whose_removal_was_interrupted_is_removed_and_not_found(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock may be gone already. In the temporary folder it may be a new one."""
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
+    ports = Ports(1, 2, 3)
+    dead, new = RunFolder(short_path / "run" / f"{PREFIX}dead"), short_path / f"{PREFIX}new"
+    dead.path.mkdir(parents=True)
+    new.mkdir()
+    dead.describe(ports, "127.0.0.1", short_path, {})
+    assert find_service(ports) is None
+    with run_folder():
+        assert not dead.path.exists() and new.exists()
+
+
+def test_a_dead_folder_stays_dead_however_often_it_is_looked_at(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = FileLock.release
+
+    def release_and_remove(lock: FileLock, force: bool = False) -> None:
+        release(lock, force)
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+    monkeypatch.setattr(FileLock, "release", release_and_remove)  # as filelock 3.20.4 to 3.29.4
+    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
+    ports, dead = Ports(1, 2, 3), RunFolder(short_path / f"{PREFIX}dead")
+    dead.path.mkdir()
+    (dead.path / LOCK).touch()
+    dead.describe(ports, "127.0.0.1", short_path, {})
+    for _ in range(2):
+        assert find_service(ports) is None and dead.is_held()
+    with run_folder():
+        assert not dead.path.exists()
 
 
 def test_where_the_cache_cannot_be_written(

@@ -22,6 +22,7 @@ from serving.api.telemetry import (
     IMAGES,
     INFO,
     METRICS,
+    MISSING,
     OBSERVED_FLAGS,
     REQUESTS,
     SECONDS,
@@ -111,20 +112,25 @@ def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None
     # A replaced calibration starts again, and a removed one raises no more alarms.
     telemetry.observe_scores([score(4.0, 1e-4, "night", "2")])
     assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
-    telemetry.observe_calibrations(["default"], {"day": "damaged"})
+    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
     found = values(telemetry)
-    assert found[DRIFT_UNUSUAL, "night"] == 0 and found[BROKEN, "day"] == 1
+    assert found[DRIFT_UNUSUAL, "night"] == 0
+    assert found[BROKEN, "day"] == found[MISSING, "day"] == 1
     # The worker before may have reported that these were broken.
-    assert found[BROKEN, "default"] == found[BROKEN, "/"] == 0
-    telemetry.observe_calibrations(["default"], {"day": "damaged"})
+    assert found[BROKEN, "default"] == found[BROKEN, "/"] == found[MISSING, "default"] == 0
+    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
     assert telemetry.collect() == []
     # A new release that did not come to serve may have written over it meanwhile.
     monkeypatch.setattr(time, "monotonic", lambda: math.inf)
-    telemetry.observe_calibrations(["default"], {"day": "damaged"})
-    assert values(telemetry) == {(BROKEN, "default"): 0, (BROKEN, "day"): 1, (BROKEN, "/"): 0}
+    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
+    assert values(telemetry) == {
+        (metric, name): name == "day"
+        for metric in (BROKEN, MISSING)
+        for name in ("default", "day", "/")
+    }
     monkeypatch.undo()
-    telemetry.observe_calibrations(["default", "day"], {})
-    assert values(telemetry) == {(BROKEN, "day"): 0}
+    telemetry.observe_calibrations(["default", "day"], {}, [])
+    assert values(telemetry) == {(BROKEN, "day"): 0, (MISSING, "day"): 0}
 
 
 def test_requests_and_where_their_time_goes() -> None:

@@ -31,6 +31,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ade_cli.main import main
+from ade_cli.status import _releases
 from handlers.asgi.application import build_release
 from handlers.asgi.control import CHANGE, DESCRIBE
 from handlers.asgi.launcher import Asgi
@@ -394,8 +395,17 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
         check_contract(old, new)
     (tmp_path / FOLDER / "night.npz").unlink()
     check_contract(new, old)
-    # The calibrations of an old bundle whose folder has gone cannot be compared.
-    check_contract(Bundle(tmp_path / "gone", old.manifest), new)
+    # The calibrations of an old bundle whose folder has gone or changed cannot be compared.
+    said: list[str] = []
+    check_contract(new, old, said.append)
+    assert said == []
+    check_contract(Bundle(tmp_path / "gone", old.manifest), new, said.append)
+    other = {**without, CALIBRATION_NAME: "0" * 64}
+    check_contract(with_manifest(old, files=other), new, said.append)
+    gone, changed = said
+    assert gone.startswith("warning: the folder of ")
+    assert gone.endswith("is gone: its calibrations cannot be compared")
+    assert "cannot be compared: " in changed and "does not match the manifest" in changed
 
 
 class SwitchingEngine(UpgradableEngine):
@@ -457,18 +467,56 @@ def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Pat
             wait_for(lambda: any(text.startswith("starting") for text in said))
             with pytest.raises(UpgradeError, match="another upgrade is in progress"):
                 upgrades.handle({"do": ROLLBACK}, said.append)
+            last = upgrades.handle({"do": "describe"}, said.append)["last_command"]
+            assert (last["command"], last["state"]) == (f"ade upgrade {second}", "in progress")
+            assert last["detail"] == said[-1]
             may_start.set()
             wait_for(lambda: "finishes its own" in said[-1])
             found = upgrades.handle({"do": ROLLBACK}, lambda text: None)
             assert (found["current"], found["previous"]) == (old.models, new.models)
             assert not upgraded.done() and "has stopped" not in said[-1]
+            assert found["last_command"]["command"] == "ade rollback"
         finally:
             may_start.set()
             may_end.set()
         assert upgraded.result()["current"] == old.models
+        assert upgraded.result()["last_command"] == found["last_command"]
     assert said[-1] == f"{PRETRAINED} ({old.models[0]}) has stopped"
     assert [release.number for (release,) in engine.changes] == [2, 3]
     upgrades.handle({"do": ROLLBACK}, lambda text: None)  # nothing is left in progress
+
+
+def test_a_failure_is_known_although_the_client_has_left(
+    second: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such as after Ctrl-C, or after a lost connection of SSH."""
+    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=release_of(PRETRAINED))
+    page: Any = None
+    has_left = threading.Event()
+
+    class FailingEngine(SwitchingEngine):
+        def change(self, releases: Sequence[Release], say: Callable[[str], None]) -> None:
+            assert has_left.wait(60)
+            raise ChannelError("the worker did not start:\nno memory")
+
+    upgrades = Upgrades(plan, FailingEngine(), page, lambda: None)
+    listener = Listener(tmp_path / "control.sock", upgrades.handle, (UpgradeError,))
+    with connect(tmp_path / "control.sock") as client:
+        message = {"do": UPGRADE, "bundle": str(second), "canary": 0.05}
+        client.sendall(json.dumps(message).encode() + b"\n")
+        assert b"verifying" in client.recv(2**16)
+    has_left.set()
+    wait_for(lambda: "in progress" not in str(upgrades.describe()["last_command"]))
+    listener.close()
+    last = upgrades.describe()["last_command"]
+    assert last["state"] == "failed"
+    reason = f"{PRETRAINED} ({open_bundle(PRETRAINED).model_id}) stays: the worker did not start:"
+    assert last["detail"] == f"{reason}\nno memory"
+    (line,) = _releases({"releases": {"last_command": last}, "by_bundle": None})
+    command = f"ade upgrade {second} --canary 0.05"
+    shown = f"upgrade     {last['began']} {command}: failed: {reason}\n            no memory"
+    assert line == shown
+    assert f"{command} failed: {reason}" in capfd.readouterr().err
 
 
 def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) -> None:
@@ -702,6 +750,8 @@ def test_upgrade_canary_and_rollback(
             refused = ade(*words)
             assert refused.status == 2 and message in refused.err, refused
         assert set(load.answers) == {a} and served.pids["page"] == page
+        failed = f"ade upgrade {damaged} --canary 0.05: failed: "
+        assert failed in ade("status").out and f"{damaged} --canary" in ade("status", "--json").out
 
         canary = ade("upgrade", str(second), "--canary", "30%")
         assert canary.status == 0 and f"({b}) answers 0.3 of the requests" in canary.out, canary

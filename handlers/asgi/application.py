@@ -100,12 +100,6 @@ class Model(Protocol):
             ApiError: there is none.
         """
 
-    def refuse(self) -> None:
-        """Answer 503 to requests that wait for a worker and to all further ones."""
-
-    def describe(self) -> dict[str, Any]:
-        """What computes its answers, as for ``ade status``."""
-
 
 class Application:
     """Computes the answers of one release behind the front.
@@ -194,15 +188,6 @@ class Application:
             )
         return Endpoint(_reading(lambda: _json(200, model.metadata)))
 
-    def refuse(self) -> None:
-        """Answer 503 to requests that wait for a worker and to all further ones."""
-        for model in self._models:
-            model.refuse()
-
-    def describe(self) -> dict[str, Any]:
-        """Workers and queue by model, as ``ade status`` shows them."""
-        return {model.name: model.describe() for model in self._models}
-
     def is_ready(self) -> bool:
         """Whether every model has a worker that is ready."""
         return all(model.is_ready for model in self._models)
@@ -215,6 +200,23 @@ class Application:
             200 if self.is_ready() else 503,
             {"status": "Healthy" if self.is_ready() else "Unhealthy"},
         )
+
+
+class PooledApplication(Application):
+    """The same over pools of worker processes: what answers for a release."""
+
+    def __init__(self, pools: Sequence[Pool], document: dict[str, Any], limits: Limits) -> None:
+        super().__init__(pools, document, limits)
+        self._pools = pools
+
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+        for pool in self._pools:
+            pool.refuse()
+
+    def describe(self) -> dict[str, Any]:
+        """Workers and queue by model, as ``ade status`` shows them."""
+        return {pool.name: pool.describe() for pool in self._pools}
 
 
 async def _infer(model: Model, request: Request) -> Answer:
@@ -294,7 +296,7 @@ def remove_journals(logs: Path, kept: Collection[int]) -> None:
 @contextlib.asynccontextmanager
 async def build_release(
     settings: ApplicationSettings, metrics: Metrics, limits: Limits, release: Release
-) -> AsyncIterator[Application]:
+) -> AsyncIterator[PooledApplication]:
     """What answers for a release, with its workers.
 
     Raises:
@@ -315,7 +317,7 @@ async def build_release(
             for error in started:
                 if error is not None:
                     raise error
-            yield Application(pools, document, limits)
+            yield PooledApplication(pools, document, limits)
         finally:
             await asyncio.gather(*(pool.stop() for pool in pools))
 
@@ -362,7 +364,7 @@ async def build_app(
         releases.run([Release.from_dict(one) for one in settings.releases]),
         control.listen(Path(settings.control), releases),
     ):
-        app = listen.guarded(settings, api, reading, OPEN)
+        app = listen.guarded(settings, api, reading, refusals, OPEN)
         yield listen.Built(app, refuse_later, refusals)
 
 

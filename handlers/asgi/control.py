@@ -17,14 +17,14 @@ from handlers.launch.engines import SWITCHED
 from serving.engine.bundle import BundleError
 
 if TYPE_CHECKING:
-    from handlers.asgi.application import Application
+    from handlers.asgi.application import PooledApplication
 
 logger = logging.getLogger(__name__)
 CHANGE, DESCRIBE = "change", "describe"
 
 
 @contextlib.asynccontextmanager
-async def listen(path: Path, releases: Releases[Application]) -> AsyncIterator[None]:
+async def listen(path: Path, releases: Releases[PooledApplication]) -> AsyncIterator[None]:
     """Answer at a new Unix domain socket during the block."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -60,7 +60,7 @@ async def listen(path: Path, releases: Releases[Application]) -> AsyncIterator[N
         server.close()
 
 
-def _describe(releases: Releases[Application]) -> list[dict[str, Any]]:
+def _describe(releases: Releases[PooledApplication]) -> list[dict[str, Any]]:
     return [
         {**asdict(release), "workers": backend.describe()} for release, backend in releases.backends
     ]

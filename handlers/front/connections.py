@@ -64,7 +64,7 @@ class BoundedProtocol(PipeliningProtocol):
     Args:
         limits: the limits.
         connections: number of those that are open, by the port of the server.
-        refusals: counts the connections beyond the limit, by the error's code.
+        refusals: counts the errors that it answers, by the error's code.
         config: given by uvicorn, like the other arguments.
     """
 
@@ -98,9 +98,7 @@ class BoundedProtocol(PipeliningProtocol):
             self._port = self.server[1]
         self._open[self._port] += 1
         if self._open[self._port] > self._limits.connections:
-            error = overloaded("too many connections")
-            self._refusals[error.code] += 1
-            self._refuse(error)
+            self._refuse(overloaded("too many connections"))
         else:
             self._await_head()
 
@@ -220,6 +218,7 @@ class BoundedProtocol(PipeliningProtocol):
             self.transport.abort()
         if self.transport.is_closing():
             return
+        self._refusals[error.code] += 1
         headers, body = error_answer(error)
         headers += [("content-length", str(len(body))), ("connection", "close")]
         lines = [

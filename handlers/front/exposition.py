@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 
 from handlers.front.front import Answer, Endpoint
@@ -16,22 +17,30 @@ REFUSALS = Metric(
     "Requests that the front answered itself, and connections beyond the limit, by the code of "
     "the error.",
 )
+# By its usual name, which has no prefix.
+START = Metric(
+    "process_start_time_seconds",
+    "gauge",
+    about="When the process that counts started, in seconds since 1970.",
+)
+_STARTED = time.time()
 
 
 def exposition(samples: Mapping[Family, Iterable[str]], refusals: Mapping[str, int]) -> str:
     """Each family with its help text and type.
 
     Args:
-        samples: lines of each family.
+        samples: lines of each family; the start of this process is added.
         refusals: requests and connections that the front refused, by code.
     """
     counted = [
         f'{REFUSALS.name}{{code="{code}"}} {count}' for code, count in sorted(refusals.items())
     ]
+    started = [f"{START.name} {_STARTED:.3f}"]
     return "".join(
         f"# HELP {family.name} {family.about}\n# TYPE {family.name} {family.kind}\n"
         + "".join(f"{line}\n" for line in lines)
-        for family, lines in {**samples, REFUSALS: counted}.items()
+        for family, lines in {START: started, **samples, REFUSALS: counted}.items()
         if lines
     )
 

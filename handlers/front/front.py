@@ -116,7 +116,7 @@ class Front:
         limits: limits on clients.
         memory: counts the bodies and answers of all ports.
         probe_secret: see :class:`handlers.front.settings.FrontSettings`.
-        refusals: counts the requests for endpoints that no worker answered, by the error's code.
+        refusals: counts the requests that no worker answered, by the error's code.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Front:
             else:
                 logger.exception("a request to %s failed", scope["path"])
                 error = internal_error()
-                self._refusals[error.code] += 1
+            self._refusals[error.code] += 1
             # The body may not have arrived.
             answer = Answer.of_error(shaped(error, scope["path"]), ("connection", "close"))
             await _send_answer(answer, send)
@@ -166,11 +166,13 @@ class Front:
         try:
             endpoint = self._find(path)
         except ApiError as error:
+            self._refusals[error.code] += 1
             await refuse(error, scope, receive, send)
             return
         if scope["method"] not in endpoint.methods:
             allowed = ", ".join(endpoint.methods)
             wrong = ApiError(405, "not_allowed", f"{path} takes {allowed}, not {scope['method']}")
+            self._refusals[wrong.code] += 1
             await refuse(wrong, scope, receive, send, [("allow", allowed)])
             return
         limits = self._limits_of_reading if endpoint.methods == READING else self._limits

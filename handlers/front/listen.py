@@ -32,7 +32,11 @@ STOP_S = 10
 
 
 def guarded(
-    settings: FrontSettings, api: Front, metrics: Front, open_paths: Collection[str] = ()
+    settings: FrontSettings,
+    api: Front,
+    metrics: Front,
+    refusals: Counter[str],
+    open_paths: Collection[str] = (),
 ) -> App:
     """One application for both ports; the metrics need no token on loopback.
 
@@ -40,12 +44,14 @@ def guarded(
         settings: of the process.
         api: the front of the API's port.
         metrics: the front of the metrics port.
+        refusals: counts the requests that may not come in by the error's code.
         open_paths: paths of the API that need no token, such as those of health checks.
     """
-    of_api = Guard(api, settings.allowed_hosts, settings.token)
-    of_anybody = Guard(api, settings.allowed_hosts)
-    of_metrics = Guard(metrics, settings.allowed_hosts)
-    of_remote_metrics = Guard(metrics, settings.allowed_hosts, settings.token)
+    hosts, token = settings.allowed_hosts, settings.token
+    of_api = Guard(api, hosts, token, refusals)
+    of_anybody = Guard(api, hosts, None, refusals)
+    of_metrics = Guard(metrics, hosts, None, refusals)
+    of_remote_metrics = Guard(metrics, hosts, token, refusals)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         host, port = scope["server"]
@@ -66,7 +72,7 @@ class Built:
     Attributes:
         app: the application.
         on_stop: called when the process is asked to stop.
-        refusals: counts the connections beyond the limit, by the error's code.
+        refusals: counts the errors that the front answers, by their code.
     """
 
     app: App

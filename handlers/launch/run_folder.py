@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from serving.files import LOCK, locked
 from serving.ports import Ports
@@ -217,7 +217,9 @@ def _new_folder() -> tuple[Path, FileLock]:
         # The lock keeps services that start together from deleting each other's new folder.
         with locked(base / LOCK, wait=True):
             for path in _folders():
-                if _is_abandoned(path):
+                # Elsewhere, a folder without a lock file may be a new one.
+                is_known = path.parent == base or RunFolder(path).is_held()
+                if is_known and _is_abandoned(path):
                     shutil.rmtree(path, ignore_errors=True)
             return _make(base)
     except OSError as error:
@@ -282,10 +284,17 @@ def _folders() -> list[Path]:
 
 def _is_abandoned(path: Path) -> bool:
     """Whether no process holds the lock of a folder; ``False`` if that is unknown."""
-    if not (path / LOCK).is_file():
+    # Not by a FileLock: versions 3.20.4 to 3.29.4 of filelock remove the file when they release it.
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:  # its removal was interrupted
+        return True
+    except OSError:
         return False
     try:
-        with locked(path / LOCK):
-            return True
-    except (Timeout, OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
         return False
+    finally:
+        os.close(descriptor)

@@ -200,9 +200,16 @@ class Supervisor:
         """
         output = output or self._folder / f"{name}.out"
         child = Child(
-            name, command, environment, self._folder, output, restarts, pass_fds, on_trial
+            name,
+            command,
+            environment,
+            self._folder,
+            output,
+            restarts,
+            pass_fds,
+            on_trial,
+            deaths_within_s=deaths_within_s,
         )
-        child.deaths_within_s = deaths_within_s
         with self._lock, signals_held():
             if self._is_closed:
                 raise LaunchError("the service is being stopped")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Say
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
 from handlers.launch.parts import Page
+from handlers.launch.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations
 from serving.verdict.calibration import CalibrationError
@@ -28,6 +31,23 @@ UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe
 
 class UpgradeError(RuntimeError):
     """The change was refused or failed; the service answers as before."""
+
+
+@dataclass
+class Command:
+    """A command that changes the releases, and how far it came.
+
+    Attributes:
+        command: as it is typed.
+        began: when, in ISO 8601.
+        state: ``in progress``, ``done`` or ``failed``.
+        detail: its last step, or why it failed.
+    """
+
+    command: str
+    began: str
+    state: str = "in progress"
+    detail: str = ""
 
 
 class Upgrades:
@@ -51,6 +71,7 @@ class Upgrades:
         self._current = plan.release
         self._canary: Release | None = None
         self._previous: Release | None = None
+        self._last: Command | None = None
         # As they were read: the folder of a bundle that is served may have gone meanwhile.
         self._bundles = {1: list(plan.bundles)}
 
@@ -71,22 +92,44 @@ class Upgrades:
         what = message.get("do")
         if what == DESCRIBE:
             return self.describe()
+        if what not in (UPGRADE, FINISH, ROLLBACK):
+            raise UpgradeError(f"unknown command {what!r}")
         if not self._busy.acquire(blocking=False):
             raise UpgradeError("another upgrade is in progress: see ade status")
         with contextlib.ExitStack() as self._turn:
             self._turn.callback(self._busy.release)
-            if what == UPGRADE:
-                self._upgrade(Path(message["bundle"]), message.get("canary"), say)
-            elif what == FINISH:
-                self._finish(say)
-            elif what == ROLLBACK:
-                self._roll_back(say)
-            else:
-                raise UpgradeError(f"unknown command {what!r}")
+            began = datetime.now(UTC).isoformat(timespec="seconds")
+            # Another command may become the last one before this one has ended.
+            self._last = last = Command(_typed(message), began)
+
+            def noted(text: str) -> None:
+                last.detail = text
+                say(text)
+
+            try:
+                self._change_as(message, noted)
+            except Exception as error:  # the client may be gone
+                last.detail, last.state = str(error) or repr(error), "failed"
+                tell(f"{last.command} failed: {last.detail}")
+                raise
+            last.state = "done"
             return self.describe()
 
+    def _change_as(self, message: dict[str, Any], say: Say) -> None:
+        if message["do"] == UPGRADE:
+            self._upgrade(Path(message["bundle"]), message.get("canary"), say)
+        elif message["do"] == FINISH:
+            self._finish(say)
+        else:
+            self._roll_back(say)
+
     def describe(self) -> dict[str, Any]:
-        """Models of ``current``, ``canary`` with its ``share``, and ``previous``; workers."""
+        """Describe the releases and the last command.
+
+        Returns:
+            Models of ``current``, ``canary`` with its ``share``, and ``previous``; ``releases``
+            with their workers; ``last_command``, the fields of :class:`Command`.
+        """
         canary, previous = self._canary, self._previous
         running = []
         if isinstance(self._engine, UpgradableEngine):
@@ -102,6 +145,7 @@ class Upgrades:
             and canary.number not in {one["number"] for one in running},
             "previous": previous and previous.models,
             "releases": running,
+            "last_command": self._last and asdict(self._last),
         }
 
     def _upgrade(self, folder: Path, share: float | None, say: Say) -> None:
@@ -112,7 +156,7 @@ class Upgrades:
             )
         say(f"verifying {folder}")
         # The folder itself: the next upgrade may point a link at another one.
-        release = self._release(self._with(verify_bundle(folder.resolve())), share or 0.0)
+        release = self._release(self._with(verify_bundle(folder.resolve()), say), share or 0.0)
         if share is None:
             say(f"starting {_names(release)} beside {_names(self._current)}")
             self._replace(release, say)
@@ -135,7 +179,7 @@ class Upgrades:
         if self._canary is None:
             raise UpgradeError("there is no canary")
         # Again: calibrations may have been added since the canary was started.
-        self._check_contracts(self._bundles[self._canary.number])
+        self._check_contracts(self._bundles[self._canary.number], say)
         self._replace(self._canary, say)
 
     def _roll_back(self, say: Say) -> None:
@@ -160,7 +204,7 @@ class Upgrades:
                 + ", ".join(one.model_id for one in bundles)
             )
         try:
-            self._check_contracts(bundles)
+            self._check_contracts(bundles, say)
         except UpgradeError as error:  # going back is urgent
             say(f"warning: {error}")
         release = self._release(bundles)
@@ -215,7 +259,7 @@ class Upgrades:
             )
         return self._engine
 
-    def _with(self, bundle: Bundle) -> list[Bundle]:
+    def _with(self, bundle: Bundle, say: Say) -> list[Bundle]:
         """The bundles of the present release, with a new one in the place of one of them.
 
         Raises:
@@ -229,18 +273,18 @@ class Upgrades:
                 f"{', '.join(names)}, got {bundle.name}"
             )
         place = names.index(bundle.name) if bundle.name in names else 0
-        check_contract(bundles[place], bundle)
+        check_contract(bundles[place], bundle, say)
         bundles[place] = bundle
         return bundles
 
-    def _check_contracts(self, bundles: Sequence[Bundle]) -> None:
+    def _check_contracts(self, bundles: Sequence[Bundle], say: Say) -> None:
         """Check bundles that take the place of the present release's.
 
         Raises:
             UpgradeError: see :func:`check_contract`.
         """
         for old, new in zip(self._bundles[self._current.number], bundles, strict=True):
-            check_contract(old, new)
+            check_contract(old, new, say)
 
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
         self._last_number += 1
@@ -248,8 +292,13 @@ class Upgrades:
         return release_of(self._last_number, bundles, share)
 
 
-def check_contract(old: Bundle, new: Bundle) -> None:
+def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> None:
     """Check that requests which one bundle answers are answered by another one, too.
+
+    Args:
+        old: the bundle that is served.
+        new: the one that is to replace it.
+        say: gets a warning if the old one's calibrations cannot be read any more.
 
     Raises:
         UpgradeError: the images, the latents, the operations or the calibrations are not the same,
@@ -288,7 +337,15 @@ def check_contract(old: Bundle, new: Bundle) -> None:
             f"the calibration {name} of {new.model_id}: {reason}: make it again with ade "
             "calibrate --into, or remove it"
         )
-    for name in _judging_resized(old):
+    if not old.folder.is_dir():
+        say(f"warning: the folder of {old.model_id} is gone: its calibrations cannot be compared")
+        return
+    try:
+        judging = _judging_resized(old)
+    except (BundleError, CalibrationError) as error:  # it was changed meanwhile
+        say(f"warning: the calibrations of {old.model_id} cannot be compared: {error}")
+        return
+    for name in judging:
         if store.get(name).resized is None:
             raise UpgradeError(
                 f"the calibration {name} of {new.model_id} gives resized images no verdict, that "
@@ -297,17 +354,29 @@ def check_contract(old: Bundle, new: Bundle) -> None:
 
 
 def _judging_resized(bundle: Bundle) -> list[str]:
-    """Names of the calibrations that give resized images a verdict."""
-    try:
-        store = open_calibrations(bundle, bundle.folder / FOLDER)
-        return [name for name in store.names if store.get(name).resized is not None]
-    except (BundleError, CalibrationError):  # it is gone, or was damaged meanwhile
-        return []
+    """Names of the calibrations that give resized images a verdict.
+
+    Raises:
+        BundleError: the bundle's own calibration is not the one that the manifest describes.
+        CalibrationError: the bundle's own calibration cannot be used.
+    """
+    store = open_calibrations(bundle, bundle.folder / FOLDER)
+    return [name for name in store.names if store.get(name).resized is not None]
 
 
 def _calibrations(bundle: Bundle) -> set[str]:
     """Names of the named calibrations."""
     return {path.stem for path in (bundle.folder / FOLDER).glob(f"[!.]*{SUFFIX}")}
+
+
+def _typed(message: dict[str, Any]) -> str:
+    """The command line that sends a message."""
+    if message["do"] == ROLLBACK:
+        return "ade rollback"
+    if message["do"] == FINISH:
+        return "ade upgrade --finish"
+    share = message.get("canary")
+    return f"ade upgrade {message['bundle']}" + ("" if share is None else f" --canary {share:.3g}")
 
 
 def _names(release: Release) -> str:

@@ -150,15 +150,19 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
     from handlers.ray_serve.app import METRICS
 
     handle, limits = serve.get_deployment_handle(METRICS, APP), Limits()
+    refusals = Counter[str]()
 
     async def text(request: Request) -> Answer:
+        counted = dict(refusals)
+        refusals.clear()
+        await handle.update.remote([], counted, "")
         return metrics_answer(await handle.text.remote())
 
     @contextlib.asynccontextmanager
     async def build() -> AsyncIterator[listen.Built]:
         find = functools.partial(only_metrics, Endpoint(text))
-        front = Front(find, limits, Memory(limits), settings.probe_secret, Counter())
-        yield listen.Built(listen.guarded(settings, front, front))
+        front = Front(find, limits, Memory(limits), settings.probe_secret, refusals)
+        yield listen.Built(listen.guarded(settings, front, front, refusals), refusals=refusals)
 
     sockets: list[socket.socket] = [
         listen.open_socket(host, settings.metrics_port) for host in settings.metrics_hosts

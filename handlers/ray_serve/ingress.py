@@ -24,9 +24,10 @@ from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import Answer, Endpoint, Front, Request, other_model
 from handlers.ray_serve.calls import Asked, Calls
+from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
-from serving.api.errors import no_answer, overloaded, stopping, worker_died
+from serving.api.errors import no_answer, overloaded, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
 from serving.api.requests import MODEL_HEADER
@@ -67,15 +68,6 @@ class RemoteModel:
         self._handle = handle
         self._calls = Calls(handle)
         self._timeout_s = timeout_s
-        self._is_stopping = False
-
-    def refuse(self) -> None:
-        """Answer 503 to all further requests; Serve itself waits for the others."""
-        self._is_stopping = True
-
-    def describe(self) -> dict[str, Any]:
-        """Whether a replica can compute."""
-        return {"ready": self.is_ready}
 
     async def answer(self, request: Request, v2: int | None = None) -> Answer:
         """The answer to a request.
@@ -84,8 +76,6 @@ class RemoteModel:
             ApiError: 503, a replica died over it, too many wait, or it took too long; 412, a
                 replica of another model than the requested one answered.
         """
-        if self._is_stopping:
-            raise stopping()
         about = {
             # Ray's proxy adds this header to the answer by itself.
             "id": request.headers.get(REQUEST_ID, "")[:MAX_ID] or str(uuid.uuid4()),
@@ -149,6 +139,8 @@ class Ingress:
         metrics: Any,
         handles: dict[str, Any],
     ) -> None:
+        context = serve.get_replica_context()
+        open_log(settings.logs, f"{context.deployment}-{context.rank.rank}")
         access = access or Access.of_cluster()
         limits, self._refusals = Limits(), Counter[str]()
         bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
@@ -168,8 +160,9 @@ class Ingress:
         self._exposes_metrics = settings.exposes_metrics
         self._find = application.api
         front = Front(self._endpoint, limits, Memory(limits), access.probe_secret, self._refusals)
-        self._guarded = Guard(front, settings.allowed_hosts, access.token)
-        self._open = Guard(front, settings.allowed_hosts)
+        hosts = settings.allowed_hosts
+        self._guarded = Guard(front, hosts, access.token, self._refusals)
+        self._open = Guard(front, hosts, None, self._refusals)
         self._tasks: list[asyncio.Task[None]] = []
         self._reporter: Reporter
 

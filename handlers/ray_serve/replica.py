@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray import serve
@@ -17,6 +16,7 @@ from handlers.asgi.metrics import MODEL, QUEUE_SECONDS
 from handlers.asgi.worker import WorkerSettings, answer_batch, load_service, measurements
 from handlers.limits import RESPONSE_TIMEOUT_S
 from handlers.ray_serve.calls import Answered, Asked
+from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.scaling import REQUESTS
 from serving.api.telemetry import STARTS
@@ -51,15 +51,14 @@ class Replica:
 
     def __init__(self, settings: WorkerSettings, metrics: Any) -> None:
         context = serve.get_replica_context()
-        logs = Path(settings.logs).expanduser()
-        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # By the rank, which a successor takes over, or each replica would leave files. After a
+        # downscale Serve may give a rank again that a living replica had when it started: then two
+        # share a log and a journal, and the gauges of one hide those of the other.
+        name = f"{settings.name}-{context.rank.rank}"
+        logs = open_log(settings.logs, name)
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
-        # By the rank, which a successor takes over, or each replica would leave a journal. After a
-        # downscale Serve may give a rank again that a living replica had when it started: then two
-        # share a journal, and the gauges of one hide those of the other.
-        name = f"{settings.name}-{context.rank.rank}"
         self._service = load_service(dataclasses.replace(settings, name=name, logs=str(logs)))
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()

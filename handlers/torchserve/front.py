@@ -214,7 +214,7 @@ async def build_app(settings: ServerSettings, limits: Limits) -> AsyncIterator[l
             Front(find, limits, memory, settings.probe_secret, refusals)
             for find in (server.api, functools.partial(only_metrics, server.metrics))
         )
-        yield listen.Built(listen.guarded(settings, api, reading), refusals=refusals)
+        yield listen.Built(listen.guarded(settings, api, reading, refusals), refusals=refusals)
 
 
 def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.ClientSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -32,12 +33,14 @@ class TorchServe:
         self._supervisor = supervisor
         self._models: dict[str, int] = {}
         self._identities: dict[str, str] = {}
+        self._unused_stop_folder = folder.stop_folder.with_suffix(".unused")
         self._server: Child
 
     def start(self) -> None:
         """Start TorchServe with its workers."""
         plan, folder = self._plan, self._folder
         folder.store.mkdir()
+        self._unused_stop_folder.mkdir()  # now, because the disk may be full at the end
         for i, bundle in enumerate(plan.bundles):
             written = write_archives(
                 bundle, folder.store, plan.options, plan.workers, bundle.name if i else None
@@ -71,7 +74,8 @@ class TorchServe:
         """Let the workers finish the accepted requests.
 
         Waits until the queues are empty, then makes workers reject further requests, and waits
-        until all of them are idle. If TorchServe has ended, this returns at once.
+        until all of them are idle, or for :data:`DRAIN_TIMEOUT_S` if that cannot be known. If
+        TorchServe has ended, this returns at once.
         """
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         empty = 0  # times in a row; requests that wait in the front come when others are answered
@@ -82,11 +86,13 @@ class TorchServe:
         ):
             time.sleep(0.1)
             empty = empty + 1 if queued_requests(self._folder) == 0 else 0
-        self._folder.stop_folder.mkdir()
+        with contextlib.suppress(OSError):
+            self._unused_stop_folder.rename(self._folder.stop_folder)
         while (
             self._is_running()
             and time.monotonic() < deadline
-            and len(list(self._folder.stop_folder.iterdir())) < self._plan.num_workers
+            # Without the folder, glob() finds nothing.
+            and len(list(self._folder.stop_folder.glob("*"))) < self._plan.num_workers
         ):
             time.sleep(0.1)
 

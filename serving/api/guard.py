@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import json
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
@@ -42,12 +43,20 @@ class Guard:
         app: the application to protect.
         allowed_hosts: names by which clients may reach it, beside IP addresses and ``localhost``.
         token: if given, every request must send it as ``Authorization: Bearer TOKEN``.
+        refusals: counts the refused requests by the error's code.
     """
 
-    def __init__(self, app: App, allowed_hosts: Collection[str], token: str | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        allowed_hosts: Collection[str],
+        token: str | None = None,
+        refusals: Counter[str] | None = None,
+    ) -> None:
         self._app = app
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._token = token
+        self._refusals = Counter[str]() if refusals is None else refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -58,6 +67,7 @@ class Guard:
                 if self._token is not None:
                     check_token(header_values(scope, "authorization"), self._token)
             except ApiError as error:
+                self._refusals[error.code] += 1
                 if scope["type"] == "websocket":  # not accepted yet, so the server answers 403
                     await send({"type": "websocket.close", "code": 1008})
                 else:

@@ -104,6 +104,12 @@ BROKEN = Metric(
     ("calibration",),
     "1 if the file of a calibration cannot be used.",
 )
+MISSING = Metric(
+    "ade_gate_calibration_missing",
+    "gauge",
+    ("calibration",),
+    "1 if nothing could be read of a calibration since the start of the worker.",
+)
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."
 )
@@ -149,6 +155,7 @@ FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     EXPECTED_FLAGS,
     OBSERVED_FLAGS,
     BROKEN,
+    MISSING,
     DRIFT_IMAGES,
     DRIFT_UNUSUAL,
     DRIFT_USUAL,
@@ -252,7 +259,7 @@ class Telemetry:
     def __init__(self, model_id: str, backend: str) -> None:
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
-        self._broken: set[str] = set()
+        self._affected: dict[Metric, set[str]] = {BROKEN: set(), MISSING: set()}
         self._tell_all = -math.inf  # when all calibrations are reported again
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
@@ -308,7 +315,9 @@ class Telemetry:
             self._counts[EXPECTED_FLAGS, (name,)] += expected  # type: ignore[assignment]
             self._counts[OBSERVED_FLAGS, (name,)] += verdict.p_value <= alpha
 
-    def observe_calibrations(self, names: Collection[str], broken: Collection[str]) -> None:
+    def observe_calibrations(
+        self, names: Collection[str], broken: Collection[str], missing: Collection[str]
+    ) -> None:
         """Update the list of calibrations.
 
         The first call reports all of them, because the worker before may have reported another
@@ -318,19 +327,23 @@ class Telemetry:
         Args:
             names: all calibrations; measurements of others are dropped.
             broken: calibrations whose files cannot be used.
+            missing: calibrations of which nothing could be read since the start.
         """
         with self._lock:
             for name in [name for name in self._streams if name not in names]:
                 del self._streams[name]
                 for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
-            now, known = time.monotonic(), self._broken ^ set(broken)
-            if now >= self._tell_all:
-                known = {*names, *broken, *self._broken, ALL}
+            now = time.monotonic()
+            tells_all = now >= self._tell_all
+            if tells_all:
                 self._tell_all = now + TELL_S
-            for name in known:
-                self._gauges[BROKEN, (name,)] = float(name in broken)
-            self._broken = set(broken)
+            for metric, affected in ((BROKEN, set(broken)), (MISSING, set(missing))):
+                before = self._affected[metric]
+                told = {*names, *affected, *before, ALL} if tells_all else affected ^ before
+                for name in told:
+                    self._gauges[metric, (name,)] = float(name in affected)
+                self._affected[metric] = affected
 
     def collect(self) -> list[Measurement]:
         """Measurements that changed since the last call."""

@@ -160,6 +160,13 @@ class CalibrationStore:
         """By name, why a file cannot be used; its former content stays in use."""
         return self._broken
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of calibrations of which nothing could be read since the start."""
+        current = self._current
+        named = [name for name in self._broken if name != ALL and name not in current]
+        return [*named, DEFAULT] if current[DEFAULT].is_broken else named
+
     def get(self, name: str = DEFAULT) -> Calibrations:
         """The calibration of a name; its file was read at most a second ago.
 
