@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ade_cli.advice import advice
+from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_writable
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     _tell(made)
     _tell_caught(open_bundle(target), made.exact)
     if args.into is None:
-        say(f"wrote {target}; serve it: ade serve {shlex.quote(str(target))}")
+        say(f"wrote {target}; serve it: {command('serve', target)}")
     else:
         say(f"added calibration {made.name}, version {made.version}, to {target}")
 

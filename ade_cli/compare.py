@@ -6,7 +6,14 @@ import argparse
 
 import torch
 
-from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_cli.data_options import (
+    add_data_arguments,
+    add_image_size,
+    check_outside,
+    dataset_of,
+    say,
+    source_of,
+)
 from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
@@ -48,12 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tiny",
         help="size of the networks (default: %(default)s)",
     )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="pixels per side (default: the data set's own, or those of a folder's first image)",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--images",
         type=int,

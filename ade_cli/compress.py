@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
+from ade_cli.commands import command
 from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_parent(args.out)
     bundle = open_bundle(args.bundle)
     if "score" in bundle.operations and not bundle.has(CODEC_NAME):
-        copy = f"ade export --with-codec {shlex.quote(str(args.bundle))} OUT"
+        copy = command("export", "--with-codec", args.bundle, "OUT")
         raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
     say_what_is_not_followed(args.images)
     source = open_source(args.images, args.keep_metadata)

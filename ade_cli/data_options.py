@@ -30,6 +30,16 @@ def add_data_arguments(
     parser.add_argument("--root", metavar="DIR", help="the folder that holds a named data set")
 
 
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the size at which images are read."""
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="pixels per side (default: the data set's own, or those of a folder's first image)",
+    )
+
+
 def say(line: str) -> None:
     """Print progress to standard error, so that standard output holds only results."""
     print(line, file=sys.stderr, flush=True)
@@ -94,3 +104,8 @@ def dataset_of(
         report=say,
         fits=fits,
     )
+
+
+def dataset_of_run(args: argparse.Namespace, run: Path, image_size: int) -> Dataset:
+    """The same for a run or a bundle; nothing is written to a bundle, so it gets no cache."""
+    return dataset_of(args, run, image_size, cached=(run / "data.json").is_file())

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say, source_of
+from ade_cli.data_options import add_data_arguments, dataset_of_run, say, source_of
 from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
 from ade_cli.paths import given_path
 from ade_model.checkpoint import load_model, read_config
@@ -119,8 +119,7 @@ def run(args: argparse.Namespace) -> None:
     folder = latest_checkpoint(args.run)
     model = load_model(folder).to(device)
     run_folder = run_of(folder)
-    cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
-    dataset = dataset_of(args, run_folder, model.config.image_size, cached)
+    dataset = dataset_of_run(args, run_folder, model.config.image_size)
     measurer = Measurer(dataset, device, options, say)
     result = measurer.measure(model, read_config(folder))
     print(json.dumps(result, indent=2))

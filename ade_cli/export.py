@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.commands import command
+from ade_cli.data_options import add_data_arguments, dataset_of_run, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_cli.paths import given_path
 from ade_model.checkpoint import read_config
@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    out = shlex.quote(str(args.out))
     if args.with_codec and (args.run / MANIFEST_NAME).is_file():
         if args.name or args.licence or args.data or args.root:
             raise ExportError(
@@ -49,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
                 "--data and --root"
             )
         add_codec(args.run, args.out, ExportError)
-        say(f"wrote {args.out}; next: ade compress IMAGES OUT.ade --bundle {out}")
+        following = command("compress", "IMAGES", "OUT.ade", "--bundle", args.out)
+        say(f"wrote {args.out}; next: {following}")
         return
     folder = latest_checkpoint(args.run)
     config = read_config(folder)
@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
         check_name(args.name)
     if args.with_codec:
         check_codable(config)
-    run_folder = run_of(folder)
-    cached = (run_folder / "data.json").is_file()  # a run, and not a bundle
-    dataset = dataset_of(args, run_folder, config["model"]["image_size"], cached)
+    dataset = dataset_of_run(args, run_of(folder), config["model"]["image_size"])
     images = parity_images(dataset)
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
@@ -79,4 +77,4 @@ def run(args: argparse.Namespace) -> None:
         with_codec=args.with_codec,
         dataset=dataset,
     )
-    say(f"wrote {args.out}; next: ade calibrate {out} OUT --data ...")
+    say(f"wrote {args.out}; next: {command('calibrate', args.out, 'OUT', '--data', '...')}")

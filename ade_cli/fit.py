@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
+from ade_cli.commands import command
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path, say_what_is_not_followed
@@ -113,6 +112,4 @@ def run(args: argparse.Namespace) -> None:
         say(f"no classes: {reason}")
     plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
     fitted = fit_folder(plan, files, sizes, out, say)
-    command = sys.argv[0] if Path(sys.argv[0]).name == "ade" else "ade"  # as the user typed it
-    bundle = shlex.quote(str(fitted.bundle))
-    print(f"report: {fitted.report}\nserve it: {command} serve {bundle}")
+    print(f"report: {fitted.report}\nserve it: {command('serve', fitted.bundle)}")

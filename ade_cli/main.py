@@ -12,10 +12,12 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TextIO
+from urllib.parse import unquote
 
 from ade_cli.absent import import_for_help
 
@@ -78,7 +80,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     for name, line in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only this verb is imported: serving needs no training packages
-            _module(name, for_help=not HELP.isdisjoint(given)).add_arguments(verb)
+            _module(name, given).add_arguments(verb)
             verb.set_defaults(usage=verb.format_usage())
     return parser.parse_args(given)
 
@@ -87,13 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     _escape_what_cannot_be_printed()
-    try:
-        args = parse(given)
-    except KeyboardInterrupt:  # imports of a verb can take seconds
-        print(" ".join(["ade", *given[:1]]) + ": interrupted", file=sys.stderr)
-        return INTERRUPTED
-    with _sigterm_raises(args.verb):
-        return _run(args)
+    with _messages_may_be_lost():
+        try:
+            args = parse(given)
+        except KeyboardInterrupt:  # imports of a verb can take seconds
+            print(" ".join(["ade", *given[:1]]) + ": interrupted", file=sys.stderr)
+            return INTERRUPTED
+        with _sigterm_raises(args.verb):
+            return _run(args)
 
 
 def _escape_what_cannot_be_printed() -> None:
@@ -103,6 +106,43 @@ def _escape_what_cannot_be_printed() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Messages:
+    """Standard error, except that what cannot be written is lost without an error."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+
+@contextlib.contextmanager
+def _messages_may_be_lost() -> Iterator[None]:
+    """Let no progress bar or warning end long work: a log's disk may be full, its reader gone.
+
+    If standard error is closed, it is the null device for the block: ``print`` would write to
+    standard output, and the next file that is opened would get its number.
+    """
+    file = sys.stderr or open(os.devnull, "w")
+    try:
+        with contextlib.redirect_stderr(_Messages(file)):
+            yield
+    finally:
+        try:
+            file.flush()
+        except OSError:  # Python tries again at its end, and its exit status would be 120
+            _discard(file)
 
 
 @contextlib.contextmanager
@@ -137,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"ade {args.verb}: interrupted{how}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it
-        _discard_output()
+        _discard(sys.stdout)
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
         extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
@@ -160,16 +200,16 @@ def _run(args: argparse.Namespace) -> int:
         if error.filename is None and error.errno not in NO_ROOM:
             raise
         if error.filename is None:  # perhaps of standard output
-            _discard_output()
+            _discard(sys.stdout)
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"ade {args.verb}: {where}{error.strerror}", file=sys.stderr)
         return 2
 
 
-def _discard_output() -> None:
+def _discard(file: TextIO) -> None:
     """Throw away what is still to be printed, which would fail again at the end of the program."""
     with contextlib.suppress(OSError, AttributeError):  # it may be no file, or closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def _of_gpu_memory(args: argparse.Namespace) -> str:
@@ -198,13 +238,24 @@ def _as_typed(message: str, usage: str) -> str:
     return option + must + rest if must and option in _options(usage) else message
 
 
-def _module(verb: str, for_help: bool = False) -> ModuleType:
+def _module(verb: str, given: Sequence[str] = ()) -> ModuleType:
     name = f"ade_cli.{verb.replace('-', '_')}"
     try:
-        return import_for_help(name) if for_help else importlib.import_module(name)
+        return importlib.import_module(name) if HELP.isdisjoint(given) else import_for_help(name)
     except ModuleNotFoundError as error:
-        _say_what_to_install(verb, error, EXTRAS.get(verb))
+        _say_what_to_install(verb, error, _extra(verb, given))
         raise SystemExit(2) from None
+
+
+def _extra(verb: str, given: Sequence[str]) -> str | None:
+    """The extra that a verb needs, if any; that of ``serve`` depends on the given engine."""
+    if verb != "serve":
+        return EXTRAS.get(verb)
+    from handlers.launch.engines import DEFAULT, ENGINES
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--engine", default=DEFAULT)
+    return ENGINES.get(parser.parse_known_args(given)[0].engine, EXTRAS[verb])
 
 
 def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:
@@ -238,7 +289,7 @@ def _requirement(extras: list[str]) -> str:
     if not url.startswith("file://"):
         return shlex.quote(PROJECT + listed)
     editable = "--editable " if source.get("dir_info", {}).get("editable") else ""
-    return editable + shlex.quote(url.removeprefix("file://") + listed)
+    return editable + shlex.quote(unquote(url.removeprefix("file://")) + listed)
 
 
 if __name__ == "__main__":

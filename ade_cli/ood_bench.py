@@ -65,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "corrupted"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
             raise DataError(f"--{name} must be at least 2, got {getattr(args, name)}")
+    if args.root is not None and args.in_distribution not in NAMES:
+        raise DataError(
+            f"--root goes with a named data set ({', '.join(NAMES)}), got --id "
+            f"{args.in_distribution!r}"
+        )
     check_outside(args.out, args.in_distribution)
     for path in args.ood:
         check_outside(args.out, str(path.resolve()))  # a folder, whatever its name

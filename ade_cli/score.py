@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=available_cores(),
         metavar="N",
-        help="number of processes (default: one per core)",
+        help="number of processes, with --out (default: one per core)",
     )
     parser.add_argument(
         "--engine",

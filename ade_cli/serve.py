@@ -7,8 +7,10 @@ import argparse
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
+from handlers.launch import serve
 from handlers.launch.engines import DEFAULT, ENGINES
-from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S, run
+from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S
+from handlers.launch.supervision import LaunchError
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.ports import LOOPBACK, VARIABLES
 
@@ -91,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="replay recorded kernels, on a GPU with onnxruntime (not tested on a GPU yet)",
+        help="replay recorded kernels, on a GPU with onnxruntime; implies --device cuda (not "
+        "tested on a GPU yet)",
     )
 
 
@@ -99,3 +102,14 @@ def extra(args: argparse.Namespace) -> str:
     """The extras of pyproject.toml that these arguments need, separated by commas."""
     # Of the extras with PyTorch, train goes with each ONNX Runtime.
     return ENGINES[args.engine] + (",train" if args.backend == "torchscript" else "")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.cuda_graphs:
+        if args.device == "cpu" or args.backend != "onnxruntime":
+            raise LaunchError(
+                "--cuda-graphs needs --device cuda and --backend onnxruntime, got --device "
+                f"{args.device} and --backend {args.backend}"
+            )
+        args.device = "cuda"  # so that without a GPU nothing starts
+    serve.run(args)

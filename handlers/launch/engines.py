@@ -9,9 +9,8 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from handlers.front.releases import Release
 from handlers.launch.channel import Say
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import Timers
@@ -19,6 +18,9 @@ from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
+
+if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
+    from handlers.front.releases import Release
 
 # The engines, each with the extra of pyproject.toml that has its packages; the first is the
 # default.
@@ -84,6 +86,8 @@ class Plan:
 
 def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Release:
     """A release of bundles; see :class:`handlers.front.releases.Release`."""
+    from handlers.front.releases import Release
+
     return Release(
         number,
         tuple(str(bundle.folder) for bundle in bundles),

@@ -62,7 +62,7 @@ def ray_instance(
     """Connect to Ray.
 
     What was started is stopped at the end of the block, or when this process is killed.
-    SIGTERM ends the block with :class:`SystemExit`.
+    SIGTERM ends the block with the caller's handler, or without one with :class:`SystemExit`, 0.
 
     Args:
         address: of a cluster; a private instance if there is none.
@@ -82,7 +82,9 @@ def ray_instance(
         with open(os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         os.environ.update(of_own_instance(folder, token_file, mark, api))
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = signal.getsignal(signal.SIGTERM)
+    on_sigterm = before if callable(before) else _stop
+    signal.signal(signal.SIGTERM, on_sigterm)
     import ray  # reads the environment
 
     try:
@@ -90,7 +92,7 @@ def ray_instance(
             _start(ray, folder, num_workers)
         else:
             _join(ray, address)
-        signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own
         with kept_from_cleaners(folder):
             yield Instance(ray, own_guard.stdin)
     finally:
