@@ -12,14 +12,13 @@ Medians of several visits in headless Chromium, each with an empty cache:
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import time
 from collections.abc import Callable
 
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from benchmarks.screenshots import WAIT_MS, show
+from benchmarks.screenshots import WAIT_MS, launch, show
 
 # Gradio's mark of a running event, or the result itself where it is quicker.
 WORKING = "[role=tabpanel] .wrap.generating, [role=tabpanel] .wrap:not(.hide) .eta-bar, "
@@ -92,9 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = launch(playwright)
         views = [first_view(browser, args.url) for _ in range(args.visits)]
         print(f"first view: {statistics.median(views):.2f} s, {min(views):.2f} to {max(views):.2f}")
         visits = [reactions(browser, args.url) for _ in range(args.visits)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +98,10 @@ def page_picture(url: str, path: Path) -> None:
     """*Score* with a drawing that is out-of-distribution."""
     from playwright.sync_api import sync_playwright
 
-    from benchmarks.screenshots import FILL, WAIT_MS, show
+    from benchmarks.screenshots import FILL, WAIT_MS, launch, show
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = launch(playwright)
         width, height = PAGE_SIZE
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
         page.set_default_timeout(WAIT_MS)

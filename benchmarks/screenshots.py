@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Playwright, expect, sync_playwright
 
 from benchmarks.traffic import running
 from serving.engine.bundle import (
@@ -135,6 +135,13 @@ ERRORS: dict[str, tuple[Callable[[Locator], None], str]] = {
     "Explore": (_drop_broken, "Explore"),
     "Compare": (_drop_broken, "Compare"),
 }
+
+
+def launch(playwright: Playwright) -> Browser:
+    """The system's Chromium."""
+    return playwright.chromium.launch(
+        executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+    )
 
 
 def pictures(browser: Browser, url: str, out: Path) -> list[list[Path]]:
@@ -276,9 +283,7 @@ def main() -> None:
             running(*bundles, options=("--engine", "asgi", "--workers", "1"))
         )
         playwright = stack.enter_context(sync_playwright())
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = launch(playwright)
         rows = pictures(browser, f"http://127.0.0.1:{service.ports.ui}", args.out)
         browser.close()
     if args.sheet:

@@ -34,10 +34,10 @@ import psutil
 
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
+from benchmarks.traffic import new_session, pictures_of
 from export.write import export_bundle
 from serving.engine.engine import MAX_ROWS, InferenceEngine
-from serving.images import read_image, write_png
-from serving.page.served import EXAMPLES
+from serving.images import write_png
 from serving.ports import VARIABLES
 
 CORES = len(os.sched_getaffinity(0))
@@ -125,9 +125,7 @@ async def _drive(url: str, load: Load) -> tuple[list[float], int, float]:
         else:
             failures += 1
 
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(300)
-    ) as session:
+    async with new_session() as session:
         started = time.perf_counter()
         if load.rate is None:
 
@@ -239,7 +237,7 @@ def engines(bundle: Path, seconds: float = SECONDS) -> Iterator[Callable[[], Out
 
 def example_images(shape: tuple[int, int, int], count: int) -> np.ndarray:
     """The example pictures, uint8 ``(count, H, W, C)``, brightened a little in each repetition."""
-    pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
+    pictures = pictures_of(shape)
     return np.stack(
         [
             np.clip(pictures[i % len(pictures)].astype(int) + i // len(pictures), 0, 255).astype(

@@ -125,9 +125,14 @@ def running(*bundles: Path, options: tuple[str, ...] = ()) -> Iterator[Running]:
             process.wait(90)
 
 
+def pictures_of(shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """The page's example pictures, uint8, repeated or cut to a shape ``(H, W, C)``."""
+    return [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
+
+
 def known_requests(url: str, shape: tuple[int, int, int]) -> list[Known]:
     """One request for each operation and format, sent once to record its answer."""
-    pictures = [np.resize(read_image(path.read_bytes()).pixels, shape) for path in EXAMPLES]
+    pictures = pictures_of(shape)
     out = io.BytesIO()
     np.save(out, np.stack([pictures[i % len(pictures)] for i in range(8)]))
     requests = [

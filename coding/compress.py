@@ -26,7 +26,7 @@ from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture
 from coding.sources import Source
-from serving.engine.bundle import CALIBRATION_NAME, Bundle
+from serving.engine.bundle import Bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.files import only_writer
 from serving.messages import counted
@@ -130,7 +130,8 @@ def compress(
         "input": source.identity,
         "verified": verify,
     }
-    engine = InferenceEngine(_uncalibrated(bundle), device="cpu", operations=["score"])
+    # The calibration may be invalid, and the bound does not need it.
+    engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     report = Report()
     part = out.with_name(out.name + ".part")
     with only_writer(out, CodingError), _open_part(part) as file:
@@ -201,12 +202,6 @@ def _equal(found: Picture, picture: Picture) -> bool:
     if found.pixels is None or picture.pixels is None:
         return found.pixels is None and found.data == picture.data
     return np.array_equal(found.pixels, picture.pixels)
-
-
-def _uncalibrated(bundle: Bundle) -> Bundle:
-    """The bundle without its calibration, which may be invalid: the bound does not need it."""
-    files = {n: d for n, d in bundle.manifest["files"].items() if n != CALIBRATION_NAME}
-    return Bundle(bundle.folder, {**bundle.manifest, "files": files})
 
 
 def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:

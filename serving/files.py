@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import secrets
@@ -73,6 +74,12 @@ def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
             raise
         _check_size(path, len(content), limit)
         return content
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_readable(path: Path) -> None:

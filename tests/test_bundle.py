@@ -449,7 +449,7 @@ def test_a_verdict_of_another_version_is_replaced(
     copy: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     from export.verdict.calibrate import calibrate_bundle
-    from serving.engine.bundle import sha256_of
+    from serving.files import sha256_of
 
     (copy / "calibration.npz").write_bytes(b"of another version")
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -32,11 +32,11 @@ from export.verdict.separation import COMBINED, NO_FEATURES, scores_of
 from serving.engine.bundle import (
     FEATURES_NAME,
     open_bundle,
-    sha256_of,
     verify_bundle,
     write_manifest,
 )
 from serving.engine.engine import InferenceEngine, Score
+from serving.files import sha256_of
 from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations

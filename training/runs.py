@@ -7,7 +7,6 @@ the report at the end.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from ade_model.checkpoint import (
 )
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
-from serving.files import LOCK, locked, new_folder, write_text
+from serving.files import LOCK, locked, new_folder, sha256_of, write_text
 from training.growth import check_growth, grown_weights
 from training.step import Trainer
 
@@ -148,8 +147,7 @@ def _check_bundle(folder: Path) -> None:
     listed = read_json(folder / MANIFEST_NAME, "files")["files"]
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         expected = listed.get(name) if isinstance(listed, dict) else None
-        with open(folder / name, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(folder / name)
         if found != expected:
             raise RunError(
                 f"{folder / name} does not match the manifest: expected SHA-256 {expected}, got "

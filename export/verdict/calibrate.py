@@ -293,13 +293,7 @@ def _calibrate(
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
-    files = {
-        name: digest
-        for name, digest in bundle.manifest["files"].items()
-        if name != CALIBRATION_NAME
-    }
-    bare = Bundle(bundle.folder, {**bundle.manifest, "files": files})
-    engine = InferenceEngine(bare, device="cpu", operations=["score"])
+    engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     has_classes = knows_classes(own, engine, parts, report)
     exact, about = exact_calibration(engine, parts, has_classes, report)
     warn_if_seen(engine, exact, unseen, report)

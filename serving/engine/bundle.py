@@ -16,7 +16,7 @@ from typing import Any
 
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS, needed_by
-from serving.files import replacing
+from serving.files import replacing, sha256_of
 from serving.messages import printable
 
 FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
@@ -109,6 +109,11 @@ class Bundle:
         files = self.manifest["files"]
         return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)
 
+    def uncalibrated(self) -> Bundle:
+        """The bundle without its calibration."""
+        files = {n: d for n, d in self.manifest["files"].items() if n != CALIBRATION_NAME}
+        return Bundle(self.folder, {**self.manifest, "files": files})
+
     def has(self, name: str) -> bool:
         """Whether the manifest lists a file."""
         return name in self.manifest["files"]
@@ -131,12 +136,6 @@ class Bundle:
                 f"{self.manifest['files'][name]}, got {found}"
             )
         return path
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_name(name: str) -> None:

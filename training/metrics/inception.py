@@ -5,12 +5,12 @@ Only the Fréchet distance in its feature space is called FID.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from serving.files import sha256_of
 from training.metrics.features import BATCH, FeatureError
 
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -89,8 +89,7 @@ def verified_inception(weights: str) -> Path:
         path = Path(weights)
         if not path.is_file():
             raise FeatureError(f"the weights of Inception do not exist: there is no file {path}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()  # checked before unpickling
+    found = sha256_of(path)  # checked before unpickling
     if found != WEIGHTS_SHA256:
         raise FeatureError(
             f"{path} is not the FID's Inception: SHA-256 should be {WEIGHTS_SHA256}, is {found}"
