@@ -131,10 +131,13 @@ class _Messages:
 def _messages_may_be_lost() -> Iterator[None]:
     """Let no progress bar or warning end long work: a log's disk may be full, its reader gone.
 
-    If standard error is closed, it is the null device for the block: ``print`` would write to
-    standard output, and the next file that is opened would get its number.
+    If standard error is closed, it is the null device for the block and for child processes:
+    ``print`` would write to standard output, and the next file that is opened would get its number.
     """
-    file = sys.stderr or open(os.devnull, "w")
+    file = sys.stderr
+    if file is None:
+        file = open(os.devnull, "w")
+        os.set_inheritable(file.fileno(), True)
     try:
         with contextlib.redirect_stderr(_Messages(file)):
             yield

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _releases(found: dict[str, Any]) -> list[str]:
-    """A canary and the current bundle with their figures, the previous one, the last command."""
+    """A canary and the current bundle with their figures, the previous one, the last commands."""
     releases, lines = found["releases"] or {}, []
     if releases.get("canary"):
         share = f"{releases['share']:.3g} of the requests"
@@ -53,8 +53,8 @@ def _releases(found: dict[str, Any]) -> list[str]:
                 )
     if releases.get("previous"):
         lines.append(f"previous    {', '.join(releases['previous'])}, for ade rollback")
-    if last := releases.get("last_command"):
-        text = "{began} {command}: {state}: {detail}".format(**last)
+    for one in releases.get("commands", ()):
+        text = "{began} {command}: {state}: {detail}".format(**one)
         lines.append(f"upgrade     {text}".replace("\n", "\n            "))
     return lines
 

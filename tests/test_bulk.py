@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -845,6 +846,16 @@ def test_messages_that_cannot_be_written_end_no_work(
     )
     assert done.returncode == 0 and out.is_file()
     assert done.stdout.startswith(f"{out}: ")
+
+
+def test_a_closed_standard_error_is_open_for_child_processes() -> None:
+    script = (
+        "import subprocess, sys; from ade_cli.main import _messages_may_be_lost\n"
+        "with _messages_may_be_lost():\n"
+        "    sys.exit(subprocess.call([sys.executable, '-c', 'import os; os.fstat(2)']))"
+    )
+    command = shlex.join([sys.executable, "-c", script])
+    assert subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=ROOT).returncode == 0
 
 
 def test_suggested_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

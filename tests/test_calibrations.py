@@ -201,6 +201,8 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
     falling = dataclasses.replace(read.exact, normal=upside_down)
     other = dataclasses.replace(read, model="0" * 64)
     fewer = dataclasses.replace(read.exact, names=("bpd", *read.exact.names[2:], "new"))
+    stray = bundle / "calibrations" / "no name.npz"
+    stray.touch()  # no calibration is missing for it
     for damaged, reason in (
         (b"", "is not a calibration"),
         (whole[:-1000], "is not a calibration"),
@@ -223,9 +225,10 @@ def test_a_damaged_file_leaves_the_former_content_in_use_and_is_reported(
         fresh = InferenceEngine(bundle, device="cpu", operations=["score"])
         with pytest.raises(UnknownCalibration):
             fresh.store.get("night")
-        assert fresh.store.missing == ["night"]
+        assert fresh.store.missing == ["night"] and len(fresh.store.broken) == 2
         with pytest.raises(CalibrationError, match=reason):
             fresh.store.usable("night")
+    stray.unlink()
     add(bundle, night_file, "night")
     assert engine.store.get("night").version == before.version and not engine.store.broken
     os.mkfifo(bundle / "calibrations" / "pipe.npz")  # another thread is reading: do not wait

@@ -339,7 +339,8 @@ def test_nginx_reads_secrets_that_were_replaced() -> None:
     assert "./nginx.conf:/etc/ade/nginx.conf:ro" in nginx["volumes"]
     assert "./secrets:/etc/ade/secrets:ro" in nginx["volumes"]
     operations = (ROOT / "docs" / "operations.md").read_text()
-    (options,) = re.findall(r"exec nginx nginx (.*) -s reload", operations)
+    (options,) = re.findall(r"docker exec ade-nginx-1 nginx (.*) -s reload", operations)
+    assert load(DEPLOY / "compose.yaml")["name"] == "ade"
     assert f"exec nginx {options} -g " in nginx["command"][-1]
 
 

@@ -326,6 +326,7 @@ STAND_IN = """
 import itertools
 import os
 import signal
+import sys
 from types import SimpleNamespace
 from pathlib import Path
 
@@ -339,7 +340,9 @@ def names(all_namespaces):
     return [{"name": "SERVE_CONTROLLER_ACTOR"}] if is_in_use else []
 
 def init(**options):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    if os.environ.get("STOP_IN_INIT"):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 shutdown = lambda: None
 util = SimpleNamespace(list_named_actors=names)
@@ -423,10 +426,13 @@ def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
     assert is_ended == ends_serve
 
 
+@pytest.mark.parametrize("where", ["", "STOP_IN_INIT"])
 @pytest.mark.parametrize("verb, status", [("score", TERMINATED), ("serve", 0)])
 def test_sigterm_ends_a_job_in_bulk_with_the_status_of_a_local_one(
-    verb: str, status: int, tmp_path: Path
+    verb: str, status: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if where:
+        monkeypatch.setenv(where, "1")
     done, _ = run_on_stand_in(STOP.format(verb=verb), tmp_path, 0)
     assert done.returncode == status, done.stderr
 
@@ -719,6 +725,14 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
     assert set(load.counts) <= {"ok", "dropped", "503"}, load.counts
     with capsys.disabled():
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
+
+
+def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
+    script = (
+        "import logging; from handlers.ray_serve.logs import open_log; "
+        "open_log('/dev/null/logs', 'front-0'); logging.warning('lost')"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 @needs_ray

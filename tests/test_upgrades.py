@@ -467,7 +467,7 @@ def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Pat
             wait_for(lambda: any(text.startswith("starting") for text in said))
             with pytest.raises(UpgradeError, match="another upgrade is in progress"):
                 upgrades.handle({"do": ROLLBACK}, said.append)
-            last = upgrades.handle({"do": "describe"}, said.append)["last_command"]
+            (last,) = upgrades.handle({"do": "describe"}, said.append)["commands"]
             assert (last["command"], last["state"]) == (f"ade upgrade {second}", "in progress")
             assert last["detail"] == said[-1]
             may_start.set()
@@ -475,12 +475,13 @@ def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Pat
             found = upgrades.handle({"do": ROLLBACK}, lambda text: None)
             assert (found["current"], found["previous"]) == (old.models, new.models)
             assert not upgraded.done() and "has stopped" not in said[-1]
-            assert found["last_command"]["command"] == "ade rollback"
+            states = {one["command"]: one["state"] for one in found["commands"]}
+            assert states == {f"ade upgrade {second}": "in progress", "ade rollback": "done"}
         finally:
             may_start.set()
             may_end.set()
         assert upgraded.result()["current"] == old.models
-        assert upgraded.result()["last_command"] == found["last_command"]
+        assert [one["state"] for one in upgraded.result()["commands"]] == ["done", "done"]
     assert said[-1] == f"{PRETRAINED} ({old.models[0]}) has stopped"
     assert [release.number for (release,) in engine.changes] == [2, 3]
     upgrades.handle({"do": ROLLBACK}, lambda text: None)  # nothing is left in progress
@@ -506,13 +507,18 @@ def test_a_failure_is_known_although_the_client_has_left(
         client.sendall(json.dumps(message).encode() + b"\n")
         assert b"verifying" in client.recv(2**16)
     has_left.set()
-    wait_for(lambda: "in progress" not in str(upgrades.describe()["last_command"]))
+    wait_for(lambda: "in progress" not in str(upgrades.describe()["commands"]))
     listener.close()
-    last = upgrades.describe()["last_command"]
+    with upgrades._busy:  # until the command has ended
+        pass
+    with pytest.raises(UpgradeError, match="nothing to go back to"):
+        upgrades.handle({"do": ROLLBACK}, lambda text: None)
+    last, refused = upgrades.describe()["commands"]
+    assert (refused["command"], refused["state"]) == ("ade rollback", "failed")
     assert last["state"] == "failed"
     reason = f"{PRETRAINED} ({open_bundle(PRETRAINED).model_id}) stays: the worker did not start:"
     assert last["detail"] == f"{reason}\nno memory"
-    (line,) = _releases({"releases": {"last_command": last}, "by_bundle": None})
+    (line,) = _releases({"releases": {"commands": [last]}, "by_bundle": None})
     command = f"ade upgrade {second} --canary 0.05"
     shown = f"upgrade     {last['began']} {command}: failed: {reason}\n            no memory"
     assert line == shown

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import FOLDER, SUFFIX
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
+COMMANDS = 3  # that are remembered: a refused one must not hide why the one before failed
 
 
 class UpgradeError(RuntimeError):
@@ -71,7 +73,7 @@ class Upgrades:
         self._current = plan.release
         self._canary: Release | None = None
         self._previous: Release | None = None
-        self._last: Command | None = None
+        self._commands = deque[Command](maxlen=COMMANDS)
         # As they were read: the folder of a bundle that is served may have gone meanwhile.
         self._bundles = {1: list(plan.bundles)}
 
@@ -99,20 +101,20 @@ class Upgrades:
         with contextlib.ExitStack() as self._turn:
             self._turn.callback(self._busy.release)
             began = datetime.now(UTC).isoformat(timespec="seconds")
-            # Another command may become the last one before this one has ended.
-            self._last = last = Command(_typed(message), began)
+            # Others may follow before this one has ended.
+            self._commands.append(one := Command(_typed(message), began))
 
             def noted(text: str) -> None:
-                last.detail = text
+                one.detail = text
                 say(text)
 
             try:
                 self._change_as(message, noted)
             except Exception as error:  # the client may be gone
-                last.detail, last.state = str(error) or repr(error), "failed"
-                tell(f"{last.command} failed: {last.detail}")
+                one.detail, one.state = str(error) or repr(error), "failed"
+                tell(f"{one.command} failed: {one.detail}")
                 raise
-            last.state = "done"
+            one.state = "done"
             return self.describe()
 
     def _change_as(self, message: dict[str, Any], say: Say) -> None:
@@ -124,11 +126,11 @@ class Upgrades:
             self._roll_back(say)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the releases and the last command.
+        """Describe the releases and the last commands.
 
         Returns:
             Models of ``current``, ``canary`` with its ``share``, and ``previous``; ``releases``
-            with their workers; ``last_command``, the fields of :class:`Command`.
+            with their workers; ``commands``, the fields of each :class:`Command`.
         """
         canary, previous = self._canary, self._previous
         running = []
@@ -145,7 +147,7 @@ class Upgrades:
             and canary.number not in {one["number"] for one in running},
             "previous": previous and previous.models,
             "releases": running,
-            "last_command": self._last and asdict(self._last),
+            "commands": [asdict(one) for one in self._commands],
         }
 
     def _upgrade(self, folder: Path, share: float | None, say: Say) -> None:

@@ -88,10 +88,14 @@ def ray_instance(
     import ray  # reads the environment
 
     try:
-        if address is None:
-            _start(ray, folder, num_workers)
-        else:
-            _join(ray, address)
+        try:
+            if address is None:
+                _start(ray, folder, num_workers)
+            else:
+                _join(ray, address)
+        except SystemExit:  # also by Ray's own handler, with the signal's number
+            on_sigterm(signal.SIGTERM, None)
+            raise
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own
         with kept_from_cleaners(folder):
             yield Instance(ray, own_guard.stdin)

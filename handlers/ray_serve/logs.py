@@ -6,6 +6,7 @@ replica writes to standard error, warnings and tracebacks included.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,7 +26,9 @@ def open_log(folder: str, name: str) -> Path:
         The folder.
     """
     path = Path(folder).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A folder that cannot be written must not keep a replica from starting.
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     handler = RotatingFileHandler(
         path / f"{name}.log",
         maxBytes=MAX_BYTES,

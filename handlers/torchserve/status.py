@@ -33,7 +33,7 @@ PACKAGES = (
 )
 TIMEOUT_S = 30.0
 # Keys of the service's description that are shown.
-RELEASES = ("current", "canary", "share", "canary_is_lost", "previous", "last_command")
+RELEASES = ("current", "canary", "share", "canary_is_lost", "previous", "commands")
 _NUMBER = r"([0-9.eE+]+)"
 
 

@@ -148,7 +148,6 @@ def is_type(content_type: str, *kinds: str) -> bool:
 def _bytes(value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode()
-    # A part of a form that is typed as JSON was parsed by the server.
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise malformed(f"a part of the form must be text or a file, got {type(value).__name__}")
     return bytes(value)

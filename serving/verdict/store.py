@@ -164,7 +164,8 @@ class CalibrationStore:
     def missing(self) -> list[str]:
         """Names of calibrations of which nothing could be read since the start."""
         current = self._current
-        named = [name for name in self._broken if name != ALL and name not in current]
+        # Other names are no calibration's.
+        named = [name for name in self._broken if _NAME.fullmatch(name) and name not in current]
         return [*named, DEFAULT] if current[DEFAULT].is_broken else named
 
     def get(self, name: str = DEFAULT) -> Calibrations:
