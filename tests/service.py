@@ -1,8 +1,9 @@
-"""Runs ``ade serve`` in a process, on free ports."""
+"""Runs ``ade serve`` in a process on free ports, or in this process until it is refused."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
+from ade_cli.main import main
 from handlers.launch.run_folder import RunFolder, find_service
 from serving.ports import VARIABLES, Ports, free_ports
-from tests.helpers import ROOT
+from tests.helpers import PRETRAINED, ROOT
 
 # In the environment of ``ade serve``; its child processes must not have them.
 CANARIES = {
@@ -109,3 +112,21 @@ class RunningService:
         self.process.wait(60)
         _, alive = psutil.wait_procs(family, timeout=5)
         return alive
+
+
+def error_of_serve(*options: str, **variables: str) -> str:
+    """The error of ``ade serve`` with these options and environment variables.
+
+    It must occur before anything is started.
+    """
+    printed, before = io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed):
+        patch.setattr("handlers.launch.serve.run_folder", lambda: pytest.fail("it was accepted"))
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        try:
+            status = main(["serve", str(PRETRAINED), *options])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert status == 2
+    return printed.getvalue()

@@ -432,8 +432,8 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     workers = {process.pid for process in service.workers()}
     assert workers
     junk = [b"not an image".ljust(len(bomb)) for bomb in bombs]
-    alone = _seconds_beside(service, junk, seconds=10)
-    beside = _seconds_beside(service, bombs, seconds=30)
+    alone = _seconds_beside(service, junk, seconds=5)
+    beside = _seconds_beside(service, bombs, seconds=15)
     assert workers == {process.pid for process in service.workers()}
     print(
         "\n".join(

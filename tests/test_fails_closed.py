@@ -154,21 +154,33 @@ def prefix_of(name: str) -> str | None:
     return None if name == next(iter(EXPECTED)) else name
 
 
-@pytest.fixture(
-    scope="module", params=["in this process", pytest.param("TorchServe", marks=pytest.mark.slow)]
-)
+# The bundles of each server. TorchServe needs four workers for each one.
+SERVERS = {"in this process": tuple(EXPECTED), "TorchServe": ("both", "few")}
+
+
+@pytest.fixture(scope="module")
 def url(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Iterator[str]:
-    """Address of a server with all bundles; TorchServe needs 16 workers for them."""
+    """Address of a server of :data:`SERVERS`."""
+    given = {name: bundles[name] for name in SERVERS[request.param]}
     if request.param == "TorchServe":
-        running = RunningService(*bundles.values(), options=("--workers", "1"))
+        running = RunningService(*given.values(), options=("--workers", "1"))
         yield running.url
         running.stop()
         return
-    with answered_here(bundles) as address:
+    with answered_here(given) as address:
         yield address
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        pytest.param(server, name, marks=[pytest.mark.slow] if server == "TorchServe" else [])
+        for server, names in SERVERS.items()
+        for name in names
+    ],
+    indirect=["url"],
+    scope="module",
+)
 def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
     with AdeClient(url, model=prefix_of(name)) as client:
         results = client.score([*ood_paths, b"no image"], alpha=ALPHA, resize=True)

@@ -1,4 +1,4 @@
-"""Ten thousand malformed requests to a real service: no worker dies, no answer is a 500 error."""
+"""Three thousand malformed requests to a real service: no worker dies, no answer is a 500 error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_malformed_requests_do_no_harm(service: RunningService, real_images: np.
                 return request.kind, answer.status_code, answer.content
 
             with ThreadPoolExecutor(8) as pool:
-                answers = list(pool.map(send, malformed_requests(0, 10_000)))
+                answers = list(pool.map(send, malformed_requests(0, 3_000)))
         assert client.score(real_images[:4]) == expected
     assert workers() == before
     blamed = Counter(
@@ -50,7 +50,7 @@ def test_malformed_requests_do_no_harm(service: RunningService, real_images: np.
     )
     assert not blamed
     refused = [(status, content) for _, status, content in answers if 400 <= status < 500]
-    assert len(refused) > 5_000
+    assert len(refused) > 1_500
     for status, content in refused:
         error = json.loads(content).get("error")
         assert error and error["code"] and error["message"] and status in (400, 413, 415, 422), (

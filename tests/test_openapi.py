@@ -35,7 +35,7 @@ from serving.images import write_png
 from tests.helpers import DATA, PRETRAINED, ROOT, encode, npm_install, npy
 from tests.service import RunningService
 
-EXAMPLES = 40
+EXAMPLES = 20
 BINARY_BODIES = (*IMAGE_TYPES, "application/x-npy")
 
 

@@ -116,9 +116,21 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def page(browser: Browser, service: RunningService) -> Iterator[Page]:
+def shared_page(browser: Browser, service: RunningService) -> Iterator[Page]:
     with opened(browser, service.page) as page:
         yield page
+
+
+@pytest.fixture
+def page(shared_page: Page) -> Iterator[Page]:
+    """The page that most tests share, because opening one takes seconds.
+
+    Images and files stay in it. A test that changes a setting resets it.
+    """
+    yield shared_page
+    shared_page.unroute_all()
+    close = "document.querySelectorAll('[data-testid=toast-close]').forEach((one) => one.click())"
+    shared_page.evaluate(close)
 
 
 def show(page: Page, tab: str) -> None:
@@ -151,6 +163,17 @@ def drop(panel: Locator, file: Path) -> None:
     if not chooser.count():
         remove_image(panel)
     chooser.set_input_files(str(file))
+
+
+def empty_score(page: Page) -> Locator:
+    """The tab Score without an image, as when the page was opened."""
+    show(page, "Score")
+    panel = panel_of(page)
+    panel.get_by_text("Click to Upload").or_(remover(panel)).first.wait_for()
+    if remover(panel).count():
+        remove_image(panel)
+    expect(panel.get_by_text("The verdict appears here")).to_be_visible()
+    return panel
 
 
 def verdict_on(panel: Locator, heading: str, alpha: str) -> Locator:
@@ -200,10 +223,11 @@ def test_sample(page: Page, tmp_path: Path) -> None:
             and arrays["seed"] == "7"
         )
     # A chosen one by itself.
-    samples.nth(2).click()
     keep = panel.get_by_role("button", name="Download it").or_(
         panel.get_by_role("link", name="Download it")
     )
+    expect(keep.first).to_be_disabled()
+    samples.nth(2).click()
     expect(keep.first).to_be_enabled()
     with page.expect_download() as download:
         keep.first.click()
@@ -361,79 +385,84 @@ def test_a_file_that_is_chosen_while_explore_fills_itself_is_uploaded(
         expect(chosen).to_have_attribute("src", re.compile(r"/cat\.png$"))
 
 
-def test_what_is_done_with_a_sample_is_in_view(browser: Browser, service: RunningService) -> None:
+def test_what_is_done_with_a_sample_is_in_view(page: Page) -> None:
     """It is possible only while a sample is chosen."""
-    with opened(browser, service.page) as page:
-        show(page, "Sample")
-        panel = panel_of(page)
-        sample = panel.locator(".ade-grid button:has(img)").nth(5)
-        expect(sample).to_be_visible()
-        unfold(panel, "More")
-        names = ("Score it", "Download it", "Reconstruct it", "Explore from it", "Explore to it")
-        buttons = [panel.get_by_role("button", name=name) for name in names]
-        for button in buttons:
-            expect(button).to_be_disabled()
-        for button in buttons[:2]:
-            expect(button).to_be_in_viewport(ratio=1)
-        sample.click()
-        for button in (*buttons[:1], *buttons[2:]):
-            expect(button).to_be_enabled()
+    show(page, "Sample")
+    panel = panel_of(page)
+    sample = panel.locator(".ade-grid button:has(img)").nth(5)
+
+    def draw() -> None:
+        shown = sample.locator("img").get_attribute("src") or ""
         panel.get_by_role("button", name="Draw new samples").click()
-        for button in buttons:
-            expect(button).to_be_disabled()
+        expect(sample.locator("img")).not_to_have_attribute("src", shown)
+
+    draw()
+    unfold(panel, "More")
+    names = ("Score it", "Download it", "Reconstruct it", "Explore from it", "Explore to it")
+    buttons = [panel.get_by_role("button", name=name) for name in names]
+    for button in buttons:
+        expect(button).to_be_disabled()
+    page.evaluate("scrollTo(0, 0)")
+    for button in buttons[:2]:
+        expect(button).to_be_in_viewport(ratio=1)
+    sample.click()
+    for button in (*buttons[:1], *buttons[2:]):
+        expect(button).to_be_enabled()
+    draw()
+    for button in buttons:
+        expect(button).to_be_disabled()
 
 
-def test_a_chosen_sample_stays_chosen(browser: Browser, service: RunningService) -> None:
+def test_a_chosen_sample_stays_chosen(page: Page) -> None:
     """Visiting another tab does not clear the choice."""
-    with opened(browser, service.page) as page:
+    show(page, "Sample")
+    panel_of(page).locator(".ade-grid button:has(img)").nth(5).click()
+    for _ in range(2):
         show(page, "Sample")
-        panel_of(page).locator(".ade-grid button:has(img)").nth(5).click()
-        for _ in range(2):
-            show(page, "Sample")
-            page.wait_for_timeout(1000)
-            panel_of(page).get_by_role("button", name="Score it").click()
-            expect(page.get_by_role("tab", name="Score", exact=True)).to_have_attribute(
-                "aria-selected", "true"
-            )
-
-
-def test_only_the_last_of_several_images_is_shown(
-    browser: Browser, service: RunningService
-) -> None:
-    with opened(browser, service.page) as page:
-        panel = panel_of(page)
-        chosen = panel.locator(".ade-examples button:has(img)")
-        for i in (6, 7, 0, 8, 1, 6):
-            chosen.nth(i).click()
-            page.wait_for_timeout(50)
-        expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
-        page.wait_for_timeout(3000)
-        expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
-        expect(page.get_by_text("Error", exact=True)).to_have_count(0)
-
-
-def test_a_click_that_follows_quickly_counts(browser: Browser, service: RunningService) -> None:
-    """Even while the one before it is unanswered."""
-    with opened(browser, service.page) as page:
-        chosen = panel_of(page).locator(".ade-examples button:has(img)")
-        held = hold_first_run(page, "**/run/predict*")
-        chosen.nth(0).click()
-        wait_for(page, lambda: bool(held))
-        chosen.nth(1).click()
-        held[0].continue_()
-        image = panel_of(page).get_by_alt_text("the chosen image")
-        expect(image).to_have_attribute("src", re.compile(r"/automobile\.png$"))
-        show(page, "Sample")
-        samples = panel_of(page).locator(".ade-grid button:has(img)")
-        expect(samples).to_have_count(16)
         page.wait_for_timeout(1000)
-        held = hold_first_run(page)
-        samples.nth(5).click()
-        wait_for(page, lambda: bool(held))
-        samples.nth(2).click()
         panel_of(page).get_by_role("button", name="Score it").click()
-        expect(panel_of(page).locator("img[src*='sample-7-2']")).to_be_visible()
-        held[0].continue_()
+        expect(page.get_by_role("tab", name="Score", exact=True)).to_have_attribute(
+            "aria-selected", "true"
+        )
+        expect(panel_of(page).get_by_alt_text("the chosen image")).to_be_visible()
+        empty_score(page)
+
+
+def test_only_the_last_of_several_images_is_shown(page: Page) -> None:
+    panel = empty_score(page)
+    chosen = panel.locator(".ade-examples button:has(img)")
+    for i in (6, 7, 0, 8, 1, 6):
+        chosen.nth(i).click()
+        page.wait_for_timeout(50)
+    expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
+    page.wait_for_timeout(1500)
+    expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
+    expect(page.get_by_text("Error", exact=True)).to_have_count(0)
+
+
+def test_a_click_that_follows_quickly_counts(page: Page) -> None:
+    """Even while the one before it is unanswered."""
+    show(page, "Score")
+    chosen = panel_of(page).locator(".ade-examples button:has(img)")
+    held = hold_first_run(page, "**/run/predict*")
+    chosen.nth(0).click()
+    wait_for(page, lambda: bool(held))
+    chosen.nth(1).click()
+    held[0].continue_()
+    image = panel_of(page).get_by_alt_text("the chosen image")
+    expect(image).to_have_attribute("src", re.compile(r"/automobile\.png$"))
+    show(page, "Sample")
+    samples = panel_of(page).locator(".ade-grid").first.locator("button:has(img)")
+    expect(samples).to_have_count(16)
+    source = samples.nth(2).locator("img").get_attribute("src") or ""
+    page.wait_for_timeout(1000)
+    held = hold_first_run(page)
+    samples.nth(5).click()
+    wait_for(page, lambda: bool(held))
+    samples.nth(2).click()
+    panel_of(page).get_by_role("button", name="Score it").click()
+    expect(panel_of(page).locator(f"img[src*='{Path(source).stem}']")).to_be_visible()
+    held[0].continue_()
 
 
 def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
@@ -491,20 +520,16 @@ def test_a_run_that_waited_is_of_what_is_chosen(tiny_bundle: Path) -> None:
         assert (runs.chosen, runs.latest) == (("tiny", "a.png", "b.png"), 1)
 
 
-def test_a_full_queue_does_not_leave_a_former_verdict(
-    browser: Browser, service: RunningService
-) -> None:
-    with opened(browser, service.page) as page:
-        panel = filled(page, "Score")
-        expect(panel.locator(".ade-verdict")).to_be_visible()
-        page.route(
-            "**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "full"})
-        )
-        panel.locator(".ade-examples button:has(img)").last.click()
-        expect(panel.locator(".ade-verdict")).to_have_count(0)
-        page.unroute("**/queue/join*")
-        panel.get_by_role("button", name="Score", exact=True).click()
-        expect(panel.locator(".ade-verdict")).to_be_visible()
+def test_a_full_queue_does_not_leave_a_former_verdict(page: Page) -> None:
+    empty_score(page)
+    panel = filled(page, "Score")
+    expect(panel.locator(".ade-verdict")).to_be_visible()
+    page.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "full"}))
+    panel.locator(".ade-examples button:has(img)").last.click()
+    expect(panel.locator(".ade-verdict")).to_have_count(0)
+    page.unroute("**/queue/join*")
+    panel.get_by_role("button", name="Score", exact=True).click()
+    expect(panel.locator(".ade-verdict")).to_be_visible()
 
 
 def decibels(panel: Locator) -> float:
@@ -591,44 +616,43 @@ def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_broken_file_that_follows_quickly_fails_once(
-    browser: Browser, service: RunningService, tmp_path: Path, late: bool
+    page: Page, tmp_path: Path, late: bool
 ) -> None:
     """The run for the removed image does not report the next one's error too.
 
     Not even if it is so late that it starts when the next one's turn has come.
     """
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with opened(browser, service.page) as page:
-        panel = panel_of(page)
-        drop(panel, EXAMPLE)
-        expect(panel.locator(".ade-verdict")).to_be_visible()
-        calls: list[tuple[int, Route]] = []  # the functions that the page calls, and the requests
+    panel = empty_score(page)
+    drop(panel, EXAMPLE)
+    expect(panel.locator(".ade-verdict")).to_be_visible()
+    calls: list[tuple[int, Route]] = []  # the functions that the page calls, and the requests
 
-        def clears(call: int) -> bool:
-            return call == calls[0][0]
+    def clears(call: int) -> bool:
+        return call == calls[0][0]
 
-        def hold(route: Route) -> None:
-            """Hold the first clearing and, if runs are late, the first run."""
-            call = json.loads(route.request.post_data or "")["fn_index"]
-            calls.append((call, route))
-            is_first_run = not clears(call) and sum(not clears(c) for c, _ in calls) == 1
-            if len(calls) > 1 and not (late and is_first_run):
-                route.continue_()
+    def hold(route: Route) -> None:
+        """Hold the first clearing and, if runs are late, the first run."""
+        call = json.loads(route.request.post_data or "")["fn_index"]
+        calls.append((call, route))
+        is_first_run = not clears(call) and sum(not clears(c) for c, _ in calls) == 1
+        if len(calls) > 1 and not (late and is_first_run):
+            route.continue_()
 
-        page.route("**/queue/join*", hold)
-        remove_image(panel)
-        wait_for(page, lambda: bool(calls))
-        panel.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
-        expect(panel.get_by_alt_text("the chosen image")).to_have_count(1)
-        page.wait_for_timeout(500)
-        calls[0][1].continue_()
-        messages = page.get_by_test_id("toast-text")
-        expect(messages.first).to_be_visible()
-        if late:
-            next(route for call, route in calls if not clears(call)).continue_()
-        page.wait_for_timeout(2000)
-        expect(messages).to_have_count(1)
-        expect(panel.locator(".ade-unshown")).to_have_count(1)
+    page.route("**/queue/join*", hold)
+    remove_image(panel)
+    wait_for(page, lambda: bool(calls))
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    expect(panel.get_by_alt_text("the chosen image")).to_have_count(1)
+    page.wait_for_timeout(500)
+    calls[0][1].continue_()
+    messages = page.get_by_test_id("toast-text")
+    expect(messages.first).to_be_visible()
+    if late:
+        next(route for call, route in calls if not clears(call)).continue_()
+    page.wait_for_timeout(2000)
+    expect(messages).to_have_count(1)
+    expect(panel.locator(".ade-unshown")).to_have_count(1)
 
 
 def test_another_alpha_is_another_verdict_of_the_same_score(
@@ -675,23 +699,21 @@ def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: Runnin
         expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
 
 
-def test_an_alpha_that_is_moved_while_an_image_is_scored(
-    browser: Browser, service: RunningService
-) -> None:
+def test_an_alpha_that_is_moved_while_an_image_is_scored(page: Page) -> None:
     """The verdict is at the level that the page shows."""
-    with opened(browser, service.page) as page:
-        panel = panel_of(page)
-        drop(panel, ROOT / "serving" / "examples" / "frog.png")
-        expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
-        held = hold_first_run(page)
-        page.get_by_role("button", name="Score", exact=True).click()
-        wait_for(page, lambda: bool(held))
-        panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.1")
-        expect(verdict_on(panel, "Rejected", "10 %")).to_be_visible()
-        with page.expect_response(lambda answer: "map.png" in answer.url):
-            held[0].continue_()
-        page.wait_for_timeout(2000)
-        expect(verdict_on(panel, "Rejected", "10 %")).to_be_visible()
+    panel = empty_score(page)
+    drop(panel, ROOT / "serving" / "examples" / "frog.png")
+    expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
+    held = hold_first_run(page)
+    page.get_by_role("button", name="Score", exact=True).click()
+    wait_for(page, lambda: bool(held))
+    panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.1")
+    expect(verdict_on(panel, "Rejected", "10 %")).to_be_visible()
+    with page.expect_response(lambda answer: "map.png" in answer.url):
+        held[0].continue_()
+    page.wait_for_timeout(2000)
+    expect(verdict_on(panel, "Rejected", "10 %")).to_be_visible()
+    panel.get_by_label("number input for False-alarm rate (alpha)").fill("0.01")
 
 
 def test_what_if(page: Page) -> None:
@@ -909,15 +931,14 @@ def test_a_long_table_shows_a_part(page: Page, tmp_path: Path, real_images: np.n
     panel.get_by_role("button", name="Show more").click()
     expect(rows).to_have_count(60)
     expect(panel.get_by_text("60 files", exact=True)).to_be_visible()
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
 
 
 REPRODUCE = "Reproduce: how was this PNG made?"
 HOSTILE = "<img src=x onerror=window.ran=1>"
 
 
-def test_a_folder_with_other_files_and_hostile_names(
-    browser: Browser, service: RunningService, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_files_and_hostile_names(page: Page, tmp_path: Path) -> None:
     """Other files of a folder are left out; names stay apart and are never interpreted as HTML."""
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)
@@ -938,57 +959,55 @@ def test_a_folder_with_other_files_and_hostile_names(
         f"{HOSTILE}<img src=http://elsewhere.example/a.png>![a](http://elsewhere.example/b.png)",
     )
     Image.open(EXAMPLE).save(tmp_path / "kind.png", pnginfo=text)
-    with opened(browser, service.page) as page:
-        show(page, "Score many")
-        panel = panel_of(page)
-        panel.locator("input[type=file]").nth(1).set_input_files(folder)
-        given = [*alike, tmp_path / "names.zip"]
-        panel.locator("input[type=file]").first.set_input_files(given)
-        expect(panel.get_by_role("row", name="names.zip")).to_be_visible()
-        page.get_by_role("button", name="Score all").click()
-        expect(panel.get_by_text("of 7 images rejected")).to_be_visible()
-        names = {
-            *("cat.png", "cat.png (2)", "=#1.png", "=1.png", "#.png"),
-            *(f"{HOSTILE}.png", "=1.png (2)"),
-        }
-        assert set(panel.locator(".ade-results .ade-file").all_inner_texts()) == names
-        with page.expect_download() as download:
-            panel.get_by_text("Download CSV").click()
-        download.value.save_as(tmp_path / "scores.csv")
-        with open(tmp_path / "scores.csv", newline="") as file:
-            assert {row["path"] for row in csv.DictReader(file)} == set(map(safe_cell, names))
-        panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
-        panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.zip")
-        expect(panel.get_by_role("row", name="large.zip")).to_be_visible()
-        page.get_by_role("button", name="Score all").click()
-        expect(page.get_by_text(f"{HOSTILE}.png in large.zip is too large").first).to_be_visible()
-        show(page, "Sample")
-        unfold(panel_of(page), REPRODUCE)
-        panel_of(page).locator("input[type=file]").first.set_input_files(tmp_path / "kind.png")
-        expect(panel_of(page).get_by_role("row", name="kind.png")).to_be_visible()
-        page.get_by_role("button", name="Make it again").click()
-        expect(page.get_by_text(f"got '{HOSTILE}").first).to_be_visible()
-        page.wait_for_timeout(1000)
-        assert page.evaluate("window.ran") is None
+    show(page, "Score many")
+    panel = panel_of(page)
+    panel.locator("input[type=file]").nth(1).set_input_files(folder)
+    given = [*alike, tmp_path / "names.zip"]
+    panel.locator("input[type=file]").first.set_input_files(given)
+    expect(panel.get_by_role("row", name="names.zip")).to_be_visible()
+    page.get_by_role("button", name="Score all").click()
+    expect(panel.get_by_text("of 7 images rejected")).to_be_visible()
+    names = {
+        *("cat.png", "cat.png (2)", "=#1.png", "=1.png", "#.png"),
+        *(f"{HOSTILE}.png", "=1.png (2)"),
+    }
+    assert set(panel.locator(".ade-results .ade-file").all_inner_texts()) == names
+    with page.expect_download() as download:
+        panel.get_by_text("Download CSV").click()
+    download.value.save_as(tmp_path / "scores.csv")
+    with open(tmp_path / "scores.csv", newline="") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == set(map(safe_cell, names))
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "large.zip")
+    expect(panel.get_by_role("row", name="large.zip")).to_be_visible()
+    page.get_by_role("button", name="Score all").click()
+    expect(page.get_by_text(f"{HOSTILE}.png in large.zip is too large").first).to_be_visible()
+    show(page, "Sample")
+    unfold(panel_of(page), REPRODUCE)
+    panel_of(page).locator("input[type=file]").first.set_input_files(tmp_path / "kind.png")
+    expect(panel_of(page).get_by_role("row", name="kind.png")).to_be_visible()
+    page.get_by_role("button", name="Make it again").click()
+    expect(page.get_by_text(f"got '{HOSTILE}").first).to_be_visible()
+    page.wait_for_timeout(1000)
+    assert page.evaluate("window.ran") is None
 
 
-def test_examples_of_both_kinds(browser: Browser, service: RunningService, tmp_path: Path) -> None:
+def test_examples_of_both_kinds(page: Page, tmp_path: Path) -> None:
     """Half of them are out-of-distribution, of other sizes than the model's.
 
     A file that is dropped afterwards is still sent unchanged.
     """
-    with opened(browser, service.page) as page:
-        panel = panel_of(page)
-        chosen = panel.locator(".ade-examples button:has(img)")
-        expect(chosen).to_have_count(12)
-        chosen.nth(0).click()
-        expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
-        chosen.nth(6).click()
-        expect(verdict_on(panel, "Rejected", "1 %")).to_be_visible()
-        expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
-        (tmp_path / "broken.png").write_bytes(b"nothing")
-        drop(panel, tmp_path / "broken.png")
-        expect(panel.get_by_text(NOT_AN_IMAGE)).to_be_visible()
+    panel = empty_score(page)
+    chosen = panel.locator(".ade-examples button:has(img)")
+    expect(chosen).to_have_count(12)
+    chosen.nth(0).click()
+    expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
+    chosen.nth(6).click()
+    expect(verdict_on(panel, "Rejected", "1 %")).to_be_visible()
+    expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    drop(panel, tmp_path / "broken.png")
+    expect(panel.get_by_text(NOT_AN_IMAGE)).to_be_visible()
     drawings = [Image.open(io.BytesIO(draw(name))) for name in DRAWINGS]
     assert all(picture.size != (32, 32) for picture in drawings)
 
@@ -1437,26 +1456,24 @@ def test_overlapping_calls_of_one_client_all_get_their_results(service: RunningS
     assert all("ade-verdict" in job.result(60)[0] for job in jobs)
 
 
-def test_errors_are_sentences(browser: Browser, service: RunningService, tmp_path: Path) -> None:
+def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.new("RGB", (100, 80)).save(large)
-    with opened(browser, service.page) as page:
-        panel = panel_of(page)
-        go = page.get_by_role("button", name="Score", exact=True)
-        expect(go).to_be_disabled()
-        expect(panel.get_by_text(RESIZE_INFO)).to_be_visible()
-        panel.get_by_label(RESIZE).uncheck()
-        drop(panel, large)
-        message = page.get_by_test_id("toast-text").get_by_text(
-            "must be 32 x 32 pixels, got 100 x 80"
-        )
-        expect(message).to_have_count(1)
-        page.get_by_test_id("toast-close").click()
-        expect(message).to_have_count(0)
-        go.click()
-        expect(message).to_have_count(1)
-        remove_image(panel)
-        expect(go).to_be_disabled()
+    panel = empty_score(page)
+    go = page.get_by_role("button", name="Score", exact=True)
+    expect(go).to_be_disabled()
+    expect(panel.get_by_text(RESIZE_INFO)).to_be_visible()
+    panel.get_by_label(RESIZE).uncheck()
+    drop(panel, large)
+    message = page.get_by_test_id("toast-text").get_by_text("must be 32 x 32 pixels, got 100 x 80")
+    expect(message).to_have_count(1)
+    page.get_by_test_id("toast-close").click()
+    expect(message).to_have_count(0)
+    go.click()
+    expect(message).to_have_count(1)
+    remove_image(panel)
+    expect(go).to_be_disabled()
+    panel.get_by_label(RESIZE).check()
 
 
 FILLED = {  # the result of each tab after its first example is chosen
@@ -1515,28 +1532,6 @@ def covered_labels(page: Page) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("width", [390, 768])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_windows(browser: Browser, service: RunningService, width: int, scheme: str) -> None:
-    """Every tab can be reached, and nothing in a filled one is wider than the window.
-
-    The page follows the reader's light or dark colour scheme.
-    """
-    with opened(
-        browser, service.page, viewport={"width": width, "height": 844}, color_scheme=scheme
-    ) as page:
-        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (light == "rgb(245, 245, 241)") == (scheme == "light"), light
-        for tab in FILLED:
-            panel = filled(page, tab)
-            if tab in ("Score", "Reconstruct"):
-                unfold(panel, "Technical details")
-                heading = re.compile("^(Likelihood|Bits of the image)")
-                expect(panel.get_by_role("heading", name=heading)).to_be_visible()
-            assert wider_than_window(page) == [], tab
-            assert covered_labels(page) == [], tab
-
-
 # Gradio's own: the button of its upload area says "Drop Image Here" and is named otherwise, and its
 # buttons that add files and that unfold a message hold another control.
 GRADIOS_OWN = (
@@ -1560,18 +1555,36 @@ def serious_findings(page: Page) -> list[Any]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessibility(browser: Browser, service: RunningService, scheme: str) -> None:
-    """axe-core has no serious finding in any filled tab."""
-    with opened(browser, service.page, color_scheme=scheme, reduced_motion="reduce") as page:
+def test_filled_tabs(browser: Browser, service: RunningService, scheme: str) -> None:
+    """Every tab can be reached in a narrow window, and nothing in it is wider than the window.
+
+    axe-core has no serious finding in any. The page follows the reader's colour scheme.
+    """
+    sizes = [{"width": width, "height": 844} for width in (390, 768)]
+    options = {"viewport": sizes[0], "color_scheme": scheme, "reduced_motion": "reduce"}
+    with opened(browser, service.page, **options) as page:
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (light == "rgb(245, 245, 241)") == (scheme == "light"), light
         page.add_script_tag(content=AXE.read_text())
         for tab in FILLED:
-            filled(page, tab)
+            page.set_viewport_size(sizes[0])
+            panel = filled(page, tab)
+            if tab in ("Score", "Reconstruct"):
+                unfold(panel, "Technical details")
+                heading = re.compile("^(Likelihood|Bits of the image)")
+                expect(panel.get_by_role("heading", name=heading)).to_be_visible()
+            for size in sizes:
+                page.set_viewport_size(size)
+                assert wider_than_window(page) == [], (tab, size)
+                assert covered_labels(page) == [], (tab, size)
+            page.set_viewport_size({"width": 1280, "height": 900})
             assert serious_findings(page) == [], tab
 
 
 @pytest.fixture(scope="module")
 def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
-    running = RunningService(PRETRAINED, tiny_bundle, options=("--workers", "1"))
+    options = ("--engine", "asgi", "--workers", "1")
+    running = RunningService(PRETRAINED, tiny_bundle, options=options)
     yield running
     running.stop()
 
@@ -1598,7 +1611,7 @@ def test_a_hidden_tab_runs_when_it_is_shown(browser: Browser, two_models: Runnin
             for model in models:
                 page.get_by_label("Model").first.click()
                 page.get_by_role("option", name=model).click()
-                page.wait_for_timeout(2000)
+                page.wait_for_timeout(1000)
             assert run not in calls
             with page.expect_request(lambda _: run in calls):
                 show(page, "Reconstruct")

@@ -37,7 +37,7 @@ from serving.engine.bundle import open_bundle
 from serving.images import write_png
 from serving.page import app as page_app
 from serving.page import many, uploads
-from serving.page.app import MAX_SESSIONS, gradio_of, make_app
+from serving.page.app import gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
@@ -546,13 +546,16 @@ def test_an_internal_error_reveals_nothing(
         assert SECRET not in text and str(tmp_path) not in text and "Traceback" not in text
 
 
-def test_sessions_that_are_remembered_are_bounded(inbox: Path) -> None:
+def test_sessions_that_are_remembered_are_bounded(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each takes 0.2 MB even when it is empty."""
+    monkeypatch.setattr(page_app, "MAX_SESSIONS", 5)
     app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
     holder = gradio_of(app).state_holder
-    for i in range(MAX_SESSIONS + 5):
+    for i in range(9):
         holder[f"session-{i}"]
-    assert len(holder.session_data) == MAX_SESSIONS
+    assert len(holder.session_data) == 5
     states = [
         block
         for block in gradio_of(app).get_blocks().blocks.values()
