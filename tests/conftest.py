@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
@@ -64,9 +65,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def few_corrupted_images() -> Iterator[None]:
-    """Corrupt 20 images in each way instead of 200: most of what a small calibration costs."""
+    """Corrupt 20 images in each way instead of 200: most of what a small calibration costs.
+
+    In all tests, whichever run before them. A test that needs more of them sets the number itself.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.verdict.kinds.CORRUPTED", 20)
         yield
@@ -95,7 +99,6 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_bundle(
     tiny_checkpoint: Path,
     small_images: np.ndarray,
-    few_corrupted_images: None,
     made_once: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -131,6 +134,34 @@ def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("export.write.export_onnx", take_onnx)
     monkeypatch.setattr("export.write.export_torchscript", take_torchscript)
+
+
+class MeanColours(torch.nn.Module):
+    """A network whose features are an image's mean colours, over and over."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From images, ``(N, 3, H, W)``, to as many features as EfficientNet has."""
+        return x.mean((2, 3)).repeat(1, 427)[:, :1280]
+
+
+@pytest.fixture
+def mean_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make encoders, and teach small ones, with mean colours instead of EfficientNet's features.
+
+    Its features take long to compute, and its export takes longer.
+    """
+
+    def features(images: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 255
+        return MeanColours()(x).double().numpy()
+
+    def teacher(size: int) -> Callable[[np.ndarray], np.ndarray]:
+        assert size == 160
+        return features
+
+    monkeypatch.setattr("training.encoder.EfficientNetFeatures", lambda: features)
+    monkeypatch.setattr("training.encoder.load_efficientnet", MeanColours)
+    monkeypatch.setattr("training.distillation.EfficientNetFeatures", teacher)
 
 
 @pytest.fixture(scope="session")

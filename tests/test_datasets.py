@@ -243,7 +243,7 @@ def test_labels_that_do_not_match_their_images_are_refused(
 
 
 def test_parts_follow_the_file_name() -> None:
-    assert part_of("0001.png") == part_of("0001.png")
+    assert (part_of("cat.jpg"), part_of("photo.png")) == ("train", "test")
     counts = {
         part: sum(part_of(f"{i}.png") == part for i in range(5000)) / 50
         for part in ("train", "select", "calibrate", "test")

@@ -22,11 +22,10 @@ from ade_cli.main import VERBS, main, parse
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch import run_folder
 from serving import ports
-from serving.engine.bundle import verify_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import conformal_p_values
-from tests.helpers import PRETRAINED, ROOT, make_folder
+from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 from training.comparison.compare import read_rows
 from training.comparison.report import write_comparison
@@ -193,23 +192,6 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
     seed1["state"]["images"] = 400_000
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "**holds**: AV-ADE beats VAE on samples (after 400,000 images: " in page
-
-
-@pytest.mark.slow
-def test_the_training_guide(
-    tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Runs its first block except for serving, on 700 images, with seconds instead of minutes."""
-    make_folder(
-        tmp_path / "DIR",
-        np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]]),
-    )
-    monkeypatch.chdir(tmp_path)
-    *commands, serve = ade_commands(ROOT / "docs" / "training.md")[:5]
-    assert serve[0] == "serve"
-    for words in commands:
-        assert main([{"16": "0.2"}.get(word, word) for word in words]) == 0, words
-    assert verify_bundle(tmp_path / serve[1]).manifest["calibration"]["images"] > 50
 
 
 def test_the_gate_of_the_quick_start(

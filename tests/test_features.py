@@ -858,6 +858,7 @@ def test_images_that_the_network_has_seen_are_noticed(
         assert any("WARNING: the network has probably seen" in line for line in lines) == warns
 
 
+@pytest.mark.usefixtures("mean_colours")
 def test_a_small_encoder_learns_to_tell_things_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -892,10 +893,20 @@ def test_a_small_encoder_learns_to_tell_things_apart(
     assert (kinds[:500][nearest] == kinds[500:]).mean() > 0.9
 
 
+@pytest.fixture(scope="module")
+def exported_once() -> efficientnet.EfficientNetFeatures:
+    """EfficientNet's features, which export a graph when they are made."""
+    return efficientnet.EfficientNetFeatures()
+
+
 def test_a_network_trained_on_imagenet_is_the_encoder(
-    real_images: np.ndarray, tmp_path: Path
+    exported_once: efficientnet.EfficientNetFeatures,
+    real_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its features vary about equally, and are the same alone, in a batch and in PyTorch."""
+    monkeypatch.setattr("training.encoder.EfficientNetFeatures", lambda: exported_once)
     images = real_images[:40].copy()
     for labels in (None, np.zeros(len(images), int)):
         made = make_encoder(ImageSet(images, labels))
@@ -905,7 +916,7 @@ def test_a_network_trained_on_imagenet_is_the_encoder(
     graph = feature_graph(FeatureSource(path), images)
     found = run(graph.content, images)["features"]
     assert found.shape == (len(images), efficientnet.FEATURES)
-    spread = efficientnet.EfficientNetFeatures()(images).std(0)
+    spread = exported_once(images).std(0)
     np.testing.assert_allclose(found.std(0), spread / (spread + 0.05), rtol=0.01, atol=1e-3)
     alone = [run(graph.content, images[i : i + 1])["features"] for i in range(4)]
     np.testing.assert_array_equal(np.concatenate(alone), found[:4])
@@ -914,8 +925,14 @@ def test_a_network_trained_on_imagenet_is_the_encoder(
     np.testing.assert_allclose(found[:4], eager, rtol=1e-3, atol=1e-3)
 
 
-def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> None:
+def test_the_encoder_learns_classes(
+    exported_once: efficientnet.EfficientNetFeatures,
+    real_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of images that its network has never seen; the exported graph gives the same logits."""
+    monkeypatch.setattr("training.encoder.EfficientNetFeatures", lambda: exported_once)
     images = real_images
     upright = np.arange(len(images)) % 2 == 0
     images = np.where(upright[:, None, None, None], images, images[:, ::-1])
@@ -931,24 +948,9 @@ def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> 
     assert is_right[:240].all() and is_right[240:].mean() > 0.7
 
 
-class MeanColours:
-    """A teacher that needs no weights."""
-
-    def __init__(self, size: int) -> None:
-        assert size == 160
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        colours = images.mean((1, 2))
-        return np.tile(colours, (1, 1 + efficientnet.FEATURES // 3))[
-            :, : efficientnet.FEATURES
-        ].astype(np.float64)
-
-
-def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("mean_colours")
+def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw() -> None:
     """The teacher stops when its time is over; other images have no distance from its features."""
-    monkeypatch.setattr("training.distillation.EfficientNetFeatures", MeanColours)
     images = np.random.default_rng(0).integers(0, 256, (130, 8, 8, 3), np.uint8)
     everything = Distillation(images, 4, 60.0, 0)
     assert everything.rows.tolist() == list(range(130))
@@ -970,12 +972,12 @@ def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw(
     assert 0 < hurried(torch.randn(len(rows), 4), rows).item() < 2
 
 
+@pytest.mark.usefixtures("mean_colours")
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_a_small_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
     is_faster: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.small_encoder.bfloat16_is_faster", lambda device: is_faster)
-    monkeypatch.setattr("training.distillation.EfficientNetFeatures", MeanColours)
 
     def forward(self: Encoder, images: torch.Tensor) -> None:
         raise RuntimeError(f"in bfloat16: {torch.is_autocast_enabled('cpu')}")
@@ -1017,6 +1019,7 @@ def test_the_encoder_of_larger_images_sees_them_smaller() -> None:
     assert isinstance(network.blocks, nn.Sequential)
 
 
+@pytest.mark.usefixtures("mean_colours")
 def test_the_command_line(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

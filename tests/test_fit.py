@@ -332,17 +332,20 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)).save(
         tmp_path / "0.png", compress_level=0
     )
-    for i in range(1, 100):  # 432 MB in all
+    for i in range(1, 40):  # 173 MB in all
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
     script = (
-        "import resource, sys\nfrom training.datasets import load_dataset\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "import os, sys\nfrom training.datasets import load_dataset\n"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])\n"  # a thread per core
+        # In MiB; what getrusage reports begins with the peak of the process that starts this one.
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: int(status().split('VmHWM:')[1].split()[0]) // 1024\n"
         "before = peak()\nload_dataset(sys.argv[1], None, 8)\nprint(peak() - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
-    assert int(done.stdout) < 30 + 30 * (os.cpu_count() or 1), done.stderr
+    assert done.returncode == 0 and int(done.stdout) < 90, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -389,10 +392,12 @@ def test_folders_that_cannot_be_fitted(
     (tmp_path / "few" / "linked").symlink_to(tmp_path / "few" / "class0")
     for name in ("class0/a.HEIC", "class1/b.heic", "c.avif"):
         (tmp_path / "few" / name).write_bytes(b"")
-    (tmp_path / "huge").mkdir()
-    for number in range(9):
-        Image.new("L", (5000, 4000)).save(tmp_path / "huge" / f"{number}.png")
-    (tmp_path / "empty").mkdir()
+    for name in ("huge", "empty"):
+        (tmp_path / name).mkdir()
+    if "HUGE" in arguments:
+        Image.new("L", (5000, 4000)).save(tmp_path / "huge" / "0.png")
+        for number in range(1, 9):
+            os.link(tmp_path / "huge" / "0.png", tmp_path / "huge" / f"{number}.png")
     places = {
         "NOWHERE": tmp_path / "nowhere",
         "FEW": tmp_path / "few",
@@ -653,6 +658,17 @@ def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) ->
     return folder
 
 
+SMALL_FLOW = (1, 2, 8)  # scales, couplings, width
+
+
+@pytest.fixture
+def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and export a small flow, and score few images for the report."""
+    monkeypatch.setitem(FLOWS, "tiny", SMALL_FLOW)
+    monkeypatch.setattr("fitting.findings.SCANNED_IMAGES", 50)
+    monkeypatch.setattr("fitting.findings.CORRUPTED_IMAGES", 20)
+
+
 @pytest.fixture
 def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
@@ -773,6 +789,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     ]
 
 
+@pytest.mark.usefixtures("mean_colours")
 @pytest.mark.parametrize("learnable", [True, False])
 def test_an_encoder_uses_classes_that_it_recognises(
     learnable: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -815,6 +832,7 @@ def test_an_encoder_uses_classes_that_it_recognises(
         assert guide is None
 
 
+@pytest.mark.usefixtures("mean_colours")
 def test_images_without_classes_get_an_encoder(small_images: np.ndarray, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", small_images[:50])
     files = image_files(folder)
@@ -830,7 +848,7 @@ def test_images_without_classes_get_an_encoder(small_images: np.ndarray, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_time")
+@pytest.mark.usefixtures("cpu_time", "quick_fit")
 def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
     """The bundle has the encoder, its calibration uses it, and the report says what it is worth.
 
@@ -861,6 +879,7 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_fit")
 def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -868,8 +887,12 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     folder = make_folder(tmp_path / "My images", both[:, ::2, ::2])
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
-    words = ["fit", str(folder), "--out", str(out), "--budget", "1.2m"]
-    command = [sys.executable, "-m", "ade_cli.main", *words]
+    words = ["fit", str(folder), "--out", str(out), "--budget", "0.8m"]
+    script = (
+        f"import sys; from fitting.plan import FLOWS; FLOWS['tiny'] = {SMALL_FLOW}; "
+        "from ade_cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *words]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -877,11 +900,10 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
             break
     process.kill()
     process.communicate()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "704 image files" in done.stderr and f"serve it: ade serve {out / 'bundle'}" in done.stdout
-    )
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "704 image files" in said.err
+    assert f"serve it: ade serve {out / 'bundle'}" in said.out
     bundle = verify_bundle(out / "bundle")
     assert bundle.name == "my-images" and bundle.image_shape == (16, 16, 3)
     calibration = bundle.manifest["calibration"]

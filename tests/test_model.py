@@ -89,19 +89,16 @@ def test_bad_configurations_are_refused(change: dict, message: str) -> None:
         {"flow_blocks": 0},
         {"flow_width": 4},
         {"flow_max_log_scale": 1.5},
-        {"channels": 1},
-        {"image_size": 16},
     ],
 )
 def test_every_option_changes_the_model(change: dict) -> None:
     """It changes the weights or, if it has none, the answer."""
-    other = make_model(dataclasses.replace(TINY, **change))
-    base = make_model()
-    shapes = [tuple(p.shape) for p in base.parameters()]
-    x = torch.rand(2, other.config.channels, other.config.image_size, other.config.image_size)
-    if [tuple(p.shape) for p in other.parameters()] == shapes and x.shape[1:] == (3, 8, 8):
-        eps = noise(base)
-        assert not torch.equal(base.score(x, eps).log_weight, other.score(x, eps).log_weight)
+    base, other = make_model(), make_model(dataclasses.replace(TINY, **change))
+    shapes, others = ([tuple(p.shape) for p in model.parameters()] for model in (base, other))
+    x, eps = torch.rand(2, 3, 8, 8), noise(base)
+    assert shapes != others or not torch.equal(
+        base.score(x, eps).log_weight, other.score(x, eps).log_weight
+    )
 
 
 def test_noise_comes_in() -> None:
