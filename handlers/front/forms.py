@@ -47,7 +47,7 @@ def checked_type(content_type: str, body: bytearray) -> str:
         _check_names(_urlencoded_names(body))
     elif kind == MULTIPART:
         _check_names(multipart_names(content_type, body))
-    elif kind.startswith("multipart/"):  # no parser of these is a parser of forms
+    elif kind.startswith("multipart/"):  # multipart/mixed, for example
         raise not_a_form()
     return content_type
 
