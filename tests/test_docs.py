@@ -201,9 +201,9 @@ def test_the_gate_of_the_quick_start(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(
-        "some.png"
-    )
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Path("serving", "examples").mkdir(parents=True)
+    Image.fromarray(noise).save("serving/examples/frog.png")
     (block,) = blocks(ROOT / "docs" / "quickstart.md", "python")
     exec(
         compile(

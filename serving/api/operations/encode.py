@@ -41,7 +41,7 @@ _PER_LEVEL = OfBundle(
 class EncodeParameters(ImageParameters):
     """The parameters of ``encode``."""
 
-    eps: Annotated[bool, "also answer the standard normal noise that samples each z"] = False
+    eps: Annotated[bool, "also answer the standard normal noise from which each z is drawn"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
