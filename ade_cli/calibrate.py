@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ from training.datasets import NAMES
 
 ERRORS = (BundleError, CalibrationError, DataError, FeaturesError, FileError)
 ALPHAS = (0.1, 0.05, 0.01)
-
-Reader = Callable[[], Iterator[bytes | np.ndarray | InputImage]]  # may be read more than once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,18 +125,18 @@ def run(args: argparse.Namespace) -> None:
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     if args.into is None:
         made = calibrate_bundle(
-            args.bundle, target, fit(), calibration(), name, say, features, unseen(), trained()
+            args.bundle, target, fit, calibration, name, say, features, unseen, trained
         )
     else:
         made = calibrate_into(
             target,
             args.name,
-            fit(),
-            calibration(),
+            fit,
+            calibration,
             name,
             say,
-            unseen(),
-            trained(),
+            unseen,
+            trained,
             args.discard_feedback,
         )
     assert made.exact is not None
@@ -174,7 +171,7 @@ def _data_of(features: FeatureSource | None, bundle: Bundle) -> Mapping[str, Any
 
 def _images(
     args: argparse.Namespace, bundle: Bundle, features: Mapping[str, Any] | None
-) -> tuple[list[Reader], str]:
+) -> tuple[list[Iterator[bytes | np.ndarray | InputImage]], str]:
     """Images to fit to, to calibrate on, unseen ones and training images; the data's name."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])
@@ -186,7 +183,7 @@ def _images(
     folder = Path(args.data)
     say_what_is_not_followed(folder)
     chosen = choose_files(folder, bundle, features, say)
-    return [partial(readable, paths, say) for paths in chosen], folder.resolve().name
+    return [readable(paths, say) for paths in chosen], folder.resolve().name
 
 
 def _tell(calibrations: Calibrations) -> None:

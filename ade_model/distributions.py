@@ -51,12 +51,8 @@ class DiagonalGaussian:
         """``(value - mean) / scale``: standard normal if ``value`` comes from this distribution."""
         return (value - self.mean) * (-self.log_scale).exp()
 
-    def kl(self, other: DiagonalGaussian) -> Tensor:
-        """``KL(self || other)`` in closed form, ``(N,)``, nats, never negative."""
-        return sum_dims(self.kl_terms(other))
-
     def kl_terms(self, other: DiagonalGaussian) -> Tensor:
-        """The terms of :meth:`kl`, one per dimension, the shape of ``mean``, nats."""
+        """The terms of ``KL(self || other)``, one per dimension, the shape of ``mean``, nats."""
         log_ratio = other.log_scale - self.log_scale
         shift = (self.mean - other.mean) * (-other.log_scale).exp()
         return log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1)

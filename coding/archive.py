@@ -16,7 +16,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -107,11 +106,8 @@ def write_chunk(file: IO[bytes], first: int, count: int, payload: bytes) -> None
 
 def write_end(file: IO[bytes], images: int) -> None:
     """Complete an archive."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-    file.write(_record(_END, images, 0, 0, digest.digest()))
+    digest = _digest(file, file.seek(0, os.SEEK_END))
+    file.write(_record(_END, images, 0, 0, digest))
     _sync(file)
 
 
@@ -135,8 +131,6 @@ def scan(file: IO[bytes], path: Path) -> Contents:
     """
     header, start = _read_header(file, path)
     size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    whole = hashlib.sha256()
     chunks: list[Chunk] = []
     position = start
     while position < size:
@@ -148,10 +142,7 @@ def scan(file: IO[bytes], path: Path) -> Contents:
         kind, first, count, length, digest = record
         position += _RECORD_BYTES
         if kind == _END:
-            file.seek(0)
-            for block in _blocks(file, position - _RECORD_BYTES):
-                whole.update(block)
-            is_intact = whole.digest() == digest and position == size
+            is_intact = _digest(file, position - _RECORD_BYTES) == digest and position == size
             return Contents(header, chunks, True, is_intact)
         expected = chunks[-1].first + chunks[-1].count if chunks else 0
         fits = expected <= first and first + count <= header["images"] and 0 < count <= MAX_IMAGES
@@ -222,13 +213,14 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
     return header, file.tell()
 
 
-def _blocks(file: IO[bytes], length: int) -> Iterator[bytes]:
-    while length > 0:
-        block = file.read(min(length, _BLOCK))
-        if not block:
-            return
-        yield block
+def _digest(file: IO[bytes], length: int) -> bytes:
+    """The SHA-256 of the first bytes of a file, which stays behind them."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while length > 0 and (block := file.read(min(length, _BLOCK))):
+        digest.update(block)
         length -= len(block)
+    return digest.digest()
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -145,14 +145,14 @@ def compress(
             pictures = _read(source, done)
             names = _names(source, done, len(pictures))
             payload, figures, kinds = coder.encode(names, pictures)
-            if verify and not _reproduced(coder, payload, pictures):
+            if verify and not _reproduced(coder, payload, len(pictures)):
                 report.not_reproduced += 1
                 payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                if not _reproduced(coder, payload, pictures):
+                if not _reproduced(coder, payload, len(pictures)):
                     # Such as a large one, whose WebP takes longer to decode than is allowed.
                     pictures = [Picture(None, p.data) if p.data else p for p in pictures]
                     payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                    if not _reproduced(coder, payload, pictures):
+                    if not _reproduced(coder, payload, len(pictures)):
                         raise CodingError("an image cannot be stored: this is a bug")
             started = time.process_time()
             by_kind = list(zip(kinds, pictures, strict=True))
@@ -187,21 +187,14 @@ def _names(source: Source, first: int, count: int) -> list[str] | None:
     return [str(source.name(i)) for i in range(first, first + count)]
 
 
-def _reproduced(coder: ChunkCoder, payload: bytes, pictures: list[Picture]) -> bool:
-    """Whether a chunk decodes to exactly these images."""
+def _reproduced(coder: ChunkCoder, payload: bytes, count: int) -> bool:
+    """Whether a chunk decodes to the images that were encoded, of which it has the digest."""
     try:
-        decoded = list(coder.decode(payload, len(pictures)))
+        for _ in coder.decode(payload, count):
+            pass
     except Damaged:
         return False
-    return all(
-        _equal(found, picture) for (_, found), picture in zip(decoded, pictures, strict=True)
-    )
-
-
-def _equal(found: Picture, picture: Picture) -> bool:
-    if found.pixels is None or picture.pixels is None:
-        return found.pixels is None and found.data == picture.data
-    return np.array_equal(found.pixels, picture.pixels)
+    return True
 
 
 def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:

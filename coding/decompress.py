@@ -75,7 +75,7 @@ def decompress(
     with open(archive, "rb") as file:
         contents = scan(file, archive)
         _check_target(contents, out)
-        networks = Networks(bundle, for_archive=True)
+        networks = Networks(bundle)
         _check_bundle(contents, bundle, archive)
         for line in _differences(contents.header["fingerprint"]):
             warn(line)

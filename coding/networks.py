@@ -43,15 +43,14 @@ class Networks:
 
     Args:
         bundle: its files are verified before they are loaded.
-        for_archive: see :func:`check_codec`.
 
     Raises:
         BundleError: a file does not match the manifest.
         CodingError: the bundle has no codec, or one of another version.
     """
 
-    def __init__(self, bundle: Bundle, for_archive: bool = False) -> None:
-        check_codec(bundle, for_archive)
+    def __init__(self, bundle: Bundle) -> None:
+        check_codec(bundle)
         program = json.loads(bundle.file(CODEC_NAME).read_text())
         if program["format_version"] != CODEC_VERSION:
             raise CodingError(
@@ -99,12 +98,8 @@ class Networks:
         return results
 
 
-def check_codec(bundle: Bundle, for_archive: bool = False) -> None:
+def check_codec(bundle: Bundle) -> None:
     """Check that a bundle has a codec.
-
-    Args:
-        bundle: any bundle.
-        for_archive: whether an archive is to be read, which needs the bundle that made it.
 
     Raises:
         CodingError: it has none; the message says why, or how to make it.
@@ -116,10 +111,9 @@ def check_codec(bundle: Bundle, for_archive: bool = False) -> None:
             f"{bundle.name} cannot code images: a model of the recipe {bundle.manifest['recipe']} "
             "has no inference network, so it gives images no likelihood"
         )
-    if for_archive:
-        raise CodingError(f"{bundle.folder} has no codec: give the bundle that made the archive")
     raise CodingError(
-        f"{bundle.folder} has no codec: make a copy that has one, by ade export with the codec"
+        f"{bundle.folder} has no codec: give the bundle that made the archive, or make a copy with "
+        "a codec by ade export"
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -434,12 +433,9 @@ def _check(model: ModelProto, result: dict[str, np.ndarray], images: np.ndarray)
             raise FeaturesError(f"{name} of real images are not finite: is the scale right?")
         if len(values) > 1 and (values == values[:1]).all():
             raise FeaturesError(f"{name} of different images are the same: is the scale right?")
-        alone = np.concatenate(list(_one_by_one(model, name, images)))
+        alone = np.concatenate(
+            [_run(model, [name], image[None])[name] for image in images[:CHECKED]]
+        )
         size = np.abs(values).max() + 1e-6
         if np.abs(alone - values).max() > TOLERANCE * size:
             raise FeaturesError(f"{name} of an image depend on the others of its batch")
-
-
-def _one_by_one(model: ModelProto, name: str, images: np.ndarray) -> Iterator[np.ndarray]:
-    for image in images[:CHECKED]:
-        yield _run(model, [name], image[None])[name]

@@ -60,12 +60,11 @@ class Plan:
         budget: minutes for the whole fitting.
         stages: training runs, in order.
         licence: of the weights, for the bundle; plans that differ in it alone are equal.
-        images: number of image files; ``None`` in plans of older versions.
+        images: number of image files.
         has_classes: whether they lie in class folders.
         guide_minutes: of training the guide of the adversarial stage (:mod:`training.guide`), a
             small encoder; 0 without one.
-        flow: scales, couplings and width of the flow, and width of the dequantiser if there is one;
-            empty in plans of older versions, which had the size's own flow.
+        flow: scales, couplings and width of the flow, and width of the dequantiser if there is one.
     """
 
     folder: str
@@ -75,11 +74,11 @@ class Plan:
     device: str
     budget: float
     stages: tuple[Stage, ...]
-    licence: str | None = field(default=None, compare=False)
-    images: int | None = None
-    has_classes: bool = False
-    guide_minutes: float = 0.0
-    flow: tuple[int, ...] = ()
+    licence: str | None = field(compare=False)
+    images: int
+    has_classes: bool
+    guide_minutes: float
+    flow: tuple[int, ...]
 
     @property
     def rest(self) -> float:
@@ -94,7 +93,7 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Rebuild from :meth:`to_dict`."""
         stages = tuple(Stage(**stage) for stage in values["stages"])
-        return cls(**{**values, "stages": stages, "flow": tuple(values.get("flow", ()))})
+        return cls(**{**values, "stages": stages, "flow": tuple(values["flow"])})
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -126,11 +125,11 @@ class Plan:
             PlanError: it differs; the message says in what.
         """
         before, now = begun._inputs(), self._inputs()
-        different = [name for name in now if before[name] not in (None, now[name])]
+        different = [name for name in now if before[name] != now[name]]
         if different:
             raise PlanError(
-                f"the fitting was begun with {', '.join(str(before[name]) for name in different)}; "
-                f"it cannot be resumed with {', '.join(str(now[name]) for name in different)}; "
+                f"the fitting was begun with {', '.join(before[name] for name in different)}; "
+                f"it cannot be resumed with {', '.join(now[name] for name in different)}; "
                 f"use the same {' and '.join(name.replace('_', ' ') for name in different)}"
             )
         if begun != self:
@@ -140,12 +139,12 @@ class Plan:
                 "finish it with the version that began it"
             )
 
-    def _inputs(self) -> dict[str, str | None]:
-        """What the user chose, in words; ``None`` where an older plan does not have it."""
+    def _inputs(self) -> dict[str, str]:
+        """What the user chose, in words."""
         classes = " in class folders" if self.has_classes else ""
         return {
             "folder": f"the images of {self.folder}",
-            "images": None if self.images is None else f"{self.images} image files{classes}",
+            "images": f"{self.images} image files{classes}",
             "name": f"the name {self.name}",
             "budget": f"a budget of {self.budget:g} minutes",
             "image_size": f"images of {self.image_size} pixels",
@@ -156,7 +155,7 @@ class Plan:
         """The stages and the size of their networks, in words."""
         stages = " then ".join(f"{stage.recipe} ({stage.minutes:.3g} min)" for stage in self.stages)
         guide = f", and a guide ({self.guide_minutes:.3g} min)" if self.guide_minutes else ""
-        flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}" if self.flow else ""
+        flow = f" with a flow of {' x '.join(map(str, self.flow[:3]))}"
         if len(self.flow) > 3:
             flow += f" and a dequantiser of width {self.flow[3]}"
         return f"{stages} at size {self.size}{flow}{guide}"

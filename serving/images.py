@@ -10,29 +10,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin, features
 
 from serving.decode.pool import decode_apart
-from serving.decode.structure import ImageError, read_structure
-from serving.decode.worker import DecodedImage, decode
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_FILE_BYTES",
-    "MAX_PIXELS",
-    "RESIZING",
-    "DecodedImage",
-    "ImageError",
-    "coder_version",
-    "file_size",
-    "in_options",
-    "is_image_name",
-    "header_pixels",
-    "lossless_bits",
-    "psnr",
-    "read_image",
-    "resize_centre",
-    "tile",
-    "untile",
-    "write_png",
-]
+from serving.decode.structure import ImageError as ImageError
+from serving.decode.structure import read_structure
+from serving.decode.worker import DecodedImage as DecodedImage
+from serving.decode.worker import decode
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 MAX_PIXELS = 16_000_000  # 48 MB decoded

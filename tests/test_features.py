@@ -379,19 +379,6 @@ def test_few_or_equal_known_images(count: int, shape: str) -> None:
     assert np.isfinite(known.coordinates({FEATURES: features(1, 7)})[DISTANCE]).all()
 
 
-def test_known_images_of_a_version_before_are_judged_by_the_cosine() -> None:
-    some, others = features(0, 50), features(1, 7)
-    made = KnownImages.of({FEATURES: some})
-    arrays = {name: values for name, values in made.arrays().items() if name != "known_main"}
-    arrays["known_usual"] = np.array([[[0.0, 1.0]]])
-    before = KnownImages.from_arrays(arrays, "")
-    assert before is not None and before.problem() is None
-    some, others = (its / np.linalg.norm(its, axis=1, keepdims=True) for its in (some, others))
-    expected = -np.sort(others @ some.T, axis=1)[:, -10]
-    found = before.coordinates({FEATURES: others})[DISTANCE]
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-
-
 def test_what_is_usual_depends_on_the_class() -> None:
     rng = np.random.default_rng(0)
     classes = np.repeat([0, 2], [400, 100])
@@ -500,7 +487,7 @@ def test_no_known_image_is_its_own_neighbour() -> None:
 
 @pytest.mark.parametrize("alike", [1 / 2, 3 / 4])
 def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: float) -> None:
-    """Only unusual ones do. In a calibration of a version before, all of them did."""
+    """Only unusual ones do."""
     rng = np.random.default_rng(0)
 
     def sets() -> dict[str, np.ndarray]:
@@ -519,11 +506,6 @@ def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: 
     usual = np.sum(scores == scores[0])
     assert abs(usual - 500 * alike) < 60 and (np.diff(scores[usual:]) > 0).all()
     assert np.ptp(scores) == pytest.approx(density[order[-1]] - density[order[usual - 1]], rel=0.1)
-
-    arrays = fitted.arrays()
-    del arrays["known_floor"]
-    before = dataclasses.replace(fitted, known=KnownImages.from_arrays(arrays, ""))
-    assert (np.argsort(before.ood_scores(normal)) == order).all()
 
 
 def test_coordinates_count_with_few_images_too() -> None:
@@ -779,20 +761,6 @@ def test_named_calibrations_are_tied_to_the_features(
     path_of(plain, "night").write_bytes(read.to_bytes())
     broken = InferenceEngine(plain, operations=["score"]).store.broken
     assert f"without features.onnx: {DISTANCE}" in broken["night"]
-
-
-def test_a_calibration_that_judged_features_otherwise_is_refused(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    made = Calibrations(fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200)))
-    path = tmp_path / "calibration.npz"
-    path.write_bytes(made.to_bytes())
-    assert Calibrations.load(path).exact is not None
-    with np.load(path) as file:
-        arrays = dict(file)
-    arrays["known_vectors"] = arrays.pop("known_directions")
-    np.savez(path, **arrays)
-    with pytest.raises(CalibrationError, match="does not know; ade calibrate makes another"):
-        Calibrations.load(path)
 
 
 def test_damaged_features_of_known_images_are_noticed() -> None:

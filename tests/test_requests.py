@@ -66,7 +66,7 @@ def refused(call: Any, *args: Any) -> ApiError:
 
 
 def parse_sample(request: RawRequest, latent_shapes: list) -> SampleRequest:
-    return Sample().parse_for(request, latent_shapes)
+    return Sample().parse(request, Bundle(Path(), {"latent_shapes": latent_shapes}))
 
 
 def parse_images(operation: str, request: RawRequest) -> FilesRequest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +78,10 @@ def choose_files(
 
 def choose_rows(
     dataset: Dataset, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
-) -> list[Callable[[], Iterator[np.ndarray | InputImage]]]:
+) -> list[Iterator[np.ndarray | InputImage]]:
     """Choose images of a data set, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
 
-    They may be read more than once. No training images are given: published data sets have hardly
-    any copies.
+    No training images are given: published data sets have hardly any copies.
 
     Args:
         dataset: with the images.
@@ -95,11 +93,10 @@ def choose_rows(
     if trained:
         report(f"the {trained}: only its parts select and calibrate are used")
     parts = {part: [(part, row) for row in range(len(dataset.parts[part]))] for part in PARTS}
-
-    def read(rows: list[tuple[str, int]]) -> Iterator[np.ndarray | InputImage]:
-        return (as_read(dataset, part, row) for part, row in rows)
-
-    return [partial(read, rows) for rows in _choose(parts, bool(trained))]
+    return [
+        (as_read(dataset, part, row) for part, row in rows)
+        for rows in _choose(parts, bool(trained))
+    ]
 
 
 def as_read(dataset: Dataset, part: str, row: int) -> np.ndarray | InputImage:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,24 +165,24 @@ def give_feedback(
 
 def _changing(
     before: Calibrations, images: Sequence[_Image]
-) -> tuple[list[_Image], list[_Image], int, int]:
+) -> tuple[list[_Image], dict[str, bool], int, int]:
     """The images that join, those that leave, and how many the density was fitted to.
 
-    Those that leave have the digests of the files that joined. The last number is that of rejected
-    images with which ``ade calibrate`` made the calibration.
+    Those that leave are the files that joined, with whether these were resized. The last number is
+    that of rejected images with which ``ade calibrate`` made the calibration.
     """
     joining: list[_Image] = []
-    leaving: dict[str, _Image] = {}
+    leaving: dict[str, bool] = {}
     fitted = calibrating = 0
     for image in images:
         calibration = before.of(image.resized)
         joined = None if calibration is None else calibration.joined
-        file = image.digest if image.digest in before.joined else None
-        if file is None and joined is not None:
-            file = joined.file_of(image.pixels)
+        file = None
+        if joined is not None:
+            file = image.digest if image.digest in joined.files else joined.file_of(image.pixels)
         if image.given == "reject":
             if file is not None:
-                leaving[file] = dataclasses.replace(image, digest=file)
+                leaving[file] = image.resized
             elif calibration and (
                 image.pixels in calibration.digests or image.pixels in calibration.fitted_digests
             ):
@@ -193,7 +193,7 @@ def _changing(
             fitted += 1
         else:
             joining.append(image)
-    return joining, list(leaving.values()), fitted, calibrating
+    return joining, leaving, fitted, calibrating
 
 
 def _check_not_trained(joining: Sequence[_Image], hashes: set[str]) -> None:
@@ -311,33 +311,27 @@ def _read(
 def _changed(
     before: Calibrations,
     joining: Sequence[_Image],
-    leaving: Sequence[_Image],
+    leaving: Mapping[str, bool],
     name: str,
     networks: str,
 ) -> Calibrations:
     """Change the calibrations that judge these images; the result has the version of its file."""
-    gone = {image.digest for image in leaving}
-    joined = [digest for digest in before.joined if digest not in gone]
-    changes: dict[str, Any] = {
-        "name": name,
-        "model": networks,
-        "joined": (*joined, *(image.digest for image in joining)),
-    }
+    changes: dict[str, Any] = {"name": name, "model": networks}
     if before.exact is before.resized:
-        changes["exact"] = changes["resized"] = _moved(before.exact, joining, leaving)
+        changes["exact"] = changes["resized"] = _moved(before.exact, joining, list(leaving))
     else:
         for field, resized in (("exact", False), ("resized", True)):
             changes[field] = _moved(
                 before.of(resized),
                 [image for image in joining if image.resized == resized],
-                [image for image in leaving if image.resized == resized],
+                [file for file, was_resized in leaving.items() if was_resized == resized],
             )
     after = dataclasses.replace(before, **changes)
     return dataclasses.replace(after, version=version_of(after.to_bytes()))
 
 
 def _moved(
-    calibration: Calibration | None, joining: Sequence[_Image], leaving: Sequence[_Image]
+    calibration: Calibration | None, joining: Sequence[_Image], leaving: Sequence[str]
 ) -> Calibration | None:
     if not joining and not leaving:
         return calibration
@@ -348,20 +342,18 @@ def _moved(
         )
     if joining:
         calibration = calibration.joined_by(
-            _statistics(joining), _digests(joining), [image.pixels for image in joining]
+            _statistics(joining),
+            [image.digest for image in joining],
+            [image.pixels for image in joining],
         )
     if leaving:
-        calibration = calibration.left_by(_statistics(leaving), _digests(leaving))
+        calibration = calibration.left_by(leaving)
     return calibration
 
 
 def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
     names = images[0].statistics
     return {name: np.concatenate([image.statistics[name] for image in images]) for name in names}
-
-
-def _digests(images: Sequence[_Image]) -> list[str]:
-    return [image.digest for image in images]
 
 
 def _append(path: Path, images: Sequence[_Image], name: str, before: str, after: str) -> None:

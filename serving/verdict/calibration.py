@@ -83,8 +83,7 @@ class Calibration:
             versions before.
         digests: uint64, the first 8 bytes of the SHA-256 of the pixels of each calibration image
             that has not joined; empty in calibrations of versions before.
-        joined: the images that feedback added; ``None`` if there are none, or a version before
-            added them.
+        joined: the images that feedback added; ``None`` if there are none.
         fitted_digests: uint64, the same as ``digests`` of the images that the density was fitted
             to; empty in calibrations of versions before.
     """
@@ -199,33 +198,23 @@ class Calibration:
             joined=new if self.joined is None else self.joined.and_more(new),
         )
 
-    def left_by(self, statistics: Mapping[str, np.ndarray], files: Sequence[str]) -> Calibration:
+    def left_by(self, files: Sequence[str]) -> Calibration:
         """The same density without images that had joined.
 
         Args:
-            statistics: used only for images that a version before added, without their values.
             files: hexadecimal SHA-256 of each image file, as it joined.
 
         Raises:
-            CalibrationError: an image is not among the calibration images, or none would be left.
+            CalibrationError: the file of the calibration contradicts itself.
         """
-        rows = self.rows(statistics)
-        scores = self.ood_scores(self.normal(rows))
-        if self.joined is not None:
-            places = {file: place for place, file in enumerate(self.joined.files)}
-            for row, file in enumerate(files):
-                if file in places:
-                    rows[row] = self.joined.rows[places[file]]
-                    scores[row] = self.joined.scores[places[file]]
-        left = _without(self.scores, scores)
-        columns = [_without(*pair) for pair in zip(self.reference.T, rows.T, strict=True)]
-        if not len(left):
-            raise CalibrationError("a calibration needs at least one image")
+        assert self.joined is not None
+        gone = np.isin(self.joined.files, list(files))
+        columns = zip(self.reference.T, self.joined.rows[gone].T, strict=True)
         return replace(
             self,
-            scores=left,
-            reference=np.stack(columns, axis=1),
-            joined=None if self.joined is None else self.joined.without(files),
+            scores=_without(self.scores, self.joined.scores[gone]),
+            reference=np.stack([_without(*pair) for pair in columns], axis=1),
+            joined=self.joined.without(files),
         )
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:

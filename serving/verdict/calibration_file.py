@@ -6,7 +6,7 @@ import hashlib
 import io
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -36,7 +36,6 @@ class Calibrations:
         model: :attr:`serving.engine.bundle.Bundle.networks` of the bundle; empty in a bundle's own
             file, which the manifest ties to them.
         data: describes the calibration images; empty in a bundle's own file.
-        joined: SHA-256 of the image files that feedback added.
         webp: version of libwebp that computed the statistics; empty in files of versions before.
         is_broken: whether their file exists but cannot be used, so that there is no verdict.
     """
@@ -47,13 +46,19 @@ class Calibrations:
     version: str = ""
     model: str = ""
     data: str = ""
-    joined: tuple[str, ...] = field(default=())
     webp: str = ""
     is_broken: bool = False
 
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""
         return self.resized if resized else self.exact
+
+    @property
+    def joined(self) -> list[str]:
+        """SHA-256 of the image files that feedback added."""
+        kinds = [self.exact] if self.exact is self.resized else [self.exact, self.resized]
+        joined = [kind.joined for kind in kinds if kind is not None]
+        return [file for images in joined if images is not None for file in images.files]
 
     @property
     def label(self) -> dict[str, str] | None:
@@ -101,8 +106,6 @@ class Calibrations:
             arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
         if self.webp:
             arrays["webp"] = np.array(self.webp)
-        if self.joined:
-            arrays["joined"] = np.array(self.joined)
         np.savez_compressed(out, **arrays)
         return out.getvalue()
 
@@ -140,7 +143,6 @@ class Calibrations:
                     version_of(content),
                     str(arrays["model"]) if "model" in arrays else "",
                     str(arrays["data"]) if "data" in arrays else "",
-                    joined=tuple(map(str, arrays["joined"])) if "joined" in arrays else (),
                     webp=str(arrays["webp"]) if "webp" in arrays else "",
                 )
         except (

@@ -227,28 +227,14 @@ class KnownImages:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], prefix: str) -> KnownImages | None:
-        """Rebuild from :meth:`arrays`, with names after a prefix; ``None`` without such arrays.
-
-        Raises:
-            ValueError: they are of a version that judged otherwise.
-        """
-        if f"{prefix}known_vectors" in arrays:
-            raise ValueError(
-                "its features are judged in a way that this version does not know; ade calibrate "
-                "makes another"
-            )
+        """Rebuild from :meth:`arrays`, with names after a prefix; ``None`` without such arrays."""
         if f"{prefix}known_directions" not in arrays:
             return None
-        directions = arrays[f"{prefix}known_directions"]
-        return cls(
-            directions,
-            # Calibrations of versions before have no main directions.
-            arrays.get(f"{prefix}known_main", np.empty((directions.shape[-1], 0), np.int16)),
-            arrays[f"{prefix}known_usual"],
-            float(arrays[f"{prefix}known_weight"].item()),
-            # Calibrations of versions before have no floor.
-            float(arrays.get(f"{prefix}known_floor", np.array(-math.inf)).item()),
+        directions, main, usual, weight, floor = (
+            arrays[f"{prefix}known_{name}"]
+            for name in ("directions", "main", "usual", "weight", "floor")
         )
+        return cls(directions, main, usual, float(weight.item()), float(floor.item()))
 
 
 def without_classes(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -168,35 +168,24 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
     }
 
     def parse(self, request: RawRequest, bundle: Bundle) -> SampleRequest:
-        parsed = self.parse_for(request, bundle.latent_shapes)
-        kind = parsed.parameters.kind
-        if kind not in bundle.kinds:
-            raise unusable(
-                "not_available",
-                f"{model_name(bundle)} has no {kind} samples: its decoder was trained without a "
-                f"likelihood and has no noise; it has {', '.join(bundle.kinds)}",
-            )
-        return parsed
-
-    def parse_for(
-        self, request: RawRequest, latent_shapes: list[tuple[int, int, int]]
-    ) -> SampleRequest:
-        """Read a request for latents of these shapes.
-
-        Raises:
-            ApiError: with the status to answer.
-        """
-        parameters, answer_format = self.read(_given(request, latent_shapes))
+        parameters, answer_format = self.read(_given(request, bundle.latent_shapes))
         assert answer_format is not None
         latents, are = None, "z"
         if parameters.latents is not None:
-            latents, are = _latents(parameters.latents, latent_shapes)
+            latents, are = _latents(parameters.latents, bundle.latent_shapes)
             parameters = dataclasses.replace(parameters, n=len(latents[0]), latents=None)
         if parameters.index + parameters.n - 1 > MAX_SEED:
             raise unusable(
                 "bad_parameter",
                 f"index + n - 1 must be at most {MAX_SEED}, got index {parameters.index}, n "
                 f"{parameters.n}",
+            )
+        kind = parameters.kind
+        if kind not in bundle.kinds:
+            raise unusable(
+                "not_available",
+                f"{model_name(bundle)} has no {kind} samples: its decoder was trained without a "
+                f"likelihood and has no noise; it has {', '.join(bundle.kinds)}",
             )
         return SampleRequest(parameters, answer_format, latents, are)
 
