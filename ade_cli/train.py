@@ -29,7 +29,7 @@ from training.discriminator import DiscriminatorConfig
 from training.loop import train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
-from training.run_options import PRECISIONS, RunOptions
+from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
 from training.run_start import check_folder, check_start, check_weights, last_options
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
@@ -62,14 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=int,
         metavar="N",
-        help=f"training images to see, over all processes (default: {IMAGES:,}; with --resume, as "
-        "before)",
+        help=f"training images to see, over all processes (default: {IMAGES:,}, or no limit with "
+        "--minutes; with --resume, as before)",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help="end after this training time too (default: no limit; with --resume and without "
+        help="end after this training time (default: no limit; with --resume and without "
         "--images, as before)",
     )
     parser.add_argument(
@@ -162,8 +162,9 @@ def run(args: argparse.Namespace) -> None:
                 f"--{name} must be that of the run, {before.get(name)}, with --resume, got {given}"
             )
     keeps_minutes = args.images is None and args.minutes is None
+    default = IMAGES if args.minutes is None else NO_LIMIT
     options = RunOptions(
-        images=(before.get("images") or IMAGES) if args.images is None else args.images,
+        images=before.get("images", default) if args.images is None else args.images,
         # With a larger number of images, a time that is spent must not end the run at once.
         minutes=before.get("minutes") if keeps_minutes else args.minutes,
         seed=args.seed or 0,

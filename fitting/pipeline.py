@@ -36,7 +36,7 @@ from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import train
 from training.recipes import GUIDE_WEIGHT, recipe
-from training.run_options import RunOptions
+from training.run_options import NO_LIMIT, RunOptions
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.step import TrainingDiverged
 
@@ -44,7 +44,6 @@ MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
-NO_LIMIT = 10**12
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
 
 

@@ -86,6 +86,20 @@ def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path: Path) -> None:
     assert (load("folder, 8 pixels", "2") == 2).all()
 
 
+def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were copied to each node have other times there."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    filled = []
+
+    def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+        filled.append(pixels)
+        return {}, True
+
+    for version in ("1", "2", "1", "2"):
+        files.cached_pixels("folder", version, lambda: (2, 8, 8, 3), tmp_path, fill)
+    assert len(filled) == 2
+
+
 def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:
     folder = tmp_path / "images"
     for i, image in enumerate(small_images[:30]):

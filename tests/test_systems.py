@@ -362,6 +362,18 @@ def test_a_report_alone_needs_no_data(
     assert "--data is required" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_path: Path) -> None:
+    """Its only copy may be the archive."""
+    rows = tmp_path / "rows.json"
+    shutil.copy(ROOT / "docs" / "comparison" / "rows.json", rows)
+    before = rows.read_bytes()
+    with pytest.raises(
+        RunError, match=r"gan-seed0 in .*rows\.json was trained with another .*clip"
+    ):
+        compare_one(Job(narrow("gan"), options(1)), dataset, tmp_path)
+    assert rows.read_bytes() == before and not (tmp_path / "runs").exists()
+
+
 def test_a_long_failure_stays_in_its_row() -> None:
     why = "CUDA error: a | b\nCompile with `TORCH_USE_CUDA_DSA`\n\n" + "size mismatch; " * 99
     row = {

@@ -52,11 +52,11 @@ from tests.helpers import (
 )
 from tests.test_docs import ade_commands
 from training.comparison.compare import keep_rows, read_rows, recorded_data
-from training.data import DataError, ImageSet
+from training.data import DataError, Dataset, ImageSet
 from training.datasets import load_dataset
 from training.datasets.files import part_of
 from training.discriminator import Discriminator, DiscriminatorConfig
-from training.loop import _with_others, train
+from training.loop import _check_alike, _with_others, train
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -66,7 +66,7 @@ from training.losses import (
 )
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
-from training.run_options import RunOptions
+from training.run_options import NO_LIMIT, RunOptions
 from training.run_start import last_options, open_run, read_started
 from training.runs import (
     Progress,
@@ -948,7 +948,7 @@ def test_a_dry_run_writes_nothing(
             assert json.loads(capsys.readouterr().out) and tree() == before
 
 
-def test_the_papers_appendix_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
+def test_a_grid_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
     for scales, blocks in ((1, 2), (2, 1), (3, 3)):
         config = recipe(
             "v-ade",
@@ -1177,7 +1177,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
             with pytest.raises(error, match=f"{tmp_path / name} is damaged: "):
                 read(tmp_path)
     (tmp_path / "state.json").write_text('{"step": 1, "images": 2, "seconds": 3.0}')
-    with pytest.raises(RunError, match="it lacks skipped_in_a_row, usual_norm"):
+    with pytest.raises(RunError, match="it lacks .* usual_norm, inferring_since, rescued_at"):
         read_state(tmp_path)
 
 
@@ -1193,6 +1193,29 @@ def test_a_lost_process_is_an_error_of_the_run() -> None:
         _with_others(SimpleNamespace(world_size=1, global_rank=0)),
     ):
         raise RuntimeError("of its own")
+
+
+def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray) -> None:
+    """Their gradients would be averaged all the same, and their models never become alike."""
+    dataset = Dataset("d", {"train": ImageSet(small_images)}, {"train": "all"})
+
+    def check(theirs: Trainer, its: Dataset) -> None:
+        sent: list[torch.Tensor] = []
+
+        def gather(value: torch.Tensor) -> torch.Tensor:
+            sent.append(value)
+            return torch.stack(sent)
+
+        fabric: Any = SimpleNamespace(world_size=2, global_rank=0, all_gather=gather)
+        _check_alike(fabric, dataset, trainer())
+        _check_alike(fabric, its, theirs)
+
+    check(trainer(), dataset)
+    fewer = {"train": dataset.parts["train"].slice(0, 9)}
+    with pytest.raises(RunError, match="process 1 of 2 has other training images than process 0"):
+        check(trainer(), dataclasses.replace(dataset, parts=fewer))
+    with pytest.raises(RunError, match="has other initial weights than process 0"):
+        check(trainer(seed=1), dataset)
 
 
 def start_node(rank: int, port: int, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
@@ -1377,9 +1400,13 @@ def test_a_resumed_run_keeps_its_budget(
         ("b", "--resume"),
         ("b", "--resume", "--images", "128"),
         ("b", "--resume", "--minutes", "3"),
+        ("c", "--minutes", "5"),
+        ("c", "--resume"),
+        ("c", "--resume", "--minutes", "9"),
     ):
         assert main([*arguments, str(tmp_path / out), *given]) == 0
-    assert budgets == [(1_000_000, None), (64, 2), (64, 2), (128, None), (128, 3)]
+    assert budgets[:5] == [(1_000_000, None), (64, 2), (64, 2), (128, None), (128, 3)]
+    assert budgets[5:] == [(NO_LIMIT, 5), (NO_LIMIT, 5), (NO_LIMIT, 9)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import time
@@ -130,8 +132,7 @@ def train(
     # Now, because files may be moved or deleted while the run lasts. By all processes, because it
     # may take longer than the others would wait for one.
     sketch = _sketch_of(dataset, before)
-    with _with_others(fabric):
-        fabric.barrier()
+    _check_alike(fabric, dataset, trainer)
     if is_main:  # all checks have passed: write to the folder from here on
         open_run(run, config, dataset, options, source)
     about = {
@@ -153,6 +154,33 @@ def train(
     with _with_others(fabric):
         fabric.barrier()
     return progress
+
+
+def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
+    """Check that all processes begin with the same images and weights, and wait for them.
+
+    Each reads its own files, and gradients alone are averaged: replicas that differ would never
+    become alike, and only one of them is saved.
+
+    Raises:
+        RunError: a process has others than the first one.
+    """
+    if fabric.world_size == 1:
+        return
+    # Not their pixels, which another version of a decoder may give other values.
+    images = [dataset.splits, dataset.files.get("train"), len(dataset.parts["train"])]
+    weights = [w.detach().cpu().numpy().tobytes() for w in trainer.model.state_dict().values()]
+    digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
+    with _with_others(fabric):
+        every = fabric.all_gather(torch.tensor([list(its.digest()) for its in digests]))
+    assert isinstance(every, torch.Tensor)
+    for row, what in enumerate(("training images", "initial weights")):
+        others = [rank for rank in range(len(every)) if (every[rank, row] != every[0, row]).any()]
+        if others:
+            raise RunError(
+                f"process {others[0]} of {len(every)} has other {what} than process 0: each node "
+                "needs the same files at the same path"
+            )
 
 
 def _prepare(

@@ -9,6 +9,7 @@ from training.device import DEVICES
 from training.runs import RunError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+NO_LIMIT = 10**12  # of training images
 
 
 @dataclass(frozen=True)

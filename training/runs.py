@@ -47,6 +47,18 @@ MOMENTS_NAMES = {
     "classifier_loss": "classifier_moments.safetensors",
 }
 STATE_NAME = "state.json"
+STATE = (
+    "step",
+    "images",
+    "seconds",
+    "generator_seconds",
+    "processes",
+    "skipped_in_a_row",
+    "skipped",
+    "usual_norm",
+    "inferring_since",
+    "rescued_at",
+)
 MANIFEST_NAME = "manifest.json"  # only bundles have one
 
 
@@ -58,8 +70,7 @@ class RunError(ValueError):
 class Progress:
     """Model steps, training images seen and seconds of training.
 
-    ``generator_seconds`` are those until a GAN's generator was frozen; 0 before that, and in
-    checkpoints of earlier versions.
+    ``generator_seconds`` are those until a GAN's generator was frozen; 0 before that.
     """
 
     step: int = 0
@@ -219,26 +230,19 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     """Load a checkpoint into a trainer that was built from the same configuration.
 
     Raises:
-        RunError: the checkpoint's discriminator is of an earlier version, or compares the images of
-            a process and had another number of them; or ``state.json`` is damaged.
+        RunError: the checkpoint's discriminator compares the images of a process and had another
+            number of them, or ``state.json`` is damaged.
         ConfigError: a file of tensors is damaged or missing.
     """
     state = read_state(folder)
-    # Missing in checkpoints of earlier versions.
-    processes = state.get("processes", trainer.processes)
+    processes = state["processes"]
     if trainer.config.compares_images and processes != trainer.processes:
         raise RunError(
             f"{folder} cannot be resumed by {trainer.processes} processes: its discriminator "
             f"compares the images of each process, so the run needs {processes} as before"
         )
     if trainer.discriminator is not None:
-        theirs = read_tensors(folder / DISCRIMINATOR_NAME)
-        if _shapes(theirs) != _shapes(trainer.discriminator.state_dict()):
-            raise RunError(
-                f"{folder} cannot be resumed: its discriminator is that of an earlier version; "
-                "start a new run from its weights instead"
-            )
-        trainer.discriminator.load_state_dict(theirs)
+        trainer.discriminator.load_state_dict(read_tensors(folder / DISCRIMINATOR_NAME))
     for name, guide in trainer.guides.items():
         guide.moments.load_state_dict(read_tensors(folder / MOMENTS_NAMES[name]))
     trainer.ema.load_state_dict(read_tensors(folder / EMA_NAME))
@@ -248,14 +252,13 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
     trainer.step = state["step"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
-    trainer.skipped = state.get("skipped", trainer.skipped)
+    trainer.skipped = state["skipped"]
     trainer.usual_norm = state["usual_norm"]
-    trainer.rescued_at = state.get("rescued_at", [])
-    trainer.inferring_since = state.get("inferring_since")
+    trainer.rescued_at = state["rescued_at"]
+    trainer.inferring_since = state["inferring_since"]
     if trainer.inferring:
         trainer.begin_inference()
-    generator_seconds = state.get("generator_seconds", 0.0)
-    return Progress(state["step"], state["images"], state["seconds"], generator_seconds)
+    return Progress(state["step"], state["images"], state["seconds"], state["generator_seconds"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -264,9 +267,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: the file is damaged.
     """
-    state: dict[str, Any] = read_json(
-        folder / STATE_NAME, "step", "images", "seconds", "skipped_in_a_row", "usual_norm"
-    )
+    state: dict[str, Any] = read_json(folder / STATE_NAME, *STATE)
     return state
 
 

@@ -82,8 +82,9 @@ def compare(
         report: called with each line of progress.
 
     Raises:
-        RunError: the folder holds a run of the same name with another configuration, or one that
-            was interrupted beyond this budget but within its own; or one of its files is damaged.
+        RunError: the folder holds a run or an archived row of the same name with another
+            configuration, or a run that was interrupted beyond this budget but within its own; or
+            one of its files is damaged.
     """
     ready = functools.cache(measurer)  # its networks are loaded once
     # Names of files alone: an archive should not tell where it was made.
@@ -94,7 +95,7 @@ def compare(
     archived = set()
     for job in jobs:
         run = out / "runs" / job.name
-        _check_same(run, job, dataset)
+        _check_same(run, job, dataset, kept.get(job.name))
         if (
             job.name in kept
             and _is_valid(kept[job.name], run)
@@ -218,16 +219,28 @@ def _is_measured(run: Path, folder: Path, how: dict[str, Any], split: str) -> bo
     )
 
 
-def _check_same(run: Path, job: Job, dataset: Dataset) -> None:
-    if not (run / "run.json").is_file():
+def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | None) -> None:
+    """Check that a run or, where its folder is gone, its archived row can become this job's.
+
+    Raises:
+        RunError: it cannot, and would be lost.
+    """
+    has_folder = (run / "run.json").is_file()
+    if has_folder:
+        started = read_started(run)
+    elif kept is not None:
+        started = {"config": kept["config"].to_dict(), "data": kept["data"]}
+    else:
         return
-    started = read_started(run)
     different = different_fields(started, job.config, dataset.name)
     if different:
         raise RunError(
-            f"{run} was trained with another {', '.join(different)}: "
-            "choose another folder for the comparison, or delete the run"
+            f"{run if has_folder else f'{job.name} in {run.parents[1] / ROWS}'} was trained with "
+            f"another {', '.join(different)}: choose another folder for the comparison, or delete "
+            f"the {'run' if has_folder else 'row'}"
         )
+    if not has_folder:
+        return
     folders = checkpoint_folders(run)
     if not folders or _diverged(run):
         return

@@ -64,7 +64,8 @@ def cached_pixels(
     """Map an array of pixels, which is filled unless the cache has it.
 
     Processes that start together fill it once: the others wait. Once it is filled, arrays of other
-    versions of the same source are removed; processes that have mapped them can still read them.
+    versions of the same source are removed, but not by one of several processes of ``torchrun``.
+    Processes on the same machine that have mapped them can still read them.
 
     Args:
         source: what the pixels are of, and their size.
@@ -104,7 +105,9 @@ def cached_pixels(
         finally:
             partial.unlink(missing_ok=True)
         write_text(done, json.dumps(skipped))
-        for old in cache.glob(f"{all_versions}*"):
+        # Another node may use another version, because its copies of the files have other times.
+        is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        for old in cache.glob(f"{all_versions}*") if is_alone else ():
             if old not in (done, stored):
                 old.unlink()
         return np.load(stored, mmap_mode="r"), skipped
