@@ -1345,6 +1345,19 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
     asyncio.run(check())
 
 
+def test_two_turns_are_waited_for_as_long_as_one() -> None:
+    """A large request waits for its worker, and then for the model's others."""
+
+    async def check() -> None:
+        lane = Lane(Limits(in_flight=(1, 1, 1), waiting_s=60))
+        async with lane.turn(patient), asyncio.timeout(30):
+            with pytest.raises(ApiError, match="has waited too long"):
+                async with lane.turn(patient, waited_s=60):
+                    pass
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize("num_steps", range(6))
 def test_a_turn_is_not_lost_if_the_last_request_leaves_as_another_comes(num_steps: int) -> None:
     async def check() -> None:

@@ -30,7 +30,7 @@ def test_serving_needs_no_training_packages() -> None:
         "             'ade_model'):\n"
         "    sys.modules[name] = None\n"
         "import ade_cli.main, ade_cli.serve\n"
-        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.score\n"
+        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.entry\n"
         "import serving.page.app\n"
         "import serving.client, serving.api.service\n"
     )

@@ -343,8 +343,14 @@ def init(**options):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     if os.environ.get("STOP_IN_INIT"):
         os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ.get("REFUSED_IN_INIT"):
+        raise RayError("token authentication is enabled but no token was found")
+
+class RayError(Exception):
+    pass
 
 shutdown = lambda: None
+exceptions = SimpleNamespace(RayError=RayError)
 util = SimpleNamespace(list_named_actors=names)
 serve = SimpleNamespace(shutdown=shut_down)
 """
@@ -435,6 +441,17 @@ def test_sigterm_ends_a_job_in_bulk_with_the_status_of_a_local_one(
         monkeypatch.setenv(where, "1")
     done, _ = run_on_stand_in(STOP.format(verb=verb), tmp_path, 0)
     assert done.returncode == status, done.stderr
+
+
+def test_a_cluster_that_refuses_is_an_error_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFUSED_IN_INIT", "1")
+    done, _ = run_on_stand_in(SCORE, tmp_path, 0)
+    assert done.stderr.splitlines()[-1] == (
+        "handlers.ray_serve.instance.ClusterError: --address 10.0.0.1:6379: "
+        "token authentication is enabled but no token was found"
+    )
 
 
 def test_cleaners_of_temporary_files_leave_out_the_folder_of_an_instance(tmp_path: Path) -> None:
@@ -808,6 +825,8 @@ def test_clients_that_leave_take_nobody_with_them() -> None:
                     leaving.post(f"{service.url}/predictions/score", content=CAT, timeout=0.05)
             load.wait_for_answers(50)
         assert set(load.counts) == {"ok"}, load.counts
+        time.sleep(3)  # until it has been reported
+        assert 'code="stopping"' not in httpx.get(f"{service.metrics}/metrics").text
     finally:
         service.stop()
 

@@ -24,9 +24,9 @@ from handlers.asgi.metrics import Metrics
 from handlers.asgi.pool import Pool
 from handlers.asgi.worker import WorkerSettings, check_same
 from handlers.front import listen
-from handlers.front.admission import Lane, Limits, Memory
-from handlers.front.exposition import metrics_answer, only_metrics
-from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.admission import Lane, Limits
+from handlers.front.exposition import metrics_answer
+from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, served_name
@@ -256,14 +256,13 @@ def make_pools(
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
-    identities = dict(zip((str(b.folder) for b in bundles), release.models, strict=True))
     for name, operation, bundle in served_models(bundles):
         # Journals of two releases must not have the same name; see remove_journals.
         journal = name if release.number == 1 else f"{name}-release{release.number}"
         workers = [
             WorkerSettings(
                 str(bundle.folder),
-                identities[str(bundle.folder)],
+                bundle.model_id,
                 bundle.digest,
                 operation,
                 name,
@@ -337,7 +336,7 @@ async def build_app(
     Raises:
         BundleError, WorkerError: the first release cannot be started.
     """
-    memory, refusals = Memory(limits), Counter[str]()
+    refusals = Counter[str]()
     metrics = Metrics(refusals)
 
     former = {one["number"] for one in settings.releases}
@@ -352,10 +351,6 @@ async def build_app(
 
     scrape = Endpoint(_reading(lambda: metrics_answer(metrics.text())))
     releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
-    api, reading = (
-        Front(find, limits, memory, settings.probe_secret, refusals)
-        for find in (releases.api, functools.partial(only_metrics, scrape))
-    )
 
     def refuse_later() -> None:
         asyncio.get_running_loop().call_later(REFUSE_S, releases.refuse)
@@ -364,8 +359,9 @@ async def build_app(
         releases.run([Release.from_dict(one) for one in settings.releases]),
         control.listen(Path(settings.control), releases),
     ):
-        app = listen.guarded(settings, api, reading, refusals, OPEN)
-        yield listen.Built(app, refuse_later, refusals)
+        yield listen.built(
+            settings, limits, releases.api, scrape, refusals, OPEN, on_stop=refuse_later
+        )
 
 
 def run(

@@ -240,11 +240,12 @@ class Lane:
         return self._num_clients > 0 and time.monotonic() - self._answered < ANSWERING_S
 
     @contextlib.asynccontextmanager
-    async def turn(self, receive: Receive) -> AsyncIterator[None]:
+    async def turn(self, receive: Receive, waited_s: float = 0.0) -> AsyncIterator[None]:
         """Wait for a turn and hold it for the block.
 
         Args:
             receive: of the request, whose body has been read.
+            waited_s: for which it has waited already, as in another lane.
 
         Raises:
             ApiError: 503 if too many requests wait, or this one waited too long.
@@ -253,7 +254,7 @@ class Lane:
         if self._has_room():
             self._num_in_flight += 1
         else:
-            turn = asyncio.ensure_future(self._wait())
+            turn = asyncio.ensure_future(self._wait(waited_s))
             try:
                 await unless_gone(turn, receive)
             except BaseException:
@@ -271,7 +272,7 @@ class Lane:
     def _has_room(self) -> bool:
         return not self._waiting and self._num_in_flight < self._bound
 
-    async def _wait(self) -> None:
+    async def _wait(self, waited_s: float) -> None:
         if self._has_room():  # the last request in flight left before this task began
             self._num_in_flight += 1
             return
@@ -280,7 +281,7 @@ class Lane:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(self._limits.waiting_s):
+            async with asyncio.timeout(max(0.0, self._limits.waiting_s - waited_s)):
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():  # it got its turn just as it gave up

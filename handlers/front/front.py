@@ -221,7 +221,7 @@ class Front:
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
         counted = contextlib.nullcontext() if request.is_probe or not lane else lane.client()
         with counted, endpoint.hold():
-            async with _turn(large_lane, receive), _turn(lane, receive):
+            async with _turn(large_lane, receive), _turn(lane, receive, request.arrived):
                 work = endpoint.answer(request)
                 answer = await (unless_gone(work, receive) if endpoint.can_cancel else work)
         if lane and not request.is_probe and answer.status < 500:
@@ -264,8 +264,12 @@ def other_model(wanted: str, model: str) -> ApiError:
     )
 
 
-def _turn(lane: Lane | None, receive: Receive) -> contextlib.AbstractAsyncContextManager[None]:
-    return lane.turn(receive) if lane else contextlib.nullcontext()
+def _turn(
+    lane: Lane | None, receive: Receive, since: float | None = None
+) -> contextlib.AbstractAsyncContextManager[None]:
+    if lane is None:
+        return contextlib.nullcontext()
+    return lane.turn(receive, 0.0 if since is None else time.perf_counter() - since)
 
 
 async def _is_sent(answer: Answer, share: Share, send: Send) -> bool:

@@ -17,10 +17,11 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from handlers.front.admission import Limits
+from handlers.front.admission import Limits, Memory
 from handlers.front.connections import BoundedProtocol
+from handlers.front.exposition import only_metrics
 from handlers.front.forms import quieten_parser
-from handlers.front.front import Front
+from handlers.front.front import Endpoint, Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
 from serving.ports import LOOPBACK
@@ -29,40 +30,6 @@ from serving.ports import LOOPBACK
 # lost.
 KEEP_ALIVE_S = 75
 STOP_S = 10
-
-
-def guarded(
-    settings: FrontSettings,
-    api: Front,
-    metrics: Front,
-    refusals: Counter[str],
-    open_paths: Collection[str] = (),
-) -> App:
-    """One application for both ports; the metrics need no token on loopback.
-
-    Args:
-        settings: of the process.
-        api: the front of the API's port.
-        metrics: the front of the metrics port.
-        refusals: counts the requests that may not come in by the error's code.
-        open_paths: paths of the API that need no token, such as those of health checks.
-    """
-    hosts, token = settings.allowed_hosts, settings.token
-    of_api = Guard(api, hosts, token, refusals)
-    of_anybody = Guard(api, hosts, None, refusals)
-    of_metrics = Guard(metrics, hosts, None, refusals)
-    of_remote_metrics = Guard(metrics, hosts, token, refusals)
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        host, port = scope["server"]
-        if port == settings.metrics_port:
-            await (of_metrics if host in LOOPBACK else of_remote_metrics)(scope, receive, send)
-        elif scope["path"] in open_paths:
-            await of_anybody(scope, receive, send)
-        else:
-            await of_api(scope, receive, send)
-
-    return app
 
 
 @dataclass(frozen=True)
@@ -81,6 +48,49 @@ class Built:
 
 
 Build = Callable[[], contextlib.AbstractAsyncContextManager[Built]]
+
+
+def built(
+    settings: FrontSettings,
+    limits: Limits,
+    find: Callable[[str], Endpoint],
+    metrics: Endpoint,
+    refusals: Counter[str],
+    open_paths: Collection[str] = (),
+    on_stop: Callable[[], None] = lambda: None,
+) -> Built:
+    """One application for both ports; the metrics need no token on loopback.
+
+    Args:
+        settings: of the process.
+        limits: on clients.
+        find: see :class:`handlers.front.front.Front`.
+        metrics: answers on the metrics port.
+        refusals: counts the requests that no worker answered, by the error's code.
+        open_paths: paths of the API that need no token, such as those of health checks.
+        on_stop: see :class:`Built`.
+    """
+    memory = Memory(limits)
+    api, reading = (
+        Front(each, limits, memory, settings.probe_secret, refusals)
+        for each in (find, functools.partial(only_metrics, metrics))
+    )
+    hosts, token = settings.allowed_hosts, settings.token
+    of_api = Guard(api, hosts, token, refusals)
+    of_anybody = Guard(api, hosts, None, refusals)
+    of_metrics = Guard(reading, hosts, None, refusals)
+    of_remote_metrics = Guard(reading, hosts, token, refusals)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        host, port = scope["server"]
+        if port == settings.metrics_port:
+            await (of_metrics if host in LOOPBACK else of_remote_metrics)(scope, receive, send)
+        elif scope["path"] in open_paths:
+            await of_anybody(scope, receive, send)
+        else:
+            await of_api(scope, receive, send)
+
+    return Built(app, on_stop, refusals)
 
 
 class _Server(uvicorn.Server):

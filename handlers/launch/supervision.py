@@ -152,6 +152,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._lock = threading.RLock()
         self._is_closed = False
+        self._is_stale = False  # whether the reaper knows processes that have ended
         self._start_reaper()
 
     def __enter__(self) -> Supervisor:
@@ -163,7 +164,7 @@ class Supervisor:
         children = reversed(list(self._children))
         with ThreadPoolExecutor() as pool:  # together they take as long as the slowest
             list(pool.map(Child.stop, children))
-        self._stop_reaper()
+        _kill(self._reaper)
 
     @property
     def is_closed(self) -> bool:
@@ -268,14 +269,14 @@ class Supervisor:
             try:
                 with signals_held():
                     child.start()
+                    self._announce(child)
             except OSError as error:  # such as for want of memory or of processes
                 tell(f"{child.name} cannot be started, trying again: {error}")
                 child.deaths.pop()
                 continue
             restarted = True
-        if restarted or self._reaper.poll() is not None:
-            with signals_held():  # or the new one could end, and remove the folder
-                self._renew_reaper()
+        if restarted or self._is_stale or self._reaper.poll() is not None:
+            self._renew_reaper()
         return restarted
 
     def tails(self) -> str:
@@ -297,21 +298,28 @@ class Supervisor:
 
     def _renew_reaper(self) -> None:
         """Start a new one, which forgets old process ids: others may have them now."""
-        if not self._is_closed:
-            self._stop_reaper()
+        if self._is_closed:
+            return
+        former = self._reaper
+        with signals_held():  # or the new one could end, and remove the folder
             try:
                 self._start_reaper()
-            except OSError as error:  # tend() tries again
+                self._is_stale = False
+            except OSError as error:  # the former one stays until tend() succeeds
                 tell(f"the reaper cannot be started, trying again: {error}")
-
-    def _stop_reaper(self) -> None:
-        self._reaper.kill()
-        self._reaper.wait()
-        assert self._reaper.stdin is not None
-        self._reaper.stdin.close()
+                self._is_stale = True
+                return
+            _kill(former)
 
     def _announce(self, child: Child) -> None:
         assert self._reaper.stdin is not None
         # If the reaper was killed, tend() starts another and announces all children again.
         with contextlib.suppress(BrokenPipeError, ValueError):  # killed, or stopped and closed
             self._reaper.stdin.write(f"{child.process.pid}\n".encode())
+
+
+def _kill(reaper: subprocess.Popen[bytes]) -> None:
+    reaper.kill()
+    reaper.wait()
+    assert reaper.stdin is not None
+    reaper.stdin.close()

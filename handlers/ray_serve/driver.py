@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from handlers.front import listen
-from handlers.front.admission import Limits, Memory
+from handlers.front.admission import Limits
 from handlers.front.exposition import metrics_answer, only_metrics
-from handlers.front.front import Answer, Endpoint, Front, Request
+from handlers.front.front import Answer, Endpoint, Request
 from handlers.front.settings import FrontSettings
 from handlers.ray_serve.environment import has_haproxy
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
@@ -160,9 +160,9 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
 
     @contextlib.asynccontextmanager
     async def build() -> AsyncIterator[listen.Built]:
-        find = functools.partial(only_metrics, Endpoint(text))
-        front = Front(find, limits, Memory(limits), settings.probe_secret, refusals)
-        yield listen.Built(listen.guarded(settings, front, front, refusals), refusals=refusals)
+        metrics = Endpoint(text)
+        find = functools.partial(only_metrics, metrics)  # its own server has the API's port
+        yield listen.built(settings, limits, find, metrics, refusals)
 
     sockets: list[socket.socket] = [
         listen.open_socket(host, settings.metrics_port) for host in settings.metrics_hosts

@@ -27,7 +27,7 @@ from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
-from serving.api.errors import no_answer, overloaded, worker_died
+from serving.api.errors import no_answer, overloaded, stopping, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
 from serving.api.requests import MODEL_HEADER
@@ -163,7 +163,7 @@ class Ingress:
         hosts = settings.allowed_hosts
         self._guarded = Guard(front, hosts, access.token, self._refusals)
         self._open = Guard(front, hosts, None, self._refusals)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._looking: asyncio.Task[None]
         self._reporter: Reporter
 
     def __serve_build_asgi_app__(self) -> App:
@@ -195,11 +195,10 @@ class Ingress:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self._reporter = Reporter(self._metrics, self._measured)
-                self._tasks.append(asyncio.create_task(self._look()))
+                self._looking = asyncio.create_task(self._look())
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                for task in self._tasks:
-                    task.cancel()
+                self._looking.cancel()
                 await self._reporter.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -219,7 +218,8 @@ class Ingress:
             await asyncio.sleep(LOOK_S)
 
     def _measured(self) -> tuple[Measured, Mapping[str, int]]:
-        refusals = dict(self._refusals)
+        # Ray cancels the requests of clients that leave, which the front takes for its own end.
+        refusals = {code: n for code, n in self._refusals.items() if code != stopping().code}
         self._refusals.clear()
         measured: Measured = []
         for model in self._models:

@@ -140,5 +140,7 @@ def _start(ray: Any, folder: Path, num_workers: int) -> None:
 def _join(ray: Any, address: str) -> None:
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"--address {address}: {error}") from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        # With a wrong token, the cause alone says so.
+        why = "" if error.__cause__ is None else f" ({error.__cause__})"
+        raise ClusterError(f"--address {address}: {error}{why}") from None

@@ -88,12 +88,13 @@ def write_archives(
             # Of the bundle, not of the archive: these files may change while the service runs.
             "ade": {
                 **dataclasses.asdict(options),
+                "operation": operation,
                 "calibrations": str(bundle.folder.resolve() / FOLDER),
             },
         }
-        config_file = store / f"{name}.yaml"
-        config_file.write_text(yaml.safe_dump(config))
         with _temporary_files_in(store) as temporary:
+            config_file = temporary / f"{name}.yaml"
+            config_file.write_text(yaml.safe_dump(config))
             # Linked, because the archiver splits paths at commas and expands wildcards in them.
             links = temporary / "files"
             links.mkdir()
@@ -102,7 +103,7 @@ def write_archives(
             generate_model_archive(
                 ModelArchiverConfig(
                     model_name=name,
-                    handler=str(Path(__file__).with_name(f"{operation}.py")),
+                    handler=str(Path(__file__).with_name("entry.py")),
                     version="1.0",
                     extra_files=str(links),
                     export_path=str(store),
@@ -112,6 +113,5 @@ def write_archives(
                     config_file=str(config_file),
                 )
             )
-        config_file.unlink()
         served[name] = workers[operation]
     return served

@@ -30,13 +30,11 @@ EXIT_DELAY_S = 0.2  # time to send the answers
 
 
 class OperationHandler:
-    """Serves one operation, which each subclass names.
+    """Serves the operation that its archive names.
 
     TorchServe creates one object per worker process, calls :meth:`initialize` once and
     :meth:`handle` with each batch.
     """
-
-    operation: str
 
     def initialize(self, context: Any) -> None:
         """Load the engine from the archive's folder with the options of its YAML file."""
@@ -48,14 +46,14 @@ class OperationHandler:
             Path(properties["model_dir"]),
             options["backend"],
             options["device"],
-            [self.operation],
+            [options["operation"]],
             int(properties.get("gpu_id") or 0),
             options["cuda_graphs"],
             Path(options["calibrations"]),
         )
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
-        self.service = Service(self.operation, engine, options["threads"], journal)
+        self.service = Service(options["operation"], engine, options["threads"], journal)
         self._busy = threading.Lock()
         self._leaving = threading.Event()
         # Not started when it is needed: without memory there may be no room for a thread.

@@ -20,9 +20,8 @@ from pathlib import Path
 import aiohttp
 
 from handlers.front import listen
-from handlers.front.admission import Lane, Limits, Memory
-from handlers.front.exposition import only_metrics
-from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.admission import Lane, Limits
+from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.settings import FrontSettings
 from handlers.torchserve import wire
 from handlers.torchserve.errors import translate
@@ -206,15 +205,11 @@ async def build_app(settings: ServerSettings, limits: Limits) -> AsyncIterator[l
         ) as inference,
         _server(settings.metrics_socket, limits, {}) as metrics,
     ):
-        memory, refusals = Memory(limits), Counter[str]()
+        refusals = Counter[str]()
         server = ModelServer(
             settings.models, settings.identities, limits, inference, metrics, refusals
         )
-        api, reading = (
-            Front(find, limits, memory, settings.probe_secret, refusals)
-            for find in (server.api, functools.partial(only_metrics, server.metrics))
-        )
-        yield listen.Built(listen.guarded(settings, api, reading, refusals), refusals=refusals)
+        yield listen.built(settings, limits, server.api, server.metrics, refusals)
 
 
 def _server(path: str, limits: Limits, headers: dict[str, str]) -> aiohttp.ClientSession:
