@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-metadata",
         action="store_true",
-        help="store PNG files with metadata byte for byte, without the model",
+        help="store PNG and BMP files with metadata byte for byte, without the model",
     )
 
 

@@ -25,6 +25,7 @@ WRITTEN = {".png": "PNG", ".bmp": "BMP"}
 _GREY = ["converted from L to RGB"]
 _NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
 _DEPTH_AT = 24  # in a PNG, the bits of each sample
+_PIXELS_PER_METRE = 3780  # in a BMP that Pillow writes
 _ATTEMPTS = 3  # to decode an image, on a machine that is too busy for a moment
 PAUSE_S = 1.0  # before the second; twice as long before the third
 _WEBP = {"lossless": True, "method": 4, "quality": 100}  # smaller than method 6
@@ -84,6 +85,7 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
         is_whole = chunks[-1:] == [b"IEND"] and data[_DEPTH_AT : _DEPTH_AT + 1] == b"\x08"
     else:
         is_whole = _is_plain_bmp(data)
+        has_metadata = is_whole and _has_metadata(data)
     if format is None or not is_whole or has_metadata and keep_metadata:
         return Picture(None, data)
     try:
@@ -167,15 +169,27 @@ def _chunks(data: bytes) -> list[bytes]:
 
 
 def _is_plain_bmp(data: bytes) -> bool:
-    """Whether a BMP has 24 or 8 bits per pixel and nothing behind the pixels.
+    """Whether a BMP has 24 or 8 bits per pixel, and only header and palette beside the pixels.
 
     A fourth byte per pixel may be transparency, which readers of images ignore.
     """
     if len(data) < 54:
         return False
-    first, _, width, height, _, bits = struct.unpack_from("<IIiiHH", data, 10)
+    first, header, width, height, _, bits = struct.unpack_from("<IIiiHH", data, 10)
+    (used,) = struct.unpack_from("<I", data, 46)
+    colours = used or (256 if bits == 8 else 0)
     row = (width * bits + 31) // 32 * 4
-    return bits in (8, 24) and len(data) == first + row * abs(height)
+    return (
+        bits in (8, 24)
+        and first == 14 + header + 4 * colours
+        and len(data) == first + row * abs(height)
+    )
+
+
+def _has_metadata(bmp: bytes) -> bool:
+    """Whether a BMP has a colour space, or another resolution than the one that is written."""
+    (header,) = struct.unpack_from("<I", bmp, 14)
+    return header > 40 or not {0, _PIXELS_PER_METRE}.issuperset(struct.unpack_from("<ii", bmp, 38))
 
 
 def inflate(data: bytes, limit: int) -> bytes:

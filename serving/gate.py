@@ -37,6 +37,7 @@ class Decision:
         bpd: bits per dimension; ``None`` where the image could not be scored, which is an error.
         reason: why there is no verdict: a code, a colon and a sentence. ``None`` with a verdict.
         calibration: ``name`` and ``version`` of the calibration that decided; ``None`` without one.
+        notes: what was done to the image before: resized, a first frame taken, alpha composited …
     """
 
     decision: Choice
@@ -44,6 +45,7 @@ class Decision:
     bpd: float | None = None
     reason: str | None = None
     calibration: dict[str, str] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -145,4 +147,5 @@ class Gate:
         p_value = None if score.verdict is None else score.verdict.p_value
         found = decide(p_value, calibrations, image.resized, self.alpha)
         label = calibrations.label if calibrations.of(image.resized) else None
-        return Decision(found.choice, p_value, score.bpd, found.reason, label)
+        notes = tuple(image.notes)
+        return Decision(found.choice, p_value, score.bpd, found.reason, label, notes)

@@ -35,6 +35,7 @@ from serving.engine.bundle import (
     Bundle,
     BundleError,
     open_bundle,
+    plain_name,
     verify_bundle,
     write_manifest,
 )
@@ -643,3 +644,8 @@ def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[st
         Bundle(bundle.folder, {**bundle.manifest, "calibration": {"webp": "0.1"}})
     )
     assert f"{bundle.name} was calibrated with libwebp 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder, name", [("My Photos_2", "my-photos-2"), ("äö", "images")])
+def test_a_folder_names_a_model(folder: str, name: str) -> None:
+    assert plain_name(folder) == name

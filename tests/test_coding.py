@@ -418,11 +418,26 @@ def grey_of(depth: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def moved(bmp: bytes) -> bytes:
+    """With something between header and pixels."""
+    return bmp[:10] + (64).to_bytes(4, "little") + bmp[14:54] + b"a secret.." + bmp[54:]
+
+
+def test_the_resolution_of_a_scan_is_metadata(small_images: np.ndarray) -> None:
+    for dpi, is_metadata in ((96, False), (300, True)):
+        out = io.BytesIO()
+        Image.fromarray(small_images[0]).save(out, "BMP", dpi=(dpi, dpi))
+        assert read_picture("a.bmp", out.getvalue(), False).has_metadata == is_metadata
+        kept = read_picture("a.bmp", out.getvalue(), True)
+        assert (kept.pixels is None) == is_metadata
+
+
 @pytest.mark.parametrize(
     "name, data",
     [
         ("a.bmp", saved("BMP", "RGBA")),  # readers ignore the fourth byte
         ("a.bmp", saved("BMP") + b"a profile"),
+        ("a.bmp", moved(saved("BMP"))),
         ("a.png", saved("PNG")[:-12]),  # without IEND
         ("a.png", saved("PNG")[:-20] + b"x" + saved("PNG")[-19:]),  # a wrong checksum
         ("a.png", saved("PNG") + b"more"),

@@ -72,6 +72,8 @@ def test_alarms_are_about_metrics_that_exist() -> None:
             assert used <= known[name] | SCRAPED, rule["alert"]
             for grouped in re.findall(r"by \(([^)]*)\)", rule["expr"]):
                 assert set(grouped.split(", ")) <= known[name] | SCRAPED, rule["alert"]
+        named = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        assert named <= set().union(*(known[name] for name, _ in names)) | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
     assert len(rules) == 13
@@ -412,3 +414,33 @@ def test_gixy() -> None:
     command = [tool("gixy"), "--skips", "proxy_pass_normalized", DEPLOY / "nginx.conf"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and ">> Problem" not in done.stdout, done.stdout
+
+
+def test_the_documented_patch_changes_the_bundle(container: dict[str, Any]) -> None:
+    """docs/operations.md counts the arguments of the Deployment."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (block,) = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
+    (patch,) = (one for one in yaml.safe_load(block)["patches"] if "patch" in one)
+    replaced, added = yaml.safe_load(patch["patch"])
+    arguments = list(container["args"])
+    arguments[int(replaced["path"].rpartition("/")[2])] = replaced["value"]
+    arguments.append(added["value"])
+    found = parse(arguments if arguments[0] == "serve" else ["serve", *arguments])
+    assert list(map(str, found.bundles)) == ["/bundles/mine"]
+    assert found.allowed_hosts == "ade.example.org"
+
+
+def test_the_documented_limits_are_those_of_the_proxy() -> None:
+    """An address has its limit twice, because those of a location replace those of the server."""
+    proxy = (DEPLOY / "nginx.conf").read_text()
+    (rate,) = re.findall(r"zone=requests:\S+ rate=(\d+)r/s", proxy)
+    (burst,) = re.findall(r"limit_req zone=requests burst=(\d+) ", proxy)
+    (of_key,) = re.findall(r"limit_conn connections (\d+);", proxy)
+    of_server, of_location = re.findall(r"limit_conn addresses (\d+);", proxy)
+    (open_rate,) = re.findall(r"zone=open:\S+ rate=(\d+)r/s", proxy)
+    page = (ROOT / "docs" / "how-to" / "open-to-a-network.md").read_text()
+    assert of_server == of_location and " ".join(
+        f"each key may have {of_key} requests at a time, and {rate} per second ({burst} more in a "
+        f"burst). Each address may have {of_server} requests at a time, and {open_rate} per second "
+        "to".split()
+    ) in " ".join(page.split())

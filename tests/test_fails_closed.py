@@ -239,6 +239,15 @@ def test_the_page_judges_by_the_calibration_that_the_service_uses(
         # There is no verdict on what another calibration judged.
         calibrations, scored = served.calibrations_of(own), Scored(before, False)
         assert verdict(calibrations, scored, 0.05) == ("no_verdict", REPLACED)
+        # "Score it again" would not help where one cannot be read: the worker's, or the page's.
+        reason = "calibration_broken: default.npz cannot be used; the log has the reason"
+        unread = dataclasses.replace(before, calibration=None, p_value=None, decision_reason=reason)
+        for where, which in (
+            (calibrations, unread),
+            (Calibrations(is_broken=True), before),
+        ):
+            choice, sentence = verdict(where, Scored(which, False), 0.05)
+            assert choice == "no_verdict" and "cannot be used; the log has the reason" in sentence
         assert explained(calibrations, scored, 0.05)[1:] == ("", "")
         assert "20 images" in card_of(served, own)
 
@@ -458,6 +467,7 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     # Only the calibrations that judged the files count; two of them give no guarantee together.
     assert "Two calibrations" not in said
     assert "Two calibrations judged" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000, 20])
+    assert "was replaced while" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000], True)
     # Files without a verdict keep the summary from looking like acceptance.
     unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, [3000])
     assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged

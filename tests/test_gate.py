@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import io
 import json
@@ -143,7 +144,9 @@ def test_an_opened_image_is_judged_as_its_file(gate: Gate, tmp_path: Path, mode:
     image = image.convert("PA") if mode == "PA" else image
     image.putalpha(Image.new("L", image.size, 0))
     white = np.full((32, 32, 3), 255, np.uint8)
-    assert gate.check(image.convert(mode)) == gate.check(white)
+    (decision,) = gate.check(image.convert(mode))
+    assert decision.notes == ("alpha composited on white",)
+    assert [dataclasses.replace(decision, notes=())] == gate.check(white)
     for dtype, mode in ((np.float32, "F"), (np.int32, "I")):
         with pytest.raises(ValueError, match=f"8 or 16 bits per value, got .* mode {mode}"):
             image_file(Image.fromarray(grey.astype(dtype)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from export.verdict.detector import fit_calibration
 from export.verdict.measuring import statistics_of
 from export.verdict.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.api.requests import InputImage, prepare_image
+from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.verdict.conformal import conformal_p_values
-from tests.helpers import ROOT, large_data, needs_data
+from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
 
 ALPHAS = (0.1, 0.05, 0.01)
 LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
@@ -114,9 +116,26 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
 
 
 def test_the_documented_figures_are_those_of_the_report() -> None:
-    """docs/ood.md repeats figures of docs/ood/report.md."""
+    """docs/ood.md repeats figures of docs/ood/report.md, which is of the shipped bundle."""
     text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
-    for row, name in (("characters", "chars74k"), ("textures", "textures")):
-        (line,) = [line for line in report.splitlines() if line.startswith(f"| {name} (")]
-        auroc = line.split("|")[3].split("±")[0].strip()
-        assert f"| {row} | **{float(auroc):.3f}**" in text
+    assert report.startswith(f"# OOD detection by {open_bundle(PRETRAINED).model_id}\n")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    for row, name in (
+        ("characters", "chars74k"),
+        ("textures", "textures"),
+        ("one colour", "constant"),
+        ("uniform noise", "uniform noise"),
+        ("blurred (σ = 2 pixels)", "blurred, σ = 2"),
+        ("2 bits per value", "posterised to 2 bits"),
+        ("pixels permuted", "permuted pixels"),
+    ):
+        (first,) = [i for i, line in enumerate(lines) if line and line[0].startswith(f"{name} (")]
+        aurocs = [f"{float(line[2].split(' ')[0]):.3f}" for line in lines[first : first + 4]]
+        found = f"{float(lines[first][6].removesuffix(' %')):.0f} %"
+        (documented,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", text, re.MULTILINE)
+        assert re.sub(r"\*\*| ± [\d.]+", "", documented).split(" | ") == [*aurocs, found], row
+    alphas = {line[0]: line[1:] for line in lines if len(line) == 3 and "to" in line[2]}
+    rates, bands = zip(*(alphas[alpha] for alpha in ("0.1", "0.05", "0.01")), strict=True)
+    written = " ".join(text.split())
+    assert f"test images: {rates[0]}, {rates[1]} and {rates[2]} at alpha" in written
+    assert f"(95 % bands {', '.join(bands)})" in written

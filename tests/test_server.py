@@ -685,6 +685,33 @@ def test_an_overloaded_service_is_ready(status: int, body: bytes, is_ready: bool
         server.shutdown()
 
 
+def test_the_client_repeats_what_may_succeed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With growing pauses, or those that the answer asks for."""
+    pauses: list[float] = []
+    monkeypatch.setattr("serving.client.time.sleep", pauses.append)
+    left: list[int] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        status = left.pop(0)
+        headers = {"Retry-After": "7"} if status == 507 else {}
+        if status == 200:
+            headers = {"X-Ade-Seed": "1", "X-Ade-Model": "x@1"}
+        return httpx.Response(status, headers=headers, content=b"a picture")
+
+    with AdeClient("http://127.0.0.1:1") as client:
+        client._http = httpx.Client(
+            base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)
+        )
+        left += [429, 507, 503, 200]
+        assert client.sample_png() == (b"a picture", 1)
+        assert not left and pauses == [0.1, 7.0, 0.4]
+        client._retries = 1
+        left += [503, 503, 200]
+        with pytest.raises(AdeError):
+            client.sample_png()
+        assert left == [200]
+
+
 def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
     (expected,) = client.score(real_images[:1])
     content = write_png(real_images[0])

@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -685,11 +685,19 @@ def test_another_user_gets_no_answer() -> None:
             return str(error)
         return "answered"
 
+    def attack_without_check() -> str:
+        with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
+            connection.connect(str(path))
+            connection.sendall(b'{"do": "upgrade"}\n')
+            return connection.recv(100).decode()
+        return ""
+
     try:
         assert "Permission denied" in str(as_nobody(attack))
         folder.chmod(0o755)
         path.chmod(0o666)
         assert "another user listens" in str(as_nobody(attack))
+        assert as_nobody(attack_without_check) == ""
         assert handled == []
     finally:
         listener.close()

@@ -236,6 +236,9 @@ class PageServer(uvicorn.Server):
                 ws="none",
                 log_level="warning",
                 access_log=False,
+                # A proxy on this machine names the client, whose uploads have a quota.
+                proxy_headers=True,
+                forwarded_allow_ips="127.0.0.1",
                 **address,
             )
         )

@@ -52,6 +52,10 @@ TABLE = Path(__file__).with_name("results.js").read_text()
 EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and press Score all."
 UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
 CHANGED = "The model or the files were just changed: press Score all again."
+REPLACED = (
+    "the calibration was replaced while these images were scored, so that two versions judged "
+    "them: score them again for what is said of all together"
+)
 THUMBNAIL = 48  # pixels of the longer side at most
 
 
@@ -200,7 +204,14 @@ def add_tab(shared: Shared) -> None:
         calibrated = {id(one): len(one.scores) for one in judges if one is not None}
         rejected = sum(result.decision == "reject" for result in judged)
         said = _said(
-            len(results), p_values, rejected, discoveries, alpha, fdr, list(calibrated.values())
+            len(results),
+            p_values,
+            rejected,
+            discoveries,
+            alpha,
+            fdr,
+            list(calibrated.values()),
+            len({result.calibration for result in judged}) > 1,
         )
         order = sorted(range(len(results)), key=lambda i: _rank(results[i]))
         shown = [{"picture": pictures[i], **_shown(names[i], results[i])} for i in order]
@@ -298,6 +309,7 @@ def _said(
     alpha: float,
     fdr: float,
     calibrated: list[int],
+    was_replaced: bool = False,
 ) -> str:
     """Summarise ``count`` files; HTML.
 
@@ -309,6 +321,7 @@ def _said(
         alpha: false-alarm rate.
         fdr: false discovery rate.
         calibrated: numbers of images of the calibrations that judged these files.
+        was_replaced: whether two versions of a calibration judged them.
     """
     judged = len(p_values)
     if not judged:
@@ -326,6 +339,8 @@ def _said(
         "rate, by the method of Benjamini and Hochberg)."
     ]
     limits = [TWO_CALIBRATIONS] if len(calibrated) > 1 else []
+    if was_replaced:
+        limits.append(REPLACED)
     if not discoveries and (note := fdr_note(min(calibrated, default=0), judged, fdr)) is not None:
         limits.append(note)
     notes += [f"{note[:1].upper()}{note[1:]}." for note in limits]

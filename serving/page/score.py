@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -14,7 +15,7 @@ from serving.brand import percent, verdict_card
 from serving.client import ScoreResult
 from serving.images import write_png
 from serving.page import charts
-from serving.page.files import KEPT_S, write_file
+from serving.page.files import write_file
 from serving.page.served import (
     Served,
     Shared,
@@ -122,12 +123,15 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
     """The decision, and a sentence with the false-alarm rate and the reason."""
     result = scored.result
     calibration = judge_of(calibrations, scored)
-    if calibration is None and (result.calibration or calibrations.of(scored.resized)):
+    reason = result.decision_reason or ""
+    if calibration is None and reason.startswith("calibration_broken"):
+        return "no_verdict", _sentence(reason)  # a worker's, not the page's
+    is_other = result.calibration or calibrations.of(scored.resized)
+    if calibration is None and is_other and not calibrations.is_broken:
         return "no_verdict", REPLACED
     ruling = decide(result.p_value, calibrations, scored.resized, alpha)
     if ruling.reason is not None or calibration is None or result.p_value is None:
-        reason = (ruling.reason or "").partition(": ")[2]
-        return "no_verdict", f"{reason[:1].upper()}{reason[1:]}."
+        return "no_verdict", _sentence(ruling.reason or "")
     count = len(calibration.scores)
     others = round(result.p_value * (count + 1)) - 1
     finding = "Nothing sets this image apart from the known images"
@@ -140,6 +144,12 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
         f"{finding}: {how_many} of {count:,} calibration images {verb} at least as unusual. "
         f"False-alarm rate: {percent(alpha)}."
     )
+
+
+def _sentence(reason: str) -> str:
+    """A reason without its code."""
+    text = reason.partition(": ")[2]
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def what_if(served: Served, model: str, alpha: float, per_day: float | None, resized: bool) -> str:
@@ -188,11 +198,12 @@ def add_tab(shared: Shared) -> None:
             details += charts.histogram_chart(calibration.bpd, result.bpd)
             details += charts.explain_table(result.explain[:REASONS])
         pair = over(seen.pixels, result.heat_map) if result.heat_map else None
+        # Without the map, it is small enough to be kept as long as the page is open.
+        scored = Scored(dataclasses.replace(result, map=None), seen.resized)
         return card, pair, place, why, details, scored
 
     def judge(model: str, scored: Scored | None, alpha: float | None) -> tuple[Any, Any, Any]:
         """Decide again at another false-alarm rate; the p-value stays."""
-        # There is no rate or no result, or the result is no longer kept.
         if scored is None or not is_alpha(alpha):
             return gr.skip(), gr.skip(), gr.skip()
         return explained(served.calibrations_of(model), scored, alpha)
@@ -246,7 +257,7 @@ def add_tab(shared: Shared) -> None:
                     why = html()
             with gr.Accordion("Technical details", open=False):
                 details = html()
-    scored = gr.State(time_to_live=KEPT_S)
+    scored = gr.State()
     run_on_new_image(
         shared,
         [image],

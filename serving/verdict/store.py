@@ -157,7 +157,7 @@ class CalibrationStore:
 
     @property
     def broken(self) -> dict[str, str]:
-        """By name, why a file cannot be used; its former content stays in use."""
+        """By name, why a file cannot be used; what was read of it before stays in use."""
         return self._broken
 
     @property
@@ -249,8 +249,11 @@ class CalibrationStore:
                 # These may pass: try again next time.
                 if isinstance(error, MemoryError) or isinstance(error.__cause__, OSError):
                     unread.add(name)
-                if name in self._current:
-                    current[name] = self._current[name]
+                former = self._current.get(name)
+                if former is self._own:  # nothing was read of this file before
+                    former = Calibrations(is_broken=True)
+                if former is not None:
+                    current[name] = former
         # One assignment each: readers see either the former or the new calibrations.
         self._current = current
         self._seen = {name: seen for name, seen in found.items() if name not in unread}
