@@ -35,9 +35,9 @@ class DiagonalGaussian:
     mean: Tensor
     log_scale: Tensor
 
-    def sample(self, eps: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-        """``mean + temperature * scale * eps``, with ``eps`` of the shape of ``mean``."""
-        return self.mean + temperature * self.log_scale.exp() * eps
+    def sample(self, eps: Tensor) -> Tensor:
+        """``mean + scale * eps``, with ``eps`` of the shape of ``mean``."""
+        return self.mean + self.log_scale.exp() * eps
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of ``value``, ``(N,)``, nats."""

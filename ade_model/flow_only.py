@@ -53,10 +53,8 @@ class StandardNormal(nn.Module):
         posterior = DiagonalGaussian(encoded, torch.full_like(encoded, LOG_ZERO))
         return [Draw(posterior, encoded, prior, rate, rate)], PointMass(encoded)
 
-    def generate(
-        self, eps: list[Tensor], temperature: Tensor | float = 1.0
-    ) -> tuple[list[Tensor], PointMass]:
-        z = eps[0] * temperature
+    def generate(self, eps: list[Tensor]) -> tuple[list[Tensor], PointMass]:
+        z = eps[0]
         return [z], PointMass(z)
 
     def forward(self, z: list[Tensor]) -> PointMass:

@@ -103,15 +103,12 @@ class ADEModel(nn.Module):
             self.encoder = Encoder(config) if config.encoder else None
             self.decoder = Decoder(config)
 
-    def sample(
-        self, eps: list[Tensor], y_eps: Tensor | None = None, temperature: Tensor | float = 1.0
-    ) -> Tensor:
+    def sample(self, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
         """Draw new images.
 
         Args:
             eps: noise of the latents.
             y_eps: noise of the decoder; ``None`` for mean samples.
-            temperature: multiplies the prior's standard deviations, above 0.
 
         Returns:
             ``x``, ``(N, C, H, W)``.
@@ -120,7 +117,7 @@ class ADEModel(nn.Module):
             ShapeError: noise has another shape.
         """
         self._check_latents("eps", eps, like=eps)
-        _, p_y = self.decoder.generate(eps, temperature)
+        _, p_y = self.decoder.generate(eps)
         return self._observe(p_y, y_eps)
 
     def decode(self, z: list[Tensor], y_eps: Tensor | None = None) -> Tensor:

@@ -233,16 +233,14 @@ class Decoder(nn.Module):
             features = level.finish(features, draws[-1].z if level.has_latents else None)
         return draws, self._observe(features)
 
-    def generate(
-        self, eps: list[Tensor], temperature: Tensor | float = 1.0
-    ) -> tuple[list[Tensor], DiagonalGaussian]:
+    def generate(self, eps: list[Tensor]) -> tuple[list[Tensor], DiagonalGaussian]:
         """Draw latents from the prior; returns ``z`` and ``p(y | z)``."""
         z: list[Tensor] = []
         features = None
         for level in self.resolutions:
             features = level.start(features, eps[0].shape[0])
             if level.has_latents:
-                z.append(level.prior(features).sample(eps[len(z)], temperature))
+                z.append(level.prior(features).sample(eps[len(z)]))
             features = level.finish(features, z[-1] if level.has_latents else None)
         return z, self._observe(features)
 

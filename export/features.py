@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ LAYOUTS = ("nchw", "nhwc")
 MIN_OPSET, OPSET = 11, 13  # older graphs are converted
 TOLERANCE = 1e-3
 _PREFIX = "ade_preprocessing_"
-_SOFTMAX = ("Softmax", "LogSoftmax", "Identity")
+_AFTER_LOGITS = ("Softmax", "LogSoftmax", "Identity", "Cast")
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float",
     TensorProto.FLOAT16: "float16",
@@ -96,7 +97,7 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
     names = _outputs(model.graph, source.output)
     _prepend(model.graph, found, images.shape[1:])
     tried = _run(model, list(names.values()), images)
-    _append(model.graph, names, {name: tried[source].ndim for name, source in names.items()})
+    _append(model.graph, names, {name: tried[source] for name, source in names.items()})
     result = _run(model, list(names), images)
     _check(model, result, images)
     features = result[FEATURES]
@@ -283,7 +284,7 @@ def _linear(
     """Find the input and the result of the last linear layer before an output or its softmax."""
     constants = {tensor.name for tensor in graph.initializer}
     node = producers.get(name)
-    while node is not None and node.op_type in _SOFTMAX:
+    while node is not None and node.op_type in _AFTER_LOGITS:
         name = node.input[0]
         node = producers.get(name)
     if node is not None and node.op_type == "Add":
@@ -382,28 +383,34 @@ def _rename(graph: GraphProto, old: str, new: str) -> None:
             value.name = new
 
 
-def _append(graph: GraphProto, names: dict[str, str], ranks: dict[str, int]) -> None:
-    """Add nodes that turn the network's values into the outputs ``features`` and ``logits``."""
+def _append(graph: GraphProto, names: dict[str, str], tried: Mapping[str, np.ndarray]) -> None:
+    """Add nodes that turn the network's values into the outputs ``features`` and ``logits``.
+
+    Args:
+        graph: of the network.
+        names: of these values, by the output.
+        tried: what they were for some images, by the output.
+    """
     del graph.output[:]
     for name in names:
         source = names[name]
-        rank = ranks[name]
+        rank, is_cast = tried[name].ndim, tried[name].dtype != np.float32
         if rank not in ((2, 4) if name == FEATURES else (2,)):
             raise FeaturesError(
                 f"{source} has {rank} dimensions: features must be (N, F) or (N, F, H, W), logits "
                 "(N, K)"
             )
-        if source != name or rank == 4:
+        if source != name or rank == 4 or is_cast:
             other = f"{_PREFIX}other_{name}"
             _rename(graph, name, other)
             names.update({key: other for key, value in names.items() if value == name})
             source = names[name]
             if rank == 4:
-                pooled = f"{_PREFIX}pooled"
+                pooled, flat = f"{_PREFIX}pooled", f"{_PREFIX}flat"
                 graph.node.append(helper.make_node("GlobalAveragePool", [source], [pooled]))
-                graph.node.append(helper.make_node("Flatten", [pooled], [name], axis=1))
-            else:
-                graph.node.append(helper.make_node("Identity", [source], [name]))
+                graph.node.append(helper.make_node("Flatten", [pooled], [flat], axis=1))
+                source = flat
+            graph.node.append(helper.make_node("Cast", [source], [name], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
 
 

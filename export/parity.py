@@ -25,7 +25,9 @@ from training.data import Dataset
 
 BATCHES = (1, 7, 64)
 REAL_IMAGES = 40  # of the 64
-MIN_PIXEL_VALUES = 100_000  # values of each pixel output to compare; small models get more batches
+# Values of each pixel output to compare, in further batches if need be: enough that chance does not
+# decide about a share near the limit.
+MIN_PIXEL_VALUES = 500_000
 MAX_BPD = 1e-4  # and in proportion for parts above LARGE_BPD, to which no photograph comes
 LARGE_BPD = 25.0
 PIXELS = ("images", "reconstruction")

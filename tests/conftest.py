@@ -66,13 +66,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_corrupted_images() -> Iterator[None]:
+def small_checks() -> Iterator[None]:
     """Corrupt 20 images in each way instead of 200: most of what a small calibration costs.
 
-    In all tests, whichever run before them. A test that needs more of them sets the number itself.
+    And compare fewer pixels of an export. In all tests, whichever run before them. A test that
+    needs more sets the number itself.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.verdict.kinds.CORRUPTED", 20)
+        patch.setattr("export.parity.MIN_PIXEL_VALUES", 100_000)
         yield
 
 

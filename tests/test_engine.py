@@ -164,6 +164,10 @@ def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
         )
     ]
     assert np.array_equal(engine.sample_with(eps, [0] * 3), engine.sample([7] * 3, range(3)))
+    # The decoder's noise is what follows in the stream, not the same numbers again.
+    density = ["density"] * 3
+    expected = engine.sample([7] * 3, range(3), density)
+    assert np.array_equal(engine.sample_with(eps, [7] * 3, density), expected)
 
 
 def test_noise_over_the_wire(engine: InferenceEngine, real_images: np.ndarray) -> None:
@@ -436,6 +440,17 @@ def test_each_path_has_its_own_verdict(
         and about["resized"]["resized_and_back"] == 160
     )
     assert any("left out 1 image: image 90: not an image" in line for line in told)
+    assert not any(line.startswith("images of the model's size: ") for line in told)
+    calibrate_bundle(
+        tiny_bundle,
+        tmp_path / "few",
+        [*small_images[:10], *larger[:30]],
+        [*small_images[10:25], *larger[30:]],
+        "few",
+        told.append,
+    )
+    said = "images of the model's size: 25 are too few to calibrate for them alone"
+    assert any(line.startswith(said) for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
     images = np.stack([small_images[0]] * 3)
     exact, resized, again = engine.score(images, seeds=[0, 5, 0], resized=[False, True, False])

@@ -77,6 +77,7 @@ def network(
     batch: int | None = None,
     elem_type: int = TensorProto.FLOAT,
     ends: str = "Gemm",
+    inside: int = TensorProto.FLOAT,
 ) -> Path:
     """A classifier whose features are the means of the channels, times two."""
     shape: list[int | str] = [
@@ -90,8 +91,10 @@ def network(
         "weight": rng.normal(size=(3, 5)).astype(np.float32),
         "bias": rng.normal(size=5).astype(np.float32),
     }
+    if inside == TensorProto.FLOAT16:
+        constants = {name: value.astype(np.float16) for name, value in constants.items()}
     nodes = [
-        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["pixels"], ["floats"], to=inside),
         helper.make_node("ReduceMean", ["floats"], ["means"], axes=axes, keepdims=0),
         helper.make_node("Mul", ["means", "two"], ["embedding"]),
     ]
@@ -103,12 +106,18 @@ def network(
             helper.make_node("Add", ["product", "bias"], ["scores"]),
             helper.make_node("Softmax", ["scores"], ["probabilities"]),
         ]
+    elif ends == "Cast":
+        nodes += [
+            helper.make_node("Gemm", ["embedding", "weight", "bias"], ["scores"]),
+            helper.make_node("Cast", ["scores"], ["floating"], to=TensorProto.FLOAT),
+        ]
     last = nodes[-1].output[0]
+    last_type = TensorProto.FLOAT if ends == "Cast" else inside
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("pixels", elem_type, shape)],
-        [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(last, last_type, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
@@ -142,6 +151,18 @@ def test_a_classifier_gives_features_and_logits(
     np.testing.assert_allclose(found["features"], expected(small_images[:7]), rtol=1e-4, atol=1e-5)
     assert made.about["features"] == 3 and made.about["classes"] == 5
     assert made.about["source"] == "net.onnx" and layout in made.about["preprocessing"]
+
+
+@pytest.mark.parametrize("ends", ["Gemm", "Cast"])
+def test_a_classifier_in_half_precision(
+    ends: str, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """Also one that casts its logits at the end: they are no features."""
+    path = network(tmp_path / "net.onnx", ends=ends, inside=TensorProto.FLOAT16)
+    made = feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
+    found = run(made.content, small_images[:7])
+    assert list(found) == ["features", "logits"] and found["logits"].dtype == np.float32
+    np.testing.assert_allclose(found["features"], expected(small_images[:7]), atol=0.01)
 
 
 def test_colours_in_the_other_order(small_images: np.ndarray, tmp_path: Path) -> None:

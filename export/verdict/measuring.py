@@ -72,7 +72,7 @@ def measured(
             found = _joined(list(threads.map(engine.statistics, batches)))
             finite = finite_rows(found)
             errors.extend(
-                (waiting[row][0], "its likelihood is not a finite number")
+                (waiting[row][0], "its likelihood or another statistic is not a finite number")
                 for row in np.flatnonzero(~finite)
             )
             if finite.any():

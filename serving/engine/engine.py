@@ -210,7 +210,8 @@ class InferenceEngine:
     ) -> np.ndarray:
         """Sample images from given noise instead of drawn noise.
 
-        Mean images are equal to those of :meth:`sample` for the same noise.
+        Images are equal to those of :meth:`sample` for the same noise; density images if it is the
+        noise of their seed and place.
 
         Args:
             eps: one array per level, coarsest first, float32 ``(N, c, h, w)``. The prior of a level
@@ -239,7 +240,9 @@ class InferenceEngine:
                 f"{name}_{level}": np.asarray(given[level][i], np.float32)
                 for level in range(self._levels)
             }
-            return {**arrays, "y_eps": self._y_eps(NoiseStream(sample_key(seeds[i], i)), kinds[i])}
+            stream = NoiseStream(sample_key(seeds[i], i))
+            self._eps(stream)  # of a sample of this seed: the given noise may be just that
+            return {**arrays, "y_eps": self._y_eps(stream, kinds[i])}
 
         return self._run(graph, len(seeds), inputs)["images"]
 
@@ -377,9 +380,10 @@ class InferenceEngine:
             mine = values[start : start + k]
             start += k
             if not np.isfinite(mine).all() or judges[i] is not None and i not in verdicts:
-                results.append(
-                    NotFinite("the model's likelihood of this image is not a finite number")
-                )
+                what = "a statistic of this image (of features.onnx, perhaps)"
+                if not np.isfinite(mine).all():
+                    what = "the model's likelihood of this image"
+                results.append(NotFinite(f"{what} is not a finite number"))
                 continue
             bpd, named, error = self._summarize(mine)
             if i in bits:
