@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=400_000,
         metavar="N",
-        help="training images that each model sees; a discriminator sees as many others (default: "
-        "%(default)s)",
+        help="training images that each model sees; a discriminator sees a further batch in each "
+        "of its steps (default: %(default)s)",
     )
     parser.add_argument(
         "--minutes",

@@ -88,7 +88,8 @@ def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path: Path) -> None:
 
 def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that were copied to each node have other times there."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     filled = []
 
     def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
@@ -97,7 +98,10 @@ def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.Monke
 
     for version in ("1", "2", "1", "2"):
         files.cached_pixels("folder", version, lambda: (2, 8, 8, 3), tmp_path, fill)
-    assert len(filled) == 2
+    assert len(filled) == 2 and len(list(tmp_path.glob("*.npy"))) == 2
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    files.cached_pixels("folder", "3", lambda: (2, 8, 8, 3), tmp_path, fill)
+    assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
 def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:

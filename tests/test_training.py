@@ -1211,6 +1211,9 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
         _check_alike(fabric, its, theirs)
 
     check(trainer(), dataset)
+    check(
+        trainer(), dataclasses.replace(dataset, name="a link", splits={"train": "all", "test": "1"})
+    )
     fewer = {"train": dataset.parts["train"].slice(0, 9)}
     with pytest.raises(RunError, match="process 1 of 2 has other training images than process 0"):
         check(trainer(), dataclasses.replace(dataset, parts=fewer))

@@ -168,7 +168,8 @@ def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
     if fabric.world_size == 1:
         return
     # Not their pixels, which another version of a decoder may give other values.
-    images = [dataset.splits, dataset.files.get("train"), len(dataset.parts["train"])]
+    names = dataset.files.get("train", dataset.splits["train"])
+    images = [names, len(dataset.parts["train"])]
     weights = [w.detach().cpu().numpy().tobytes() for w in trainer.model.state_dict().values()]
     digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
     with _with_others(fabric):

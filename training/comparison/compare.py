@@ -228,7 +228,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     has_folder = (run / "run.json").is_file()
     if has_folder:
         started = read_started(run)
-    elif kept is not None:
+    elif kept is not None and kept["state"] is not None:
         started = {"config": kept["config"].to_dict(), "data": kept["data"]}
     else:
         return
@@ -246,7 +246,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
         return
     state = read_state(folders[-1])
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
-        check_budget(run, state.get("inferring_since"), job.config.batch_size, job.options.images)
+        check_budget(run, state["inferring_since"], job.config.batch_size, job.options.images)
 
 
 def _check_ended(run: Path, job: Job) -> None:
@@ -263,7 +263,7 @@ def _check_ended(run: Path, job: Job) -> None:
     state, options = read_state(folders[-1]), read_started(run)["options"]
     images, minutes = options["images"], options["minutes"]
     # Until a GAN's generator is frozen, the budget counts without that of its inference network.
-    is_frozen = state.get("inferring_since") is not None
+    is_frozen = state["inferring_since"] is not None
     share = job.config.inference_share if is_frozen else 0.0
     is_past = _has_spent(state, job.options.images, job.options.minutes, share)
     if not is_past or _has_spent(state, images, minutes, share):

@@ -457,8 +457,8 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
         "The paper's f adds 1.4 % of weights, by which its generator is narrowed. Ours is narrowed "
         "at the size `paper` alone, where v-ade and av-ade have as many weights as vae and av-gde "
         "within 1 % (inference networks included); for images of 32x32 pixels, gan has 25 % more "
-        "than av-ade, and av-ade-s2 19 % more. The images are those that a model sees; a "
-        "discriminator sees as many other training images in each of its steps."
+        "than av-ade, and av-ade-s2 19 % more. The images are those that a model sees. In "
+        "each of its steps, a discriminator sees a further batch of training images."
     )
     return [*markdown_table(header, body), "", note]
 

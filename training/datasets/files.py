@@ -64,7 +64,7 @@ def cached_pixels(
     """Map an array of pixels, which is filled unless the cache has it.
 
     Processes that start together fill it once: the others wait. Once it is filled, arrays of other
-    versions of the same source are removed, but not by one of several processes of ``torchrun``.
+    versions of the same source are removed, but not by one of several nodes of ``torchrun``.
     Processes on the same machine that have mapped them can still read them.
 
     Args:
@@ -106,7 +106,7 @@ def cached_pixels(
             partial.unlink(missing_ok=True)
         write_text(done, json.dumps(skipped))
         # Another node may use another version, because its copies of the files have other times.
-        is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        is_alone = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
         for old in cache.glob(f"{all_versions}*") if is_alone else ():
             if old not in (done, stored):
                 old.unlink()
