@@ -192,7 +192,7 @@ def _report(args: argparse.Namespace, summary: Summary) -> int:
     judged = summary.rejected + summary.accepted
     if judged:
         print(
-            f"of {judged} images like the calibration images, at most about "
+            f"of {judged} images like the calibration images, about "
             f"{rounded(args.alpha * judged)} would be rejected"
         )
     return _status({None} if judged else {f"see the column decision_reason of {args.out}"})

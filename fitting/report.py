@@ -191,11 +191,19 @@ def write_report(findings: Findings, path: Path) -> None:
         elbo=findings.bundle.manifest["evaluation"]["elbo"],
         psnr_db=np.mean(inexact) if inexact else None,
         alphas=ALPHAS,
+        alpha=_alpha_of(findings.calibrated),
         shown=SHOWN,
         sample_grid=tile(findings.samples, 16),
         reconstruction_grid=tile(both, len(findings.held_out)),
     )
     write_text(path, page)
+
+
+def _alpha_of(calibrated: int) -> float | None:
+    """The smallest usual alpha that has verdicts; ``None`` for the default one."""
+    possible = [a for a in (DEFAULT_ALPHA, 0.02, 0.05, 0.1) if calibrated >= images_needed(a)]
+    alpha = min(possible, default=None)
+    return None if alpha == DEFAULT_ALPHA else alpha
 
 
 def _verdict(findings: Findings) -> str:
@@ -210,7 +218,8 @@ def _verdict(findings: Findings) -> str:
     known = (
         "No weakness was found: false alarms come at the chosen rate, and gross corruptions are "
         "rejected. Other OOD images may still pass: try the kinds that you expect with "
-        "ade ood-bench."
+        "ade ood-bench. If the images are frames of recordings or bursts, try another recording, "
+        "too: these rates were measured on neighbours of the training images."
     )
     heading = "The gate works on what it was tried on"
     if any(share is not None and share < MIN_REJECTED for share in shares.values()):  # subtle ones

@@ -295,7 +295,7 @@ class AdeClient:
         The errors ``overloaded`` and, for an operation that the model lacks, ``not_available`` are
         such answers, and so are those of any model, whatever ``identity`` is. No request is
         repeated. Outside the service, these requests count as traffic, also for the drift of the
-        gate, which rejects their picture: ``/readyz`` answers the same without that.
+        gate, which rejects their picture: ask ``/readyz`` of the page instead (port 7860).
         """
         headers = {MODEL_HEADER: ""}  # any model may answer
         if (secret := os.environ.get(PROBE_VARIABLE)) is not None:

@@ -11,6 +11,7 @@ Example::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Gate:
         opened.check_has("score")
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
-        self._engine.store.usable()
+        for calibration in self._engine.store.usable().each:
+            if (note := calibration.too_small(alpha)) is not None:
+                logger.warning("no image will be accepted: %s", note)
 
     def check(
         self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT
@@ -88,8 +93,9 @@ class Gate:
         """Decide on each image; one that cannot be used gets ``no_verdict`` and is an error.
 
         Args:
-            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``; or a list or
-                tuple of these, or uint8 ``(N, H, W, C)``.
+            images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``, RGB (OpenCV's
+                are BGR: ``image[:, :, ::-1]``); or a list or tuple of these, or uint8 ``(N, H, W,
+                C)``.
             calibration: name of the calibration that decides. The default is the bundle's own.
 
         Raises:

@@ -206,7 +206,7 @@ def test_only_regular_files_are_read(
 def test_few_expected_false_alarms_are_not_none(capsys: pytest.CaptureFixture) -> None:
     for accepted, expected in ((8, "0.08"), (400, "4"), (123_456, "1,235")):
         _report(argparse.Namespace(out="t.csv", alpha=0.01), bulk.Summary(0, 0, accepted, 0))
-        assert f"at most about {expected} would be rejected" in capsys.readouterr().out
+        assert f"images, about {expected} would be rejected" in capsys.readouterr().out
 
 
 def test_resized_images_without_their_calibration_have_no_verdict(

@@ -14,6 +14,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
 
@@ -29,7 +30,7 @@ from ade_cli import ood_bench
 from ade_cli.main import main
 from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.verdict.choice import choose_files, choose_rows
-from export.verdict.feedback import give_feedback
+from export.verdict.feedback import _report_unusual, give_feedback
 from export.verdict.images import digests_of
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -935,6 +936,32 @@ def test_feedback_that_would_disable_the_gate_is_refused(
     read = Calibrations.load(path_of(bundle, "default"))
     assert read.exact is not None and len(read.exact.scores) == n + 20
     assert all(decision.accepted for decision in Gate(bundle).check(files))
+
+
+@pytest.mark.parametrize(
+    "n, place, count, passing, is_refused", [(1000, 5, 9, 5, False), (3000, 25, 20, 16, True)]
+)
+def test_more_unusual_calibration_images_count_among_those_beyond(
+    n: int, place: int, count: int, passing: int, is_refused: bool
+) -> None:
+    """Images join just below the most unusual ones: the last of them pass soonest."""
+    scores = np.arange(n, dtype=float)
+    new = n - place - 0.9 + 0.02 * np.arange(count)
+    larger = SimpleNamespace(
+        scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
+    )
+    former = SimpleNamespace(scores=scores, joined=None, scores_of=lambda statistics: new)
+    before, after = SimpleNamespace(of=lambda _: former), SimpleNamespace(of=lambda _: larger)
+    joining = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * count
+    lines: list[str] = []
+    refused = _report_unusual(before, after, joining, lines.append)
+    assert (refused is not None) == is_refused
+    smallest = (1 + place + count) / (n + count + 1)
+    assert f"At alphas below {smallest:.2g}, images like these are no longer" in lines[0]
+    if not is_refused:
+        assert lines[1:] == [
+            f"images like {passing} of these {count} are no longer rejected at alpha 0.01"
+        ]
 
 
 def test_one_outlier_among_the_calibration_images_hides_no_wrong_folder(

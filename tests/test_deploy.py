@@ -340,8 +340,8 @@ def test_nginx_reads_secrets_that_were_replaced() -> None:
     assert named == [f"secrets/{name}" for name in ("keys.conf", "certificate.pem", "key.pem")]
     assert "./nginx.conf:/etc/ade/nginx.conf:ro" in nginx["volumes"]
     assert "./secrets:/etc/ade/secrets:ro" in nginx["volumes"]
-    operations = (ROOT / "docs" / "operations.md").read_text()
-    (options,) = re.findall(r"docker exec ade-nginx-1 nginx (.*) -s reload", operations)
+    page = (ROOT / "docs" / "how-to" / "open-to-a-network.md").read_text()
+    (options,) = re.findall(r"docker exec ade-nginx-1 nginx (.*) -s reload", page)
     assert load(DEPLOY / "compose.yaml")["name"] == "ade"
     assert f"exec nginx {options} -g " in nginx["command"][-1]
 

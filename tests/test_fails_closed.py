@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -29,6 +30,7 @@ from serving.client import AdeClient, AdeError, ScoreResult
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
+from serving.page import many
 from serving.page.about import card as card_of
 from serving.page.app import build_page
 from serving.page.compare import _card
@@ -280,6 +282,28 @@ def test_score_many_accepts_nothing_without_verdicts(
 
 
 @pytest.mark.usefixtures("page_files")
+def test_score_many_tells_of_two_versions_of_a_calibration(
+    bundles: dict[str, Path], small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had been replaced between two requests."""
+    files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
+    scores, versions = many._scores, iter(["1", "2"])
+
+    def changing(*given: Any) -> list[Any]:
+        label = CalibrationLabel(name="default", version=next(versions))
+        return [dataclasses.replace(one, calibration=label) for one in scores(*given)]
+
+    monkeypatch.setattr(many, "AT_ONCE", 1)
+    with answered_here({"both": bundles["both"]}) as url:
+        score_many = page_function(Served(url, [open_bundle(bundles["both"])], None), "score_many")
+        said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
+        assert "Two versions of the calibration" not in said
+        monkeypatch.setattr(many, "_scores", changing)
+        said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
+    assert "Two versions of the calibration" in said
+
+
+@pytest.mark.usefixtures("page_files")
 def test_files_of_other_kinds_are_not_scored_among_others(
     bundles: dict[str, Path], small_images: np.ndarray, tmp_path: Path
 ) -> None:
@@ -467,7 +491,7 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     # Only the calibrations that judged the files count; two of them give no guarantee together.
     assert "Two calibrations" not in said
     assert "Two calibrations judged" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000, 20])
-    assert "was replaced while" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000], True)
+    assert "Two versions of the calibration" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000], True)
     # Files without a verdict keep the summary from looking like acceptance.
     unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, [3000])
     assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged

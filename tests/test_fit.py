@@ -501,6 +501,8 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         write_report(few, tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert heading in page and sentence in page
+        # The command to paste has an alpha with verdicts.
+        assert ("--resize fit --alpha 0.02 --out" in page) == (images == 98)
     write_report(good, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "No weakness was found" in page and "The gate works on what it was tried on" in page

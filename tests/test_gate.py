@@ -166,7 +166,10 @@ def test_threads_that_decode_leave_the_warnings_of_others_alone(gate: Gate) -> N
 
 
 def test_without_a_verdict_nothing_is_accepted(
-    exact_only: Gate, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    exact_only: Gate,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (resized,) = exact_only.check(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
     assert (
@@ -175,6 +178,7 @@ def test_without_a_verdict_nothing_is_accepted(
         and resized.bpd > 0
     )
     (floor,) = Gate(PRETRAINED, alpha=0.0001).check(CAT)
+    assert "no image will be accepted: nothing can be flagged at alpha 0.0001" in caplog.text
     assert not floor.accepted and floor.reason.startswith(
         "alpha_too_small: alpha 0.0001 takes 9,999 "
     )
@@ -609,9 +613,10 @@ def test_the_documented_service(
     assert capsys.readouterr().out.startswith(" ".join(map(str, expected)))
 
 
-def test_the_documented_upload_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_upload_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate guards the uploads alone: the site's other forms have no images."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     names: dict[str, Any] = {}
     exec(documented()[1], names)
     site = names["site"]
@@ -622,6 +627,9 @@ def test_the_documented_upload_form(monkeypatch: pytest.MonkeyPatch) -> None:
         form = {"data": {"title": "mine"}, "files": {"image": image}}
         assert client.post("/upload/photo", **form).status_code == status
     assert client.post("/upload/photo", data={"title": "mine"}).status_code == 415
+    (kept,) = tmp_path.glob("*.png")
+    horse = read_image(HORSE.read_bytes()).pixels
+    assert np.array_equal(read_image(kept.read_bytes()).pixels, horse)
 
 
 def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from serving.client import AdeClient
 from serving.ports import free_ports
 from tests.helpers import ROOT, npy, wait_for
 from tests.service import RunningService
@@ -66,6 +67,8 @@ def proxy(service: RunningService, folder: Path) -> Iterator[str]:
             "1",
             "-subj",
             "/CN=127.0.0.1",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
             "-keyout",
             str(folder / "secrets" / "key.pem"),
             "-out",
@@ -184,10 +187,19 @@ def test_keys(proxy: str, key: str | None) -> None:
     )
 
 
+def test_the_client_behind_the_proxy(
+    proxy: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a certificate of one's own."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(folder / "secrets" / "certificate.pem"))
+    with AdeClient(proxy, token=KEY) as client:
+        assert len(client.sample(2, seed=1).images) == 2
+
+
 def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: Path) -> None:
-    """By the command that docs/operations.md names; its file may be renamed over the old one."""
-    operations = (ROOT / "docs" / "operations.md").read_text()
-    (options,) = re.findall(r"^sudo nginx (.* -s reload)$", operations, re.MULTILINE)
+    """By the documented command; its file may be renamed over the old one."""
+    page = (ROOT / "docs" / "how-to" / "open-to-a-network.md").read_text()
+    (options,) = re.findall(r"^sudo nginx (.* -s reload)$", page, re.MULTILINE)
     keys, other = folder / "secrets" / "keys.conf", KEY[::-1]
 
     def is_taken(key: str) -> bool:

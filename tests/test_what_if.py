@@ -490,6 +490,9 @@ def test_images_that_made_the_calibration_do_not_call_it_unlike_the_history(
     both = [*small_images[:50], *small_images[:100] // 8]
     (way,) = what_if(engine, engine.calibrations, both, {}, 100, 5).ways
     assert way.known == 50 and 0.1 in way.unlike
+    # One that repeats does so in use, too, although it calibrates only once.
+    (way,) = what_if(engine, engine.calibrations, [small_images[0]] * 50, {}, 100, 5).ways
+    assert way.known == 0
 
 
 def test_the_head_of_the_page_names_sets_without_a_verdict(

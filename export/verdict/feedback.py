@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.sketch import sketched
+from export.verdict.images import REPORT_S
 from serving.api.errors import ApiError
 from serving.api.requests import prepare_source
 from serving.engine.bundle import verify_bundle
@@ -235,7 +237,10 @@ def _report_unusual(
             former = former[~np.isin(former, calibration.joined.scores)]
         level = max(ALPHA, 1 / (len(former) + 1))
         rejected = _num_rejected(calibration.scores, scores, level)
-        unusual = _num_rejected(former, larger.joined.scores, level)
+        joined = larger.joined.scores
+        rare = joined[conformal_p_values(former, joined) <= level]
+        p_values = conformal_p_values(larger.scores, rare)
+        unusual, passing = len(rare), int((p_values > level).sum())
         rank = flagging_rank(len(larger.scores), level)
         most = max(FEW, rank)
         report(
@@ -244,21 +249,21 @@ def _report_unusual(
             f"(alpha {level:.2g}). Of all images accepted so far, the original calibration (made "
             f"by ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
             + (
-                " At alphas below "
-                f"{(unusual + 1) / (len(larger.scores) + 1):.2g}, images like these are no longer "
-                "rejected."
+                f" At alphas below {p_values.max():.2g}, images like these are no longer rejected."
                 if unusual
                 else ""
             )
         )
-        if _num_rejected(former, scores, level) and unusual >= most:
+        is_disabled = unusual >= most or (unusual >= FEW and 2 * passing > unusual)
+        if _num_rejected(former, scores, level) and is_disabled:
             disabling = (
                 f"ade calibrate's calibration rejects {unusual} of all accepted images, so that "
                 f"images like them are no longer rejected at alpha {level:.2g}: check that these "
                 "are the right images"
             )
-        elif 0 < rank <= unusual:
-            report(f"images like these {unusual} are no longer rejected at alpha {level:.2g}")
+        elif passing:
+            which = f"{passing} of these" if passing < unusual else "these"
+            report(f"images like {which} {unusual} are no longer rejected at alpha {level:.2g}")
     return disabling
 
 
@@ -279,8 +284,12 @@ def _read(
     """
     found: dict[tuple[bool, int], _Image] = {}
     unusable = 0
-    for path, given in files:
+    reported = time.monotonic()
+    for i, (path, given) in enumerate(files):
         content = b""
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            report(f"read {i:,} of {len(files):,} images")
 
         def read(path: Path = path) -> bytes:
             nonlocal content
@@ -302,7 +311,7 @@ def _read(
             if all(np.isfinite(values).all() for values in statistics.values()):
                 found[key] = _Image(path, digest, pixels, given, image.resized, statistics)
                 continue
-            reason = "its likelihood is not a finite number"
+            reason = "its likelihood or another statistic is not a finite number"
         report(f"left out {path}: {reason}")
         unusable += 1
     return list(found.values()), unusable
@@ -357,11 +366,11 @@ def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
 
 
 def _append(path: Path, images: Sequence[_Image], name: str, before: str, after: str) -> None:
-    time = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     lines = [
         json.dumps(
             {
-                "time": time,
+                "time": now,
                 "file": str(file),
                 "sha256": digest,
                 "decision": image.given,

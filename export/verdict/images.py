@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,10 +19,11 @@ from serving.files import read_file
 from serving.messages import commonest, counted
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
-from training.data import Report
+from training.data import REPEATS, Report
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
+REPORT_S = 10.0  # between lines on progress
 MAX_SHOWN = 5
 
 Images = Iterable[bytes | np.ndarray | InputImage]  # files, uint8 (H, W, C), or of the model's size
@@ -90,7 +93,7 @@ def usable(
         name: of the images.
         images: see :func:`prepared`.
         image_shape: ``(H, W, C)`` of the model.
-        report: called with a line if images are left out.
+        report: called with a line if images are left out, and while reading takes long.
         may_be_empty: whether there may be no images.
 
     Raises:
@@ -98,11 +101,15 @@ def usable(
     """
     found: list[InputImage] = []
     errors: list[tuple[str, str]] = []
+    reported = time.monotonic()
     for its, image in prepared(images, image_shape, resize=True):
         if isinstance(image, InputImage):
             found.append(image)
         else:
             errors.append((its, image.message))
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            report(f"{name}: read {len(found) + len(errors):,} images")
     report_left_out(name, errors, report)
     if not found and (errors or not may_be_empty):
         raise none_usable(name, errors)
@@ -114,18 +121,23 @@ def others(
 ) -> Iterator[Prepared]:
     """The images without those that made a calibration or a network, and without their copies.
 
+    A picture counts from its :data:`training.data.REPEATS`-th copy on: it repeats in use, too.
+
     Args:
         name: of the images.
         images: see :func:`prepared`.
         known: short digests of those, as of :func:`digests_of`.
         report: called with a line at the end if images were left out.
     """
-    copies = 0
+    copies, counts = 0, Counter[int]()
     for its, image in images:
-        if isinstance(image, InputImage) and short_digest(image.pixels) in known:
-            copies += 1
-        else:
-            yield its, image
+        digest = short_digest(image.pixels) if isinstance(image, InputImage) else None
+        if digest is not None and digest in known:
+            counts[digest] += 1
+            if counts[digest] < REPEATS:
+                copies += 1
+                continue
+        yield its, image
     if copies:
         left_out = counted(copies, "image")
         report(f"{name}: left out {left_out} that calibrated or trained, or copies of such")

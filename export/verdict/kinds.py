@@ -51,6 +51,12 @@ def exact_calibration(
         CalibrationError: scores that cannot be used.
     """
     chosen = _of_kind(parts, resized=False)
+    own = sum(not image.resized for part in parts for image in part)
+    if chosen is None and own:
+        report(
+            f"images of the model's size: {own} are too few to calibrate for them alone; larger "
+            "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"
+        )
     pixels = [[image.pixels for image in part] for part in chosen or parts]
     return _calibrated(engine, pixels, "" if chosen else "fit", "", has_classes, report)
 

@@ -6,6 +6,7 @@ Needs neither PyTorch nor scikit-learn.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from serving.engine.noise import short_digest
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import flagging_rank
-from training.data import Report
+from training.data import REPEATS, Report
 
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 CHUNK = 256
@@ -148,7 +149,9 @@ def what_if(
     kinds = sorted({image.resized for image in images})
     level = 1 - FALSE_WARNINGS / (len(ALPHAS) * len(kinds))  # Bonferroni
     made = digests_of(calibrations)
-    known = np.array([short_digest(image.pixels) in made for image in images])
+    digests = [short_digest(image.pixels) for image in images]
+    counts = Counter(digests)  # a picture that repeats does so in use, too
+    known = np.array([digest in made and counts[digest] < REPEATS for digest in digests])
     for resized in kinds:
         mine = np.array([image.resized == resized for image in images])
         count = round(per_day * int(mine.sum()) / len(images))

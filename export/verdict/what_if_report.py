@@ -81,7 +81,8 @@ def _way(way: Way) -> list[str]:
     if way.joined:
         lines += [
             f"{way.joined:,} of the calibration images came by feedback: the numbers of false "
-            "alarms hold if these were given as they came, not if rejected images were chosen.",
+            "alarms hold if these were given as they came, not if rejected images were chosen, "
+            "and if no picture repeats: feedback counts each once.",
             "",
         ]
     if way.known:

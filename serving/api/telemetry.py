@@ -108,7 +108,7 @@ MISSING = Metric(
     "ade_gate_calibration_missing",
     "gauge",
     ("calibration",),
-    "1 if nothing could be read of a calibration since the start of the worker.",
+    "1 if the file of a calibration cannot be used and was not read before.",
 )
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."

@@ -53,8 +53,8 @@ EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and pres
 UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
 CHANGED = "The model or the files were just changed: press Score all again."
 REPLACED = (
-    "the calibration was replaced while these images were scored, so that two versions judged "
-    "them: score them again for what is said of all together"
+    "two versions of the calibration judged these images, because it was replaced meanwhile or an "
+    "upgrade is under way: score them again for what is said of all together"
 )
 THUMBNAIL = 48  # pixels of the longer side at most
 

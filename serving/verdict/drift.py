@@ -6,8 +6,8 @@ For images like the calibration images, their p-values with ties broken at rando
 1), and ``z = Phi^-1(1 - p)`` of these is standard normal. (Ties broken by the picture would not do:
 all copies of one that repeats would be at the same place.) Two one-sided cumulative sums (Page,
 "Continuous inspection schemes", 1954) detect a shift of the mean within tens of images; the
-Kolmogorov-Smirnov distance over a window detects any other change. docs/operations.md has
-thresholds with the expected time until a false alarm.
+Kolmogorov-Smirnov distance over a window detects other changes of the p-values.
+docs/operations.md has thresholds with the expected time until a false alarm.
 """
 
 from __future__ import annotations

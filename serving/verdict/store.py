@@ -116,10 +116,11 @@ class CalibrationStore:
 
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
     stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
-    own calibration; if it cannot be used from the start, there is no verdict, because the bundle's
-    own would accept other images. The same holds if the bundle's folder is gone at the start, or
-    the folder of the named ones is a link that leads nowhere, since it may have held that file. A
-    calibration that another version of libwebp helped to make is used, with a warning in the log.
+    own calibration; if nothing was read of it before it became unusable, there is no verdict,
+    because the bundle's own would accept other images. The same holds if the bundle's folder is
+    gone at the start, or the folder of the named ones is a link that leads nowhere, since it may
+    have held that file. A calibration that another version of libwebp helped to make is used, with
+    a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
@@ -162,7 +163,7 @@ class CalibrationStore:
 
     @property
     def missing(self) -> list[str]:
-        """Names of calibrations of which nothing could be read since the start."""
+        """Names of calibrations whose files cannot be used and were not read before."""
         current = self._current
         # Other names are no calibration's.
         named = [name for name in self._broken if _NAME.fullmatch(name) and name not in current]
