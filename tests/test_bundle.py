@@ -19,6 +19,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ade_cli.main import main
 from ade_model import ModelConfig
@@ -644,6 +645,24 @@ def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[st
         Bundle(bundle.folder, {**bundle.manifest, "calibration": {"webp": "0.1"}})
     )
     assert f"{bundle.name} was calibrated with libwebp 0.1" in capsys.readouterr().err
+
+
+def test_weights_that_half_precision_would_change_are_stored_as_they_are(
+    tiny_checkpoint: Path,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def bits_of(out: Path) -> set[torch.dtype]:
+        export_bundle(tiny_checkpoint, out, "m", small_images[:40], None, told.append)
+        return {value.dtype for value in load_file(out / WEIGHTS_NAME).values()}
+
+    told: list[str] = []
+    monkeypatch.setattr("ade_model.checkpoint.MIN_HALF", 16)
+    assert torch.float16 in bits_of(tmp_path / "half")
+    monkeypatch.setattr("export.write.MAX_BPD", 0.0)
+    assert torch.float16 not in bits_of(tmp_path / "single")
+    assert "half precision changes likelihoods" in "".join(told)
 
 
 @pytest.mark.parametrize("folder, name", [("My Photos_2", "my-photos-2"), ("äö", "images")])
