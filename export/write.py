@@ -105,7 +105,7 @@ def export_bundle(
     rounded = copy.deepcopy(model)
     round_to_half(rounded)
     changes = _bpd(rounded, images) - _bpd(model, images) if "score" in operations else 0.0
-    if np.abs(changes).max() > MAX_BPD:
+    if not np.abs(changes).max() <= MAX_BPD:  # also if it is not a number
         report("half precision changes likelihoods: the weights are stored in single precision")
     else:
         model = rounded

@@ -83,9 +83,13 @@ class Gate:
         opened.check_has("score")
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
-        for calibration in self._engine.store.usable().each:
+        judges = self._engine.store.usable()
+        for calibration in judges.each:
             if (note := calibration.too_small(alpha)) is not None:
-                logger.warning("no image will be accepted: %s", note)
+                which = "" if len(judges.each) == 1 else "resized "
+                if calibration is judges.exact and which:
+                    which = "unresized "
+                logger.warning("no %simage will be accepted: %s", which, note)
 
     def check(
         self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT

@@ -939,7 +939,8 @@ def test_feedback_that_would_disable_the_gate_is_refused(
 
 
 @pytest.mark.parametrize(
-    "n, place, count, passing, is_refused", [(1000, 5, 9, 5, False), (3000, 25, 20, 16, True)]
+    "n, place, count, passing, is_refused",
+    [(1000, 5, 9, 5, False), (3000, 21, 16, 8, False), (3000, 25, 20, 16, True)],
 )
 def test_more_unusual_calibration_images_count_among_those_beyond(
     n: int, place: int, count: int, passing: int, is_refused: bool
@@ -958,7 +959,10 @@ def test_more_unusual_calibration_images_count_among_those_beyond(
     assert (refused is not None) == is_refused
     smallest = (1 + place + count) / (n + count + 1)
     assert f"At alphas below {smallest:.2g}, images like these are no longer" in lines[0]
-    if not is_refused:
+    assert "refused from 30 on, or from 10 on if more than half" in lines[0] or n < 3000
+    if is_refused:
+        assert f"images like {passing} of these are no longer rejected" in str(refused)
+    else:
         assert lines[1:] == [
             f"images like {passing} of these {count} are no longer rejected at alpha 0.01"
         ]

@@ -120,6 +120,8 @@ def test_the_documented_figures_are_those_of_the_report() -> None:
     text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
     assert report.startswith(f"# OOD detection by {open_bundle(PRETRAINED).model_id}\n")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    (place,) = [i for i, line in enumerate(lines) if line[:2] == ["score", "chars74k"]]
+    header, scores = lines[place], {line[0]: line for line in lines[place + 2 :] if line}
     for row, name in (
         ("characters", "chars74k"),
         ("textures", "textures"),
@@ -129,9 +131,9 @@ def test_the_documented_figures_are_those_of_the_report() -> None:
         ("2 bits per value", "posterised to 2 bits"),
         ("pixels permuted", "permuted pixels"),
     ):
-        (first,) = [i for i, line in enumerate(lines) if line and line[0].startswith(f"{name} (")]
-        aurocs = [f"{float(line[2].split(' ')[0]):.3f}" for line in lines[first : first + 4]]
-        found = f"{float(lines[first][6].removesuffix(' %')):.0f} %"
+        (first,) = [line for line in lines if line and line[0].startswith(f"{name} (")]
+        aurocs = [scores[score][header.index(name)] for score in (COMBINED, *list(scores)[1:4])]
+        found = f"{float(first[6].removesuffix(' %')):.0f} %"
         (documented,) = re.findall(rf"^\| {re.escape(row)} \| (.*) \|$", text, re.MULTILINE)
         assert re.sub(r"\*\*| ± [\d.]+", "", documented).split(" | ") == [*aurocs, found], row
     alphas = {line[0]: line[1:] for line in lines if len(line) == 3 and "to" in line[2]}

@@ -31,6 +31,7 @@ from training.comparison.compare import (
     FAILURE,
     MEASURED,
     Job,
+    _check_same,
     _is_measured,
     compare,
     read_rows,
@@ -372,6 +373,8 @@ def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_
     ):
         compare_one(Job(narrow("gan"), options(1)), dataset, tmp_path)
     assert rows.read_bytes() == before and not (tmp_path / "runs").exists()
+    job, failed = Job(narrow("gan"), options(1)), {"config": narrow("vae"), "data": "d"}
+    _check_same(tmp_path, job, dataset, {**failed, "state": None})  # nothing would be lost
 
 
 def test_a_long_failure_stays_in_its_row() -> None:

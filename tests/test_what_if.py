@@ -28,12 +28,14 @@ from export.verdict import kinds
 from export.verdict import what_if as what_if_module
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from export.verdict.images import NamedFile, usable
+from export.verdict.images import NamedFile, others, usable
 from export.verdict.measuring import statistics_of
 from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
 from export.verdict.what_if_report import what_if_lines, write_what_if
 from fitting.pipeline import ENOUGH
+from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine
+from serving.engine.noise import short_digest
 from serving.gate import Gate
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError
@@ -493,6 +495,15 @@ def test_images_that_made_the_calibration_do_not_call_it_unlike_the_history(
     # One that repeats does so in use, too, although it calibrates only once.
     (way,) = what_if(engine, engine.calibrations, [small_images[0]] * 50, {}, 100, 5).ways
     assert way.known == 0
+
+
+def test_a_picture_that_repeats_is_measured_although_it_calibrated(
+    small_images: np.ndarray,
+) -> None:
+    image, told = InputImage(small_images[0], []), list[str]()
+    known = {short_digest(image.pixels)}
+    left = list(others("id", [(str(i), image) for i in range(6)], known, told.append))
+    assert [name for name, _ in left] == ["4", "5"] and "left out 4 images" in told[0]
 
 
 def test_the_head_of_the_page_names_sets_without_a_verdict(

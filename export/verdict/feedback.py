@@ -224,7 +224,8 @@ def _report_unusual(
     :data:`ALPHA` that, with them, no image like them can be rejected any more. The level counts,
     not the most unusual calibration image, because one outlier can lie far beyond all others. A
     calibration that is too small to reject anything at :data:`ALPHA` is used at a larger alpha: the
-    smallest one at which it rejects anything is the level then.
+    smallest one at which it rejects anything is the level then. They also do if more than half of
+    those images, and :data:`FEW` or more in all, would pass.
     """
     disabling = None
     for resized in sorted({image.resized for image in joining}):
@@ -247,22 +248,23 @@ def _report_unusual(
             f"The gate rejects {rejected} of the {len(mine)} "
             f"{'resized ' if resized else ''}image{'s' if len(mine) > 1 else ''} to be added "
             f"(alpha {level:.2g}). Of all images accepted so far, the original calibration (made "
-            f"by ade calibrate) rejects {unusual}; from {most} on, further ones are refused."
+            f"by ade calibrate) rejects {unusual}; further ones are refused from {most} on, or "
+            f"from {FEW} on if more than half of them would pass."
             + (
                 f" At alphas below {p_values.max():.2g}, images like these are no longer rejected."
                 if unusual
                 else ""
             )
         )
+        which = f"{passing} of these" if passing < unusual else "these"
         is_disabled = unusual >= most or (unusual >= FEW and 2 * passing > unusual)
         if _num_rejected(former, scores, level) and is_disabled:
             disabling = (
                 f"ade calibrate's calibration rejects {unusual} of all accepted images, so that "
-                f"images like them are no longer rejected at alpha {level:.2g}: check that these "
-                "are the right images"
+                f"images like {which} are no longer rejected at alpha {level:.2g}: check that "
+                "these are the right images"
             )
         elif passing:
-            which = f"{passing} of these" if passing < unusual else "these"
             report(f"images like {which} {unusual} are no longer rejected at alpha {level:.2g}")
     return disabling
 

@@ -150,7 +150,7 @@ def add_tab(shared: Shared) -> None:
             return gr.skip(), gr.skip()
         own = noise_of(read(first), client, bundle, resize)
         coarse = ask(client.sample_with, from_coarsest(own))
-        # Of index 0 is the first image itself, if it was drawn with this seed.
+        # Index 0 would give the first image itself, if it was drawn with this seed.
         streams = [NoiseStream(sample_key(read_seed(seed), 1 + i)) for i in range(VARIATIONS)]
         others = [
             np.stack([stream.normal(shape) for stream in streams]) for shape in bundle.latent_shapes
