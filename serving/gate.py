@@ -84,12 +84,12 @@ class Gate:
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
         judges = self._engine.store.usable()
-        for calibration in judges.each:
-            if (note := calibration.too_small(alpha)) is not None:
-                which = "" if len(judges.each) == 1 else "resized "
-                if calibration is judges.exact and which:
-                    which = "unresized "
-                logger.warning("no %simage will be accepted: %s", which, note)
+        for images, judge in (
+            ("images of the model's size", judges.exact),
+            ("resized images", judges.resized),
+        ):
+            if judge is not None and (note := judge.too_small(alpha)) is not None:
+                logger.warning("%s will not be accepted: %s", images, note)
 
     def check(
         self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT

@@ -449,7 +449,7 @@ def test_each_path_has_its_own_verdict(
         "few",
         told.append,
     )
-    said = "images of the model's size: 25 are less than half of all, or too few"
+    said = "images of the model's size: 25 are fewer than half of all, or too few"
     assert any(line.startswith(said) for line in told)
     engine = InferenceEngine(tmp_path / "out", device="cpu", operations=["score"])
     images = np.stack([small_images[0]] * 3)

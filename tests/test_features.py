@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -883,19 +883,18 @@ def test_a_small_encoder_learns_to_tell_things_apart(
 
 
 @pytest.fixture(scope="module")
-def exported_once() -> efficientnet.EfficientNetFeatures:
-    """EfficientNet's features, which export a graph when they are made."""
-    return efficientnet.EfficientNetFeatures()
+def exported_once() -> Iterator[efficientnet.EfficientNetFeatures]:
+    """EfficientNet's features, which export a graph when they are made; every encoder has these."""
+    made = efficientnet.EfficientNetFeatures()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.encoder.EfficientNetFeatures", lambda: made)
+        yield made
 
 
 def test_a_network_trained_on_imagenet_is_the_encoder(
-    exported_once: efficientnet.EfficientNetFeatures,
-    real_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    exported_once: efficientnet.EfficientNetFeatures, real_images: np.ndarray, tmp_path: Path
 ) -> None:
     """Its features vary about equally, and are the same alone, in a batch and in PyTorch."""
-    monkeypatch.setattr("training.encoder.EfficientNetFeatures", lambda: exported_once)
     images = real_images[:40].copy()
     for labels in (None, np.zeros(len(images), int)):
         made = make_encoder(ImageSet(images, labels))
@@ -914,14 +913,9 @@ def test_a_network_trained_on_imagenet_is_the_encoder(
     np.testing.assert_allclose(found[:4], eager, rtol=1e-3, atol=1e-3)
 
 
-def test_the_encoder_learns_classes(
-    exported_once: efficientnet.EfficientNetFeatures,
-    real_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("exported_once")
+def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> None:
     """Of images that its network has never seen; the exported graph gives the same logits."""
-    monkeypatch.setattr("training.encoder.EfficientNetFeatures", lambda: exported_once)
     images = real_images
     upright = np.arange(len(images)) % 2 == 0
     images = np.where(upright[:, None, None, None], images, images[:, ::-1])

@@ -178,8 +178,8 @@ def test_without_a_verdict_nothing_is_accepted(
         and resized.bpd > 0
     )
     (floor,) = Gate(PRETRAINED, alpha=0.0001).check(CAT)
-    for which in ("unresized", "resized"):
-        said = f"no {which} image will be accepted: nothing can be flagged at alpha 0.0001"
+    for which in ("images of the model's size", "resized images"):
+        said = f"{which} will not be accepted: nothing can be flagged at alpha 0.0001"
         assert said in caplog.text
     assert not floor.accepted and floor.reason.startswith(
         "alpha_too_small: alpha 0.0001 takes 9,999 "

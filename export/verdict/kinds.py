@@ -54,7 +54,7 @@ def exact_calibration(
     own = sum(not image.resized for part in parts for image in part)
     if chosen is None and own:
         report(
-            f"images of the model's size: {own} are less than half of all, or too few: larger "
+            f"images of the model's size: {own} are fewer than half of all, or too few, so larger "
             "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"
         )
     pixels = [[image.pixels for image in part] for part in chosen or parts]

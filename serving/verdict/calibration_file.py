@@ -54,15 +54,11 @@ class Calibrations:
         return self.resized if resized else self.exact
 
     @property
-    def each(self) -> list[Calibration]:
-        """Both calibrations; one that is for images of both kinds once."""
-        both = [self.exact] if self.exact is self.resized else [self.exact, self.resized]
-        return [one for one in both if one is not None]
-
-    @property
     def joined(self) -> list[str]:
         """SHA-256 of the image files that feedback added."""
-        joined = [one.joined for one in self.each]
+        # One calibration may be for images of both kinds.
+        both = [self.exact] if self.exact is self.resized else [self.exact, self.resized]
+        joined = [one.joined for one in both if one is not None]
         return [file for images in joined if images is not None for file in images.files]
 
     @property
