@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from ade_cli.commands import command
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if "score" in bundle.operations and not bundle.has(CODEC_NAME):
         copy = command("export", "--with-codec", args.bundle, "OUT")
         raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
-    say_what_is_not_followed(args.images)
+    lacks_pictures = say_what_is_not_followed(args.images)
     source = open_source(args.images, args.keep_metadata)
     for path, reason in source.left_out:
         left_out(path, reason)
@@ -73,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if args.no_verify:
         print("not verified: ade decompress shows whether the images come back")
-    if not source.left_out:
-        return 0
-    missing = counted(len(source.left_out), "file")
-    print(f"warning: {missing} could not be read: not in {args.out}", file=sys.stderr)
-    return INCOMPLETE
+    if source.left_out:
+        missing = counted(len(source.left_out), "file")
+        print(f"warning: {missing} could not be read: not in {args.out}", file=sys.stderr)
+    found = sum(len(names) for _, _, names in os.walk(args.images))
+    if others := found - source.count - len(source.left_out) if args.images.is_dir() else 0:
+        print(f"{counted(others, 'file')} of other kinds: not in {args.out}", file=sys.stderr)
+    return INCOMPLETE if source.left_out or lacks_pictures else 0

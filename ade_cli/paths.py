@@ -51,8 +51,12 @@ def given_path(text: str) -> Path:
     return Path(given(text))
 
 
-def say_what_is_not_followed(folder: Path) -> None:
-    """Report what is not read below a folder: in linked folders, and in files of other kinds."""
+def say_what_is_not_followed(folder: Path) -> bool:
+    """Report what is not read below a folder: in linked folders, and in pictures of other kinds.
+
+    Returns:
+        Whether there is any.
+    """
     links = linked_folders(folder)
     if links:
         more = f" and {len(links) - 1} more" if len(links) > 1 else ""
@@ -68,3 +72,4 @@ def say_what_is_not_followed(folder: Path) -> None:
         counted = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
         text = f"not read, convert them to PNG or JPEG first: {counted}"
         print(text, file=sys.stderr, flush=True)
+    return bool(links or others)

@@ -95,12 +95,12 @@ def decompress(
                     images.undo()
                     lost = range(chunk.first, chunk.first + chunk.count)
                     result.lost.append(lost)
+                    its = f"the images {lost.start + 1} to {lost.stop} are"
                     if isinstance(error, NotDecoded):
                         not_decoded = str(error)
-                        warn(
-                            f"the images {lost.start + 1} to {lost.stop} are intact: {error}, with "
-                            "another OUT"
-                        )
+                        warn(f"{its} intact: {error}, with another OUT")
+                    else:
+                        warn(f"{its} damaged: {error}")
                 done += chunk.count
                 progress(done, total)
             result.lost.sort(key=lambda lost: lost.start)
@@ -118,7 +118,8 @@ def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) 
 
     Raises:
         Damaged: the images written since the last call of ``keep`` are invalid.
-        NotDecoded: as :func:`coding.pictures.read_stored`; they are incomplete.
+        NotDecoded: as :func:`coding.pictures.read_stored`, or they cannot have their names here;
+            they are incomplete.
     """
     payload = read_chunk(file, chunk)
     if payload is None:
@@ -144,20 +145,30 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._recent: list[Path] = []
+        self._names: set[str] = set()
 
     def write(self, index: int, name: str | None, picture: Picture) -> None:
-        path = self._folder / _safe_name(name)
+        safe = _safe_name(name)
+        path = self._folder / safe
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:  # never follows a link, never replaces a file
                 self._recent.append(path)
                 file.write(write_picture(str(name), picture))
         except (FileExistsError, NotADirectoryError) as error:
-            raise Damaged("two images have the same name") from error
+            if str(safe) in self._names or isinstance(error, NotADirectoryError):
+                raise Damaged("two images have the same name") from error
+            raise NotDecoded(
+                f"here {path} is the name of another image, too, perhaps in other letters: repeat "
+                "the command on another file system"
+            ) from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                raise Damaged("an image has no valid name") from error
+                raise NotDecoded(
+                    f"the name {path} is too long here: repeat the command on another file system"
+                ) from error
             raise
+        self._names.add(str(safe))
 
     def undo(self) -> None:
         for path in self._recent:

@@ -146,7 +146,8 @@ def _decode(blob: bytes) -> DecodedImage:
         try:
             return read_image(blob)
         except (ImageError, MemoryError, DecoderError) as error:
-            if isinstance(error, ImageError) and not error.may_pass:
+            # It had a size and took a time that were permitted when it was stored.
+            if isinstance(error, ImageError) and not error.may_pass and error.code != "too_large":
                 raise Damaged(f"an image cannot be decoded: {error}") from error
             reason = str(error) or "no memory"  # the error itself would keep what it could not use
     raise NotDecoded(

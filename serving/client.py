@@ -11,6 +11,7 @@ import functools
 import inspect
 import io
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -62,8 +63,6 @@ __all__ = [
 ]
 
 PROBE_VARIABLE = "ADE_PROBE_SECRET"  # of the service to its page
-# A proxy that the environment names cannot reach this machine's own services.
-WITHOUT_PROXY = dict.fromkeys(f"all://{host}" for host in LOOPBACK)
 MAX_WAIT_S = 30.0  # between two tries, however long a gateway advises
 _POWERS_OF_TEN = 10.0 ** np.arange(23)  # all that float64 holds exactly
 # Codes for the statuses of answers that a proxy or gateway gives in a shape of its own.
@@ -246,6 +245,11 @@ class AdeClient:
     ) -> None:
         if retries < 0:
             raise ValueError(f"retries must be at least 0, got {retries}")
+        if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+            raise ValueError(  # without the token, which a log may keep
+                "token must be printable ASCII without spaces and line breaks, "
+                f"got {len(token)} characters"
+            )
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         if identity is not None:
             if not identity:
@@ -259,7 +263,7 @@ class AdeClient:
             base_url=self.url,
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_S)),
             headers=headers,
-            mounts=WITHOUT_PROXY,
+            transport=_own_transport(self.url),
         )
         self._prefix = "" if model is None else f"{model}-"
         self._retries = retries
@@ -571,8 +575,13 @@ def _png(image: Image.Image) -> bytes:
     if image.mode not in PNG_MODES:
         image = image.convert(WITH_ALPHA.get(image.mode, "RGB"))
     out = io.BytesIO()
-    image.save(out, "PNG")
+    image.save(out, "PNG", icc_profile=None)  # nothing reads it, and Pillow's limit on it is low
     return out.getvalue()
+
+
+def _own_transport(url: str) -> httpx.HTTPTransport | None:
+    """For this machine's own services, which a proxy that the environment names cannot reach."""
+    return httpx.HTTPTransport() if httpx.URL(url).host in LOOPBACK else None
 
 
 @contextmanager

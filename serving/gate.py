@@ -11,18 +11,21 @@ Example::
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from serving.api.errors import ApiError, unusable
 from serving.api.requests import InputImage, prepare_source
 from serving.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
+from serving.images import MAX_FILE_BYTES
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 
@@ -135,7 +138,12 @@ class Gate:
                 and image.shape[2:] == shape[2:]
             ):
                 return image
-            return image_file(image)
+            file = image_file(image)
+            if isinstance(image, Image.Image) and len(file) > MAX_FILE_BYTES:
+                with Image.open(io.BytesIO(file)) as own:  # a photograph's own file is smaller
+                    if own.mode == "RGB" and shape[2] == 3 and "transparency" not in own.info:
+                        return np.asarray(own)
+            return file
 
         try:
             return prepare_source(read, shape, True)

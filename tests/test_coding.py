@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -361,6 +362,19 @@ def test_files_that_cannot_be_read_are_named_and_left_out(
     said = capsys.readouterr().err
     assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
     assert f"warning: 4 files could not be read: not in {out}" in said
+    # Pictures of other kinds may be lost as well; other files are only counted.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    shutil.copy(next(folder.glob("*.png")), kept)
+    (kept / "labels.csv").touch()
+    for status, other in ((0, None), (3, "a.heic")):
+        if other is not None:
+            (kept / other).touch()
+        assert main(["compress", str(kept), str(tmp_path / f"{status}.ade"), *words]) == status
+        count = "2 files" if other else "1 file"
+        assert f"{count} of other kinds: not in {tmp_path / f'{status}.ade'}" in (
+            capsys.readouterr().err
+        )
     assert main(["decompress", str(out), str(back), *words]) == 0
     assert contents(back) == expected
     only = tmp_path / "only"
@@ -647,6 +661,55 @@ def test_a_machine_that_is_too_busy_for_a_chunk_restores_the_others(
     busy += [*small_images[:200]]
     assert main([*words, str(tmp_path / "none.npy")]) == 2
     assert "no image came back: an image could not be" in capsys.readouterr().err
+
+
+def test_an_image_that_takes_long_to_decode_is_intact(
+    archived: Path,
+    bundle: Bundle,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The machine that compressed it may have been faster."""
+
+    def fail(data: bytes) -> DecodedImage:
+        raise ImageError("too_large", "the image takes more than 2 seconds to decode")
+
+    monkeypatch.setattr("coding.pictures.read_image", fail)
+    monkeypatch.setattr("coding.pictures.PAUSE_S", 0.0)
+    words = ["decompress", str(archived), "--bundle", str(bundle.folder)]
+    assert main([*words, str(tmp_path / "back.npy")]) == 2  # each chunk has such an image
+    said = capsys.readouterr().err
+    assert "are intact: an image could not be decoded now" in said and "2 seconds" in said
+    assert "damaged" not in said
+
+
+def test_names_that_the_file_system_takes_for_one_are_told(
+    folder: Path,
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, back = tmp_path / "out.ade", tmp_path / "back"
+    compress(open_source(folder), out, bundle)
+    for error, reason in (
+        (FileExistsError(errno.EEXIST, "File exists"), "is the name of another image, too"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "is too long here"),
+    ):
+
+        def refuse(path: Path, mode: str, error: OSError = error) -> Any:
+            if mode == "xb":
+                raise error
+            return open(path, mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decompress, "open", refuse, raising=False)
+            words = ["--bundle", str(bundle.folder)]
+            assert main(["decompress", str(out), str(back), *words]) == 2
+        said = capsys.readouterr().err
+        assert reason in said and "are intact: " in said and "damaged" not in said
 
 
 def test_a_busy_machine_is_no_reason_to_do_without_the_model(

@@ -126,8 +126,10 @@ def test_no_proxy_stands_between_the_service_and_its_own_checks(
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever).start()
         other, dead = free_ports(2)
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{dead}")
+        for name in ("all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"socks5://127.0.0.1:{dead}")  # takes a package of its own
         try:
             ports = Ports(inference=server.server_port, metrics=other, ui=server.server_port)
             assert page_is_ready(ports, "127.0.0.1")

@@ -102,8 +102,9 @@ def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
     """Of a mode that it lacks, without pixels, or of more bytes than a file may have."""
     cmyk = Image.open(CAT).convert("RGB").convert("CMYK")
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
-    found = gate.check([cmyk, Image.new("RGB", (0, 3)), NOISE[:0], noise])
-    assert [d.is_error for d in found] == [False, True, True, False]
+    found = gate.check([cmyk, Image.new("RGB", (0, 3)), NOISE[:0], noise, Image.fromarray(noise)])
+    assert [d.is_error for d in found] == [False, True, True, False, False]
+    assert found[4].bpd == found[3].bpd
     assert "must have pixels, got 0 x 3" in str(found[1].reason)
 
 

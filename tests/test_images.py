@@ -285,3 +285,11 @@ def test_a_turned_photo_is_the_same_as_a_file_and_as_a_picture(form: str) -> Non
     by_file = read_image(out.getvalue()).pixels
     by_picture = read_image(image_file(Image.open(io.BytesIO(out.getvalue())))).pixels
     assert by_file.shape == (12, 8, 3) and np.array_equal(by_file, by_picture)
+
+
+def test_a_large_colour_profile_is_no_obstacle_to_a_picture() -> None:
+    """A file of CMYK may have one that a PNG may not."""
+    picture, out = Image.linear_gradient("L").convert("RGB"), io.BytesIO()
+    picture.save(out, "JPEG", icc_profile=np.random.default_rng(0).bytes(1_500_000))
+    file = image_file(Image.open(io.BytesIO(out.getvalue())))
+    assert np.array_equal(read_image(file).pixels, read_image(out.getvalue()).pixels)

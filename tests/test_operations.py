@@ -90,6 +90,10 @@ def test_the_client_takes_the_parameters_of_the_operation(name: str) -> None:
 def test_arguments_of_the_client_that_mean_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="retries must be at least 0, got -1"):
         AdeClient(retries=-1)
+    for token in ("", "secret\n", "sécret"):  # an empty variable, the line of a file
+        with pytest.raises(ValueError, match="token must be printable ASCII") as refused:
+            AdeClient(token=token)
+        assert not token or token not in str(refused.value)
     client = AdeClient("http://127.0.0.1:1", retries=0)
     for levels, counts in (
         ([], "no level"),
