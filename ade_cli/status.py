@@ -39,7 +39,7 @@ def _releases(found: dict[str, Any]) -> list[str]:
     if releases.get("canary"):
         share = f"{releases['share']:.3g} of the requests"
         if releases.get("canary_is_lost"):
-            share = "could not be started again (front.out has the reason): ade rollback ends it"
+            share = "does not run: it is being started again, or front.out says why not"
         for what, models in (("current", releases["current"]), ("canary", releases["canary"])):
             lines.append(f"{what:11} {', '.join(models)}{f', {share}' if what == 'canary' else ''}")
             for model in models:

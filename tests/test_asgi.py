@@ -50,8 +50,8 @@ from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
 from handlers.launch.run_folder import run_folder
 from handlers.limits import MAX_REQUEST_BYTES
-from handlers.torchserve.status import read_status
-from serving.api.errors import ApiError
+from handlers.torchserve.status import _by_bundle, read_status
+from serving.api.errors import ApiError, worker_died
 from serving.api.forms import MAX_FIELDS
 from serving.api.journal import last_errors
 from serving.api.responses import Response
@@ -736,6 +736,30 @@ def test_metrics_add_up() -> None:
     assert metrics.text().splitlines()[-4:] == lines[-4:]
 
 
+def test_requests_that_a_worker_fails_are_counted_by_bundle(tmp_path: Path) -> None:
+    """A canary whose workers end over each request must not look healthy."""
+
+    async def fail() -> str:
+        settings = WorkerSettings(
+            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
+            *(str(tmp_path), ServingOptions(device="cpu")),
+        )
+        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        for is_probe in (False, True):
+            request = Request("POST", "/predictions/score", {}, "", bytearray(), is_probe)
+            asked = asyncio.create_task(pool.answer(request))
+            (job,) = await pool.waiting.next_batch()
+            job.fail(worker_died())
+            with pytest.raises(ApiError):
+                await asked
+        return pool.metrics.text()
+
+    text = asyncio.run(fail())
+    line = 'ade_worker_failures_total{model_name="score",code="unavailable",bundle="tiny@1"} 1.0'
+    assert line in text.splitlines()
+    assert _by_bundle(text)["tiny@1"]["requests"] == {"5xx": 1}
+
+
 def test_metrics_of_a_model_stay_while_one_of_its_releases_runs() -> None:
     metrics = Metrics({})
     with metrics.of_models(["a"]):
@@ -1122,6 +1146,32 @@ def test_a_removed_release_has_time_for_what_it_accepted() -> None:
         assert asyncio.run(seconds(limits)) > limits.waiting_s + limits.upstream_s
 
 
+def test_a_canary_that_hangs_at_its_start_does_not_delay_the_rest() -> None:
+    """After a crash of the front, which starts both again."""
+    starts, ended = asyncio.Event(), []
+
+    @contextlib.asynccontextmanager
+    async def build(release: Release) -> AsyncIterator[Any]:
+        try:
+            if release.number == 2:
+                starts.set()
+                await asyncio.sleep(60)
+            yield None
+        finally:
+            ended.append(release.number)
+
+    async def run() -> None:
+        first = release_of(PRETRAINED)
+        canary = dataclasses.replace(first, number=2, share=0.05)
+        releases = Releases(build, lambda _: None, Limits())
+        async with asyncio.timeout(10), releases.run([first, canary]):
+            await starts.wait()
+            assert [one.release.number for one in releases._running] == [1]
+
+    asyncio.run(run())
+    assert sorted(ended) == [1, 2]
+
+
 def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
     worker = app.worker("reconstruct")
     worker.suspend()
@@ -1149,6 +1199,9 @@ def test_a_token_and_a_stop(tmp_path: Path) -> None:
         answer = httpx.get(url)
         assert (answer.status_code, error_of(answer)) == (401, "bad_token")
     assert httpx.get(made.metrics).status_code == 200
+    # The service asks this port whether the front hangs, which is no client that was refused.
+    assert httpx.get(made.metrics.removesuffix("metrics")).status_code == 404
+    assert 'code="not_found"' not in httpx.get(made.metrics).text
     bearer = {"Authorization": "bearer " + "t" * 43}
     assert httpx.get(exposed, headers=bearer).status_code == 200
     worker = made.worker("score")

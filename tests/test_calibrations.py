@@ -35,7 +35,13 @@ from export.verdict.images import digests_of
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
-from serving.engine.bundle import CALIBRATION_NAME, open_bundle, verify_bundle, write_manifest
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    MANIFEST_NAME,
+    open_bundle,
+    verify_bundle,
+    write_manifest,
+)
 from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import short_digest
 from serving.gate import Gate
@@ -453,6 +459,17 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     bundle.with_name("elsewhere").rename(bundle)
     expected = Calibrations.load(night_file).version
     assert engine.store.get().version == expected and not engine.store.broken
+    # So does an empty folder in its place, as of a mount, and a bundle that replaced it.
+    bundle.rename(bundle.with_name("elsewhere"))
+    bundle.mkdir()
+    another = {**json.loads((copy / MANIFEST_NAME).read_text()), "name": "another"}
+    for manifest in (None, another):
+        if manifest is not None:
+            (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+        engine = start()
+        assert engine.store.get().exact is None and engine.store.missing == ["default"]
+    shutil.rmtree(bundle)
+    bundle.with_name("elsewhere").rename(bundle)
     # A bundle without named calibrations is judged by its own once it is back.
     bundle.rename(bundle.with_name("elsewhere"))
     engine = start()

@@ -30,11 +30,12 @@ import pytest
 from handlers.front.admission import Lane, Limits, Memory, read_body
 from handlers.front.forms import checked_type
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.listen import open_socket
 from handlers.limits import LARGE_BYTES
 from handlers.torchserve.front import ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
 from serving.api.errors import ApiError
-from serving.api.requests import PROBE_HEADER, URLENCODED
+from serving.api.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
 from serving.ports import free_ports
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
 from tests.helpers import ROOT, address_beyond_loopback, wait_for
@@ -1143,6 +1144,25 @@ def test_no_connection_outlasts_a_client_that_does_not_read(
         connection.close()
 
 
+def test_the_kernel_keeps_little_of_an_answer_that_is_read_slowly() -> None:
+    """Otherwise a client that reads 100 KB/s seems not to read at all for a quarter of a minute."""
+    with (
+        open_socket("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+        listening.accept()[0] as connection,
+    ):
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                connection.send(bytes(2**16))
+        has_room = select.poll()
+        has_room.register(connection, select.POLLOUT)
+        read = 0
+        while not has_room.poll(100):
+            read += len(client.recv(2**16))
+        assert 0 < read < 2**19  # with the buffers that Linux chooses, it is 1.4 MiB
+
+
 def test_a_slow_reader_gets_everything(lenient: RunningFront, upstream: Upstream) -> None:
     size = UNREAD
     with httpx.stream(
@@ -1452,7 +1472,8 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
             return Answer(200, [], b"")
 
         score, sample, metrics = Lane(limits), Lane(limits), Endpoint(answer, INFERRING)
-        endpoints = {path: Endpoint(answer, INFERRING, lane=score) for path in ("/score", "/v1")}
+        scoring = Endpoint(answer, INFERRING, "tiny@1", lane=score)
+        endpoints = {"/score": scoring, "/v1": scoring}
         endpoints |= {"/sample": Endpoint(answer, INFERRING, lane=sample), "/metrics": metrics}
         front = Front(endpoints.__getitem__, limits, Memory(limits), "secret", refusals)
 
@@ -1472,6 +1493,8 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
             assert await probe() == 200  # computed: probes are no sign that others are answered
             assert await send(path="/v1") == 200  # which waits in the same lane
             assert await probe() == 503 and await probe("/sample") == 200
+            busy = await client.post("/score", headers={PROBE_HEADER: "secret"})
+            assert busy.headers[MODEL_HEADER] == "tiny@1"  # as `ade status` shows it
             assert await probe("/metrics") == 200
             assert not refusals and await send() == 200
             monkeypatch.setattr("handlers.front.admission.ANSWERING_S", 0.0)

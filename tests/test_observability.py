@@ -61,6 +61,9 @@ def test_a_profile_is_what_is_new() -> None:
         "whole": "20.00",
     }
     assert profile_table(totals, totals) == ""
+    # After an upgrade the counters begin again.
+    more = {"score": {key: 3 * value for key, value in totals["score"].items()}}
+    assert profile_table(more, totals) == profile_table({}, totals)
 
 
 def test_metrics_follow_the_conventions() -> None:

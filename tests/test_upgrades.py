@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -43,6 +44,7 @@ from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, 
 from serving.client import AdeClient, AdeError
 from serving.engine.bundle import (
     CALIBRATION_NAME,
+    MANIFEST_NAME,
     WEIGHTS_NAME,
     Bundle,
     BundleError,
@@ -339,6 +341,8 @@ def test_only_releases_that_run_are_kept() -> None:
     async def check() -> None:
         made = Releases[Any](build, save, Limits())
         async with made.run([release_of(PRETRAINED), canary]):
+            while not saved:  # the canary is started beside the first
+                await asyncio.sleep(0)
             assert saved == [[1]]
             with pytest.raises(OSError, match="No space left"):
                 await made.change([third])
@@ -353,7 +357,11 @@ def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
 
 def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     old = open_bundle(PRETRAINED)
-    check_contract(old, with_manifest(old, name="other"))
+    other = tmp_path / "other"
+    shutil.copytree(PRETRAINED, other, copy_function=os.symlink)
+    (other / MANIFEST_NAME).unlink()
+    (other / MANIFEST_NAME).write_text(json.dumps({**old.manifest, "name": "other"}))
+    check_contract(old, open_bundle(other))
     without = {k: v for k, v in old.manifest["files"].items() if k != CALIBRATION_NAME}
     for new, message in (
         (with_manifest(old, image_shape=[64, 64, 3]), r"images of .* the shape \(64, 64, 3\)"),
@@ -365,25 +373,44 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
             check_contract(old, new)
     for path in PRETRAINED.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    new = Bundle(tmp_path, old.manifest)
+    new = open_bundle(tmp_path)
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "night.npz").touch()
     with pytest.raises(UpgradeError, match="lacks the calibrations night"):
         check_contract(new, old)
-    # What feedback made of the old bundle's own calibration has a successor: the new one's own.
-    (tmp_path / FOLDER / "night.npz").rename(tmp_path / FOLDER / "default.npz")
+    # What feedback made of the old bundle's own calibration has a successor: the new one's own. A
+    # calibration on other images has none.
+    calibrations = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+    exact = calibrations.exact
+    assert exact is not None
+    default = dataclasses.replace(calibrations, name="default", model=old.networks)
+    (tmp_path / FOLDER / "night.npz").unlink()
+    write_calibrations(tmp_path, default)
     check_contract(new, old)
-    (tmp_path / FOLDER / "default.npz").rename(tmp_path / FOLDER / "night.npz")
+    others = dataclasses.replace(exact, fitted_digests=exact.fitted_digests + np.uint64(1))
+    write_calibrations(tmp_path, dataclasses.replace(default, exact=others))
+    with pytest.raises(UpgradeError, match="lacks the calibrations default"):
+        check_contract(new, old)
+    # A calibration on few images would give no verdict at the usual alpha.
+    few = dataclasses.replace(
+        exact,
+        scores=exact.scores[:60],
+        reference=exact.reference[:60],
+        digests=exact.digests[:60],
+    )
+    write_calibrations(tmp_path, dataclasses.replace(default, exact=few))
+    with pytest.raises(UpgradeError, match="default of .* has 60 images, too few .* at alpha 0.01"):
+        check_contract(old, new)
+    (tmp_path / FOLDER / "default.npz").unlink()
+    (tmp_path / FOLDER / "night.npz").touch()
     # A file that the new bundle could not use is no calibration: images would get no verdict.
     with pytest.raises(UpgradeError, match="the calibration night of "):
         check_contract(old, new)
-    calibrations = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
     for model, is_usable in ((old.networks, True), ("0" * 64, False), (old.networks, True)):
         write_calibrations(tmp_path, dataclasses.replace(calibrations, name="night", model=model))
         with nullcontext() if is_usable else pytest.raises(UpgradeError, match="for a model with"):
             check_contract(old, new)
     # Nor is one of another version, which would take the place of the bundle's own.
-    exact = calibrations.exact
     unknown = dataclasses.replace(exact, names=(exact.names[0], "unknown", *exact.names[2:]))
     made = dataclasses.replace(calibrations, name="default", model=old.networks)
     write_calibrations(tmp_path, dataclasses.replace(made, exact=unknown))
@@ -400,8 +427,8 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     check_contract(new, old, said.append)
     assert said == []
     check_contract(Bundle(tmp_path / "gone", old.manifest), new, said.append)
-    other = {**without, CALIBRATION_NAME: "0" * 64}
-    check_contract(with_manifest(old, files=other), new, said.append)
+    changed_since = {**without, CALIBRATION_NAME: "0" * 64}
+    check_contract(with_manifest(old, files=changed_since), new, said.append)
     gone, changed = said
     assert gone.startswith("warning: the folder of ")
     assert gone.endswith("is gone: its calibrations cannot be compared")

@@ -17,9 +17,15 @@ ANSWER_SECONDS = Metric(
 QUEUE_SECONDS = Metric(
     "ade_queue_seconds_total", "counter", about="Time that requests waited for a worker."
 )
+FAILURES = Metric(
+    "ade_worker_failures_total",
+    "counter",
+    ("code",),
+    "Requests that no worker answered, because one ended or hung.",
+)
 _SERIES = {
     series.name: (family, series)
-    for family in (*FAMILIES, ANSWER_SECONDS, QUEUE_SECONDS)
+    for family in (*FAMILIES, ANSWER_SECONDS, QUEUE_SECONDS, FAILURES)
     for series in family.series
 }
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})

@@ -18,7 +18,7 @@ from typing import Any
 
 from handlers.asgi import wire
 from handlers.asgi.batches import BatchQueue
-from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS, Metrics
+from handlers.asgi.metrics import ANSWER_SECONDS, FAILURES, MODEL, QUEUE_SECONDS, Metrics
 from handlers.asgi.worker import WorkerSettings
 from handlers.front.front import Answer, Request
 from handlers.launch.environment import child_environment
@@ -154,10 +154,19 @@ class Pool:
             async with asyncio.timeout(self._timeout_s):
                 return await job.answer
         except TimeoutError:
-            raise no_answer() from None
+            self._fail(request, error := no_answer())
+            raise error from None
+        except ApiError as error:
+            self._fail(request, error)
+            raise
         finally:
             if not request.is_probe:
                 self._count(ANSWER_SECONDS, time.perf_counter() - request.arrived)
+
+    def _fail(self, request: Request, error: ApiError) -> None:
+        """Count a request that the workers failed, by which a canary is judged."""
+        if not self._is_stopping and not request.is_probe:
+            self._count(FAILURES, 1.0, code=error.code)
 
     def begin(self, batch: list[Job]) -> None:
         """Mark a batch as being computed."""
@@ -166,8 +175,9 @@ class Pool:
             if not job.request.is_probe:
                 self._count(QUEUE_SECONDS, now - job.request.arrived)
 
-    def _count(self, metric: Metric, seconds: float) -> None:
-        self.metrics.update(metric.name, {"model_name": self.name, MODEL: self.identity}, seconds)
+    def _count(self, metric: Metric, value: float, **labels: str) -> None:
+        common = {"model_name": self.name, **labels, MODEL: self.identity}
+        self.metrics.update(metric.name, common, value)
 
 
 @contextlib.contextmanager

@@ -217,7 +217,8 @@ class Front:
         lane = endpoint.lane
         if request.is_probe and lane is not None and lane.is_answering():
             # Its turn might come too late for it, and a busy service is not a broken one.
-            return Answer.of_error(shaped(overloaded("other requests come first"), request.path))
+            error = shaped(overloaded("other requests come first"), request.path)
+            return Answer.of_error(error, (MODEL_HEADER, endpoint.model))
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
         counted = contextlib.nullcontext() if request.is_probe or not lane else lane.client()
         with counted, endpoint.hold():

@@ -21,7 +21,7 @@ from handlers.front.admission import Limits, Memory
 from handlers.front.connections import BoundedProtocol
 from handlers.front.exposition import only_metrics
 from handlers.front.forms import quieten_parser
-from handlers.front.front import Endpoint, Front
+from handlers.front.front import SLICE_BYTES, Endpoint, Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
 from serving.ports import LOOPBACK
@@ -72,8 +72,12 @@ def built(
     """
     memory = Memory(limits)
     api, reading = (
-        Front(each, limits, memory, settings.probe_secret, refusals)
-        for each in (find, functools.partial(only_metrics, metrics))
+        Front(each, limits, memory, settings.probe_secret, counted)
+        for each, counted in (
+            (find, refusals),
+            # Not counted: the service itself asks this port whether the process hangs.
+            (functools.partial(only_metrics, metrics), Counter[str]()),
+        )
     )
     hosts, token = settings.allowed_hosts, settings.token
     of_api = Guard(api, hosts, token, refusals)
@@ -156,4 +160,8 @@ async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket
 def open_socket(host: str, port: int) -> socket.socket:
     """Listen on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    listening = socket.create_server((host, port), family=family, backlog=1024)
+    # Its connections inherit it. Otherwise Linux buffers up to 4 MiB of an answer, and says that
+    # there is room again only when a third is sent: too late for a client that reads slowly.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SLICE_BYTES)
+    return listening

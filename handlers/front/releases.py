@@ -141,23 +141,35 @@ class Releases(Generic[B]):
 
     @contextlib.asynccontextmanager
     async def run(self, releases: Sequence[Release]) -> AsyncIterator[None]:
-        """Run releases during the block. One beside the first that cannot be started is left out.
+        """Run releases during the block.
+
+        Those beside the first join as soon as they are started. One that cannot be started is left
+        out.
 
         Raises:
             Exception: the first cannot be started.
         """
         self._running = [await self._start(releases[0])]
+        joining = asyncio.create_task(self._join(releases[1:]))
         try:
-            for release in releases[1:]:
-                try:
-                    self._running.append(await self._start(release))
-                except Exception as error:
-                    logger.error("release %d was left out: %s", release.number, error)
-            if len(self._running) < len(releases):
-                self._save([one.release for one in self._running])
             yield
         finally:
+            joining.cancel()
+            await asyncio.gather(joining, return_exceptions=True)
             await asyncio.gather(*(one.stack.aclose() for one in self._running))
+
+    async def _join(self, releases: Sequence[Release]) -> None:
+        async with self._changing:
+            for release in releases:
+                try:
+                    self._running = [*self._running, await self._start(release)]
+                except Exception as error:
+                    logger.error("release %d was left out: %s", release.number, error)
+            if len(self._running) <= len(releases):
+                try:
+                    self._save([one.release for one in self._running])
+                except OSError as error:
+                    logger.error("the releases cannot be saved: %s", error)
 
     async def change(self, releases: Sequence[Release]) -> list[Running[B]]:
         """Start the new ones of a list and route requests by it from then on.

@@ -48,7 +48,10 @@ def profile_table(before: Totals, after: Totals) -> str:
     columns = ("queue", *STAGES, "carry", "whole")
     lines = []
     for model, values in after.items():
-        new = {key: value - before.get(model, {}).get(key, 0.0) for key, value in values.items()}
+        old = before.get(model, {})
+        if any(values.get(key, 0.0) < value for key, value in old.items()):
+            old = {}  # an upgrade has ended: the counters of the bundle before are gone
+        new = {key: value - old.get(key, 0.0) for key, value in values.items()}
         if new.get("requests", 0) < 1:
             continue
         new["carry"] = new.get("whole", 0.0) - sum(

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from handlers.front.releases import Release
 from handlers.launch.channel import ChannelError, Say
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
@@ -24,10 +26,11 @@ from handlers.launch.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import DEFAULT
-from serving.verdict.store import FOLDER, SUFFIX
+from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.store import FOLDER, SUFFIX, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
+ALPHA = 0.01  # of a request that gives none
 COMMANDS = 3  # that are remembered: a refused one must not hide why the one before failed
 
 
@@ -141,7 +144,7 @@ class Upgrades:
             "current": self._current.models,
             "canary": canary and canary.models,
             "share": canary and canary.share,
-            # The front was started again, and could not start the canary.
+            # The front was started again without it, at least so far.
             "canary_is_lost": canary is not None
             and bool(running)
             and canary.number not in {one["number"] for one in running},
@@ -323,7 +326,7 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
             f"{new.model_id} is not calibrated, and would accept no image: run ade calibrate first"
         )
     # What feedback made of the old bundle's own calibration is replaced by the new bundle's own.
-    own = {DEFAULT} if new.has(CALIBRATION_NAME) else set()
+    own = {DEFAULT} if new.has(CALIBRATION_NAME) and not _has_another_default(old) else set()
     lost = sorted(_calibrations(old) - _calibrations(new) - own)
     if lost:
         raise UpgradeError(
@@ -343,27 +346,42 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
         say(f"warning: the folder of {old.model_id} is gone: its calibrations cannot be compared")
         return
     try:
-        judging = _judging_resized(old)
+        old_store = open_calibrations(old, old.folder / FOLDER)
     except (BundleError, CalibrationError) as error:  # it was changed meanwhile
         say(f"warning: the calibrations of {old.model_id} cannot be compared: {error}")
         return
-    for name in judging:
-        if store.get(name).resized is None:
+    for name in old_store.names:
+        its = f"the calibration {name} of {new.model_id}"
+        was, now = old_store.get(name), store.get(name)
+        if was.resized is not None and now.resized is None:
             raise UpgradeError(
-                f"the calibration {name} of {new.model_id} gives resized images no verdict, that "
-                f"of {old.model_id} does: make it again with ade calibrate"
+                f"{its} gives resized images no verdict, that of {old.model_id} does: make it "
+                "again with ade calibrate"
             )
+        for one, other in ((was.exact, now.exact), (was.resized, now.resized)):
+            if one is None or other is None:
+                continue
+            if other.smallest_p_value > max(one.smallest_p_value, ALPHA):
+                raise UpgradeError(
+                    f"{its} has {len(other.scores)} images, too few for a verdict at alpha "
+                    f"{ALPHA:g}, which that of {old.model_id} gives: make it again with "
+                    "more"
+                )
 
 
-def _judging_resized(bundle: Bundle) -> list[str]:
-    """Names of the calibrations that give resized images a verdict.
-
-    Raises:
-        BundleError: the bundle's own calibration is not the one that the manifest describes.
-        CalibrationError: the bundle's own calibration cannot be used.
-    """
-    store = open_calibrations(bundle, bundle.folder / FOLDER)
-    return [name for name in store.names if store.get(name).resized is not None]
+def _has_another_default(bundle: Bundle) -> bool:
+    """Whether ``default.npz`` is more than the bundle's own calibration with feedback's images."""
+    try:
+        default = Calibrations.load(path_of(bundle.folder, DEFAULT), DEFAULT)
+        own = Calibrations.load(bundle.file(CALIBRATION_NAME))
+    except (BundleError, CalibrationError, OSError):  # there is none, or it judges nothing
+        return False
+    pairs = ((default.exact, own.exact), (default.resized, own.resized))
+    return any(
+        one is not None
+        and (other is None or not np.array_equal(one.fitted_digests, other.fitted_digests))
+        for one, other in pairs
+    )
 
 
 def _calibrations(bundle: Bundle) -> set[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
+from handlers.asgi.metrics import FAILURES
 from handlers.launch.channel import DESCRIBE_S, ChannelError, ask
 from handlers.launch.run_folder import RunFolder, find_service
 from handlers.launch.upgrades import DESCRIBE
@@ -141,7 +142,9 @@ def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
         if match is None:
             continue
         name, bundle, value = match[1], match[2], float(match[3])
-        if name == REQUESTS.name and (status := re.search(r'status="(\d)', line)):
+        if name == FAILURES.name:
+            sums[bundle]["5xx"] += value
+        elif name == REQUESTS.name and (status := re.search(r'status="(\d)', line)):
             sums[bundle][f"{status[1]}xx"] += value
         elif name in (SECONDS.sum.name, SECONDS.count.name, OBSERVED_FLAGS.name):
             sums[bundle][name] += value

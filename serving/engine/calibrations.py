@@ -8,7 +8,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from serving.engine.bundle import CALIBRATION_NAME, FEATURES_NAME, Bundle
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    FEATURES_NAME,
+    Bundle,
+    BundleError,
+    open_bundle,
+)
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import statistic_names
@@ -39,4 +45,11 @@ def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
         # Files of older versions leave the coder's version to the manifest.
         about = bundle.manifest.get("calibration") or {}
         own = dataclasses.replace(own, webp=own.webp or about.get("webp", ""))
-    return CalibrationStore(own, folder, bundle.networks, names)
+
+    def is_there() -> bool:
+        try:
+            return folder is not None and open_bundle(folder.parent).digest == bundle.digest
+        except (BundleError, OSError):
+            return False
+
+    return CalibrationStore(own, folder, bundle.networks, names, is_there)

@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,10 +117,10 @@ class CalibrationStore:
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
     stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
     own calibration; if nothing was read of it before it became unusable, there is no verdict,
-    because the bundle's own would accept other images. The same holds if the bundle's folder is
-    gone at the start, or the folder of the named ones is a link that leads nowhere, since it may
-    have held that file. A calibration that another version of libwebp helped to make is used, with
-    a warning in the log.
+    because the bundle's own would accept other images. The same holds if the bundle is no longer
+    where it was, be it at the start, or the folder of the named ones is a link that leads nowhere,
+    since it may have held that file. A calibration that another version of libwebp helped to make
+    is used, with a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
@@ -129,15 +129,22 @@ class CalibrationStore:
         model: :attr:`serving.engine.bundle.Bundle.networks`: a calibration of another model, or
             with other features, is not used.
         statistics: names of the statistics that are computed.
+        is_there: whether the bundle that is served is still where the folder belongs.
     """
 
     def __init__(
-        self, own: Calibrations, folder: Path | None, model: str, statistics: Sequence[str]
+        self,
+        own: Calibrations,
+        folder: Path | None,
+        model: str,
+        statistics: Sequence[str],
+        is_there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._own = own
         self._folder = folder
         self._model = model
         self._statistics = statistics
+        self._is_there = is_there
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         # In use for `default` until its file has been read: no verdict.
@@ -222,12 +229,9 @@ class CalibrationStore:
         try:
             found = _files(self._folder)
         except FileNotFoundError:
-            # Moved, unmounted, or a link that leads nowhere: its former content stays in use.
-            if (
-                self._may_hold_files
-                or self._folder.is_symlink()
-                or not os.path.isdir(self._folder.parent)
-            ):
+            # Moved, unmounted, replaced, or a link that leads nowhere: its former content stays in
+            # use.
+            if self._may_hold_files or self._folder.is_symlink() or not self._is_there():
                 self._report({**self._broken, ALL: f"{self._folder} is gone"})
                 return
             found = {}
