@@ -169,6 +169,8 @@ def _score_on_ray(args: argparse.Namespace, scorer: FileScorer) -> int:
         from handlers.ray_serve.instance import ClusterError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--engine ray", name=error.name) from None
+    if Path(args.images[0]).is_dir():
+        say_what_is_not_followed(Path(args.images[0]))
     try:
         with progress_bar() as progress:
             summary = score_on_ray(

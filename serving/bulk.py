@@ -106,6 +106,7 @@ class FileScorer:
         options: how they are scored.
         read: reads a file by its path, or raises :class:`OSError`.
         like: what another process uses, which must be the same here.
+        others: files of which some can be read, unless there is a folder.
 
     Attributes:
         bundle: as given.
@@ -125,6 +126,7 @@ class FileScorer:
         options: BulkOptions,
         read: Callable[[str], bytes] | None = None,
         like: Versions | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         bundle.check_has("score")
         if like is not None and bundle.digest != like.bundle:
@@ -135,6 +137,7 @@ class FileScorer:
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))
         self._folder = folder
+        self._others = others
         self._readable: str | None = None  # the last file that could be read
         self.bundle, self.options = bundle, options
 
@@ -188,12 +191,12 @@ class FileScorer:
         return images
 
     def _can_read(self, failed: Set[str]) -> bool:
-        """Whether a file that was read before, or else one of the first in the folder, can be."""
+        """Whether a file that was read before, or else one of some others, can be."""
         tried = [] if self._readable is None else [self._readable]
         with suppress(OSError):
-            if self._readable is None and self._folder is not None:
-                others = (path for path in image_paths(self._folder) if path not in failed)
-                tried = list(islice(others, TRIED))
+            if self._readable is None:
+                others = self._others if self._folder is None else image_paths(self._folder)
+                tried = list(islice((path for path in others if path not in failed), TRIED))
         for path in tried:
             with suppress(OSError):
                 self._read_file(path)

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.ray_cluster import ray_cluster
+from serving import bulk
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
@@ -306,6 +307,17 @@ def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.M
     assert parquet.read_table(out)["path"].to_pylist() == paths[:4]
 
 
+def test_files_to_try_are_spread_over_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "PART_ROWS", 4)
+    for count, expected in ((3, [0, 1, 2]), (40, [0, 12, 24, 36]), (6, [0, 2, 4, 5])):
+        out = tmp_path / str(count)
+        manifest.write_parts(({"path": str(i)} for i in range(count)), str(out / "manifest"))
+        found = manifest.some_files(str(out), 4)
+        assert found == [str(i) for i in expected], count
+
+
 def test_a_manifest_without_paths(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"file": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(BulkError, match="has no column path"):
@@ -376,6 +388,25 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     with score._Progress(out, total, lambda *numbers: seen.append(numbers)):
         pass
     assert seen == [(10, 10), (10, 10)]
+
+
+def test_a_worker_tries_other_files_if_its_first_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a store where a few files are refused, the others are scored."""
+    monkeypatch.setattr(bulk, "RETRY_S", 0.0)
+    versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
+    files = pa.table({"id": [0], "file": [b"memory://bucket/gone.png"]})
+    monkeypatch.setattr(score.fsspec, "url_to_fs", refuse)
+    with pytest.raises(BulkError, match="no other file can be read"):
+        score.Scorer(str(PRETRAINED), BulkOptions(), versions)(files)
+    others = [str(ROOT / "serving" / "examples" / "cat.png")]
+    rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions, others)(files)
+    assert rows["error"].to_pylist() == ["unreadable"]
+
+
+def refuse(*args: object, **options: object) -> None:
+    raise RuntimeError("403")
 
 
 def test_a_worker_that_cannot_start_names_its_host(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -577,6 +578,20 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(
         time.sleep(2)  # measurements are reported a second late
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
         assert 'ade_requests_total{model_name="score"' in text
+        if sign == signal.SIGTERM:
+            with ThreadPoolExecutor(1) as pool:
+                accepted = pool.submit(
+                    httpx.post,
+                    f"{url}/predictions/score",
+                    files={f"image{i}": CAT for i in range(16)},
+                    data={"samples": "64"},
+                    headers=headers,
+                    timeout=60,
+                )
+                time.sleep(0.5)
+                assert not accepted.done(), accepted.result().text
+                service.process.send_signal(sign)
+                assert accepted.result().status_code == 200
     finally:
         service.process.send_signal(sign)
         service.process.wait(90)

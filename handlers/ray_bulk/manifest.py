@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import posixpath
 import re
@@ -194,6 +195,19 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
             parquet.write_table(pa.Table.from_pylist(numbered, SCHEMA), file)
         count += len(chosen)
     return count
+
+
+def some_files(out: str, count: int) -> list[str]:
+    """About ``count`` files, spread over the manifest in the folder ``out/manifest``."""
+    files, folder = file_system(posixpath.join(out, "manifest"))
+    parts = sorted(name for name in files.find(folder) if name.endswith(SUFFIX))
+    chosen = parts[:: math.ceil(len(parts) / count)]
+    found = []
+    for part in chosen:
+        with files.open(part, "rb") as file:
+            names = parquet.read_table(file, columns=["file"])["file"].to_pylist()
+        found += names[:: math.ceil(len(names) * len(chosen) / count)]
+    return [os.fsdecode(name) for name in found]
 
 
 def read_json(path: str) -> Any:

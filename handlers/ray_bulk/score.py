@@ -16,7 +16,7 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from handlers.ray_serve.instance import BESIDE, ray_instance
 from serving.api.score_table import columns
 from serving.bulk import (
     CHUNK,
+    TRIED,
     BulkError,
     BulkOptions,
     FileScorer,
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks at what is committed
 ROW_BYTES = 64  # of the manifest in memory, at least
 THREADS = {"OMP_NUM_THREADS": "1"}
+# Of a chunk whose worker ended: nodes may end, but a file that ends each worker must end the run.
+RETRIES = 5
 PENDING = ".pending"  # of Ray's files of ids, until their rows are written
 
 
@@ -61,15 +64,18 @@ class Scorer:
         bundle: its folder, which every node must have.
         options: how to score.
         versions: of the bundle and the calibration.
+        others: files of which some can be read.
 
     Raises:
         BulkError: this node's bundle or calibration is missing, damaged or another one.
     """
 
-    def __init__(self, bundle: str, options: BulkOptions, versions: Versions) -> None:
+    def __init__(
+        self, bundle: str, options: BulkOptions, versions: Versions, others: Sequence[str] = ()
+    ) -> None:
         try:
             opened = open_bundle(Path(bundle))
-            self._scorer = FileScorer(opened, None, options, read_any_file, versions)
+            self._scorer = FileScorer(opened, None, options, read_any_file, versions, others)
         except (BulkError, BundleError, CalibrationError, OSError) as error:
             raise BulkError(f"{socket.gethostname()}: {error}") from None
         self._schema = _schema(opened, options)
@@ -132,6 +138,8 @@ def score_on_ray(
         ClusterError: Ray cannot be used.
     """
     bundle, options, versions = scorer.bundle, scorer.options, scorer.versions
+    # Completed by a shell, the name of a folder ends with a slash.
+    source = source if "://" in source else str(Path(source))
     source, out = manifest.absolute(source), manifest.absolute(out)
     plan = {
         "model": bundle.model_id,
@@ -234,6 +242,8 @@ def _run(ray: Any, scorer: FileScorer, out: str, workers: int, total: int) -> No
     )
     # One actor leaves out committed rows: up to ten, by default, could take the workers' places.
     context.checkpoint_config.checkpoint_actor_pool_max_size = 1
+    # Beyond what the ids need. It would wait for ever for its default of 1 GiB on a small machine.
+    context.checkpoint_config.checkpoint_actor_memory_bytes = 0
     cpus = ray.cluster_resources().get("CPU", 0)
     if cpus < workers + BESIDE:
         logger.warning(
@@ -254,11 +264,13 @@ def _run(ray: Any, scorer: FileScorer, out: str, workers: int, total: int) -> No
             manifest.absolute(str(scorer.bundle.folder)),
             scorer.options,
             scorer.versions,
+            manifest.some_files(out, 2 * TRIED),
         ),
         batch_format="pyarrow",
         batch_size=CHUNK,
         compute=ActorPoolStrategy(size=workers),
         num_cpus=1,
+        max_task_retries=RETRIES,
         runtime_env={"env_vars": THREADS},
     ).write_parquet(posixpath.join(folder, "rows"), filesystem=files)
 

@@ -13,7 +13,6 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from handlers.asgi.application import served_models
 from handlers.asgi.worker import WorkerSettings
-from handlers.front.admission import Limits
 from handlers.limits import MAX_BATCH, QUEUE_SIZE
 from handlers.ray_serve.ingress import Ingress
 from handlers.ray_serve.replica import Replica
@@ -24,6 +23,7 @@ from serving.engine.bundle import open_bundle
 BY_REQUESTS = AutoscalingPolicy(policy_function="handlers.ray_serve.scaling:by_requests")
 FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
 HEALTH_S = 5.0  # between two health checks
+MAX_REQUESTS = 100_000  # that Ray passes on to a front at a time
 STOP_S = 25.0  # that requests which were accepted may take once a replica is asked to stop
 UPSCALE_S, DOWNSCALE_S = 5.0, 60.0  # that a queue must be long, or short, for the number to change
 
@@ -80,8 +80,9 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         serve.deployment(Ingress)
         .options(
             name=FRONT,
-            # At a time; the front refuses earlier, in the API's error shape.
-            max_ongoing_requests=Limits.connections,
+            # The front itself refuses what is too much. More than this would wait before its limits
+            # on time, size and memory, so it is more than the connections that HAProxy allows.
+            max_ongoing_requests=MAX_REQUESTS,
             ray_actor_options={"num_cpus": min(settings.cpus, 0.5)},
             **_lifetime(settings.fronts, target_ongoing_requests=QUEUE_SIZE // 4),
         )

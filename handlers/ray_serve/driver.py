@@ -84,6 +84,8 @@ def run(settings: DriverSettings) -> None:
                 _serve_metrics(serve, settings)
             finally:
                 try:
+                    # Replicas answer what they accepted. A shutdown alone ends the proxies first.
+                    serve.delete(APP)
                     serve.shutdown()
                     instance.has_stopped_serving()
                 except Exception:  # Ray has no error of its own for it

@@ -14,6 +14,7 @@ from handlers.asgi.metrics import Labels, Metrics
 
 logger = logging.getLogger(__name__)
 EVERY_S = 1.0
+SEND_S = 3.0  # the sum's replica may have ended
 Measured = list[tuple[str, dict[str, str], float]]  # name, labels and value
 
 
@@ -70,7 +71,8 @@ class Reporter:
         try:
             measured, refusals = self._collect()
             if measured or refusals:
-                await self._metrics.update.remote(measured, refusals, self._id)
+                async with asyncio.timeout(SEND_S):
+                    await self._metrics.update.remote(measured, refusals, self._id)
         except Exception as error:
             logger.warning("measurements were lost: %s", error)
 
@@ -80,4 +82,5 @@ class Reporter:
             await self._task
         await self.send()
         with contextlib.suppress(Exception):  # nobody is left who could be told
-            await self._metrics.leave.remote(self._id)
+            async with asyncio.timeout(SEND_S):
+                await self._metrics.leave.remote(self._id)
