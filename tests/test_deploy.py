@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from ade_cli.main import parse
+from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch.serve import _allowed_hosts
@@ -173,6 +174,24 @@ def test_ports_and_probes(pod: dict[str, Any], container: dict[str, Any]) -> Non
     nginx = (DEPLOY / "nginx.conf").read_text()
     (waits,) = set(re.findall(r"proxy_read_timeout (\d+)s;", nginx))
     assert int(grace["nginx"].removesuffix("s")) > int(waits)
+    page = (ROOT / "docs" / "how-to" / "open-to-a-network.md").read_text()
+    (unit,) = re.findall(r"^TimeoutStopSec=(\d+)$", page, re.MULTILINE)
+    assert int(unit) > int(waits)
+    # A request that nginx gives up would still be computed, and repeated by its client.
+    assert int(waits) > Limits.waiting_s + Limits.upstream_s
+
+
+def test_logs_outlive_the_container(container: dict[str, Any]) -> None:
+    """An alarm that the service was started again names files that have the reason."""
+    runtime, _ = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
+    (kserve,) = runtime["spec"]["containers"]
+    composed = load(DEPLOY / "compose.yaml")["services"]["ade"]
+    assert "cache:/home/ade/.cache" in composed["volumes"]
+    for arguments in (container["args"], kserve["args"], composed["command"]):
+        assert "--logs=/home/ade/.cache/logs" in " ".join(arguments).replace("--logs ", "--logs=")
+    for one in (container, kserve):
+        mounted = [mount["mountPath"] for mount in one["volumeMounts"]]
+        assert "/home/ade/.cache" in mounted
 
 
 def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:
