@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import dataclasses
+import html
 import io
 import json
 import math
@@ -1066,6 +1067,23 @@ def test_a_picture_that_is_replaced_while_it_is_reproduced(
     assert "The same picture" in reproduce.fn("tiny", picture, runs)[1]
     client.sample_png = lambda **_: clear.fn("tiny", "new.png", runs) and (data, 7)
     assert reproduce.fn("tiny", picture, runs) == (gr.skip(),) * 2
+
+
+def test_a_session_that_the_server_does_not_know(tiny_bundle: Path) -> None:
+    """Of a tab that was open when the page was started again: nothing former stays unexplained."""
+    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
+    fns = [fn for fn in build_page(served).fns.values() if fn.fn is not None]
+    (judge,) = (fn.fn for fn in fns if fn.fn.__name__ == "judge_again")
+    card, *others = judge("tiny", None, 0.2, "a.png", Runs())
+    assert "has lost this image's score" in html.unescape(card) and others == ["", ""]
+    known = Runs()
+    known.start()
+    for image, runs in ((None, Runs()), ("a.png", known)):  # the latter is being scored
+        assert judge("tiny", None, 0.2, image, runs) == (gr.skip(),) * 3
+    failed = [fn.fn for fn in fns if fn.fn.__name__ == "clear_if_failed"]
+    assert len(failed) >= 4
+    for clear in failed:
+        assert "Something went wrong" in str(clear(Runs()))
 
 
 def test_about(page: Page, service: RunningService) -> None:

@@ -43,7 +43,10 @@ def own_path(path: str) -> Path:
         FileRefused: the path leads out of the folder, or to something that is not a regular file.
     """
     folder = os.path.abspath(get_upload_folder())
-    refused = FileRefused("The page opens only files that were dropped on it or made by it.")
+    refused = FileRefused(
+        "The page opens only files that were dropped on it or made by it. If the service was "
+        "started again meanwhile, reload the page."
+    )
     if (
         "\0" in path
         or not os.path.isabs(path)

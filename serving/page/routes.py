@@ -193,7 +193,8 @@ class OpenRoutes:
                 receive = replay(body, receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
-            await PlainTextResponse(str(error), 403)(scope, receive, send)
+            # As JSON, whose detail the page shows.
+            await JSONResponse({"detail": str(error)}, 403)(scope, receive, send)
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
         except Exception as error:

@@ -17,6 +17,7 @@ from serving.images import write_png
 from serving.page import charts
 from serving.page.files import write_file
 from serving.page.served import (
+    Runs,
     Served,
     Shared,
     as_seen,
@@ -43,6 +44,9 @@ EMPTY = "The verdict appears here: choose an example, drop or paste an image, or
 REPLACED = (
     "The image was not scored with the page's calibration: that was replaced meanwhile, or an "
     "upgrade is under way and another model answered. Score the image again."
+)
+NOT_KEPT = (
+    "The page has lost this image's score, perhaps by a restart. Reload the page, or press Score."
 )
 REASON_NOTES = ("nothing can be flagged", "no verdict: ")  # how notes begin that give the reason
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
@@ -208,6 +212,14 @@ def add_tab(shared: Shared) -> None:
             return gr.skip(), gr.skip(), gr.skip()
         return explained(served.calibrations_of(model), scored, alpha)
 
+    def judge_again(
+        model: str, scored: Scored | None, alpha: float | None, image: Any, runs: Runs
+    ) -> tuple[Any, Any, Any]:
+        """The same when alpha was moved: a verdict at the former one must not stay there."""
+        if image is not None and not runs.latest:  # the server knows nothing of this session
+            return charts.problem(NOT_KEPT), "", ""
+        return judge(model, scored, alpha)
+
     def what_if_of(model: str, alpha: float | None, per_day: float | None, resized: bool) -> Any:
         return what_if(served, model, alpha, per_day, resized) if is_alpha(alpha) else gr.skip()
 
@@ -258,7 +270,7 @@ def add_tab(shared: Shared) -> None:
             with gr.Accordion("Technical details", open=False):
                 details = html()
     scored = gr.State()
-    run_on_new_image(
+    runs = run_on_new_image(
         shared,
         [image],
         shared.model,
@@ -282,11 +294,8 @@ def add_tab(shared: Shared) -> None:
         outlook,
         **listening,
     )
-    # The false-alarm rate may have been moved while the image was scored.
-    gr.on(
-        [alpha.change, scored.change],
-        judge,
-        [shared.model, scored, alpha],
-        [card, place, why],
-        **listening,
+    alpha.change(
+        judge_again, [shared.model, scored, alpha, image, runs], [card, place, why], **listening
     )
+    # The false-alarm rate may have been moved while the image was scored.
+    scored.change(judge, [shared.model, scored, alpha], [card, place, why], **listening)

@@ -494,7 +494,8 @@ def run_on_new_image(
     def clear_if_failed(runs: Runs) -> Any:
         if runs.failed != runs.latest:
             return one_or_all((gr.skip(),) * len(blank))
-        return one_or_all(tuple({**results, pane: problem(runs.error)}.values()))
+        # The server of a page that was started again has no error of it.
+        return one_or_all(tuple({**results, pane: problem(runs.error or UNEXPECTED)}.values()))
 
     @functools.wraps(run)
     def run_if_given(*values: Any) -> Any:
