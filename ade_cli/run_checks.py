@@ -14,7 +14,7 @@ from training.datasets import NAMES
 from training.runs import RunError
 
 Config = TypeVar("Config")
-ADVISED = 64  # pixels: image size for folders of photographs
+ADVISED = (32, 48, 64)  # pixels: image sizes that suit all recipes; the last for photographs
 LARGEST = 256  # pixels: image size that is taken without being asked for
 
 
@@ -82,7 +82,7 @@ def check_own_size(args: argparse.Namespace, side: int) -> None:
     if args.image_size is None and args.data not in NAMES and side > LARGEST:
         raise ConfigError(
             f"the first image in {args.data} has {side} pixels per side, and all would be read at "
-            f"this size: give --image-size, such as {ADVISED}"
+            f"this size: give --image-size, such as {ADVISED[-1]}"
         )
 
 
@@ -103,9 +103,10 @@ def size_checked(
         except ConfigError as error:
             if args.image_size is not None or args.data in NAMES:
                 raise
-            make(ADVISED)  # raises another error if the size is not what is wrong
+            advised = min((size for size in ADVISED if size >= side), default=ADVISED[-1])
+            make(advised)  # raises another error if the size is not what is wrong
             raise ConfigError(
-                f"{error}, the size of the first image in {args.data}: give --image-size {ADVISED}"
+                f"{error}, the size of the first image in {args.data}: give --image-size {advised}"
             ) from None
 
     return checked

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -188,9 +189,11 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
 def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Report) -> list[Path]:
     """Train all stages, from the second on with the guide; returns their runs, the last first.
 
-    A later stage that diverges is given up: the model of the one before it is used.
+    A later stage that diverges is given up: the model of the one before it is used. The seed is one
+    of the output folder's name, so that another name helps if the first stage diverges.
     """
     runs: list[Path] = []
+    seed = zlib.crc32(out.resolve().name.encode())
     for number, stage in enumerate(plan.stages):
         run = out / f"stage-{number}"
         before = runs[0] if runs else None
@@ -199,7 +202,10 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             break
         if not (run / "report.md").exists():
             guided = "" if its_guide is None else " with the guide"
-            step(f"training {stage.recipe}{guided}, {minutes_text(stage.minutes)} minutes")
+            minutes = stage.minutes
+            if before is not None and guide is None:
+                minutes += plan.guide_minutes  # of a guide that was planned and could not be made
+            step(f"training {stage.recipe}{guided}, {minutes_text(minutes)} minutes")
             config = recipe(
                 stage.recipe,
                 dataset.image_size,
@@ -210,10 +216,11 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             )
             options = RunOptions(
                 images=NO_LIMIT,
-                minutes=stage.minutes,
+                minutes=minutes,
+                seed=seed,
                 device=plan.device,
                 checkpoint_minutes=2.0,
-                init=None if before is None else str(before),
+                init=None if before is None else str(before.resolve()),
                 guide=None if its_guide is None else str(its_guide),
             )
             try:
@@ -222,8 +229,8 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             except TrainingDiverged as error:
                 if not runs:
                     raise TrainingDiverged(
-                        f"{error}; choose another output folder than {out} to try again, perhaps "
-                        "with a larger budget"
+                        f"{error}; give an output folder of another name than {out} to try again "
+                        "with other random numbers"
                     ) from error
                 step(f"{error}; the model of the stage before is used")
                 write_json(run / GIVEN_UP, {"error": str(error)})

@@ -12,6 +12,7 @@ from fitting.survey import LARGEST
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
+MOST_REST_MINUTES = 60.0  # these steps look at a bounded number of images
 # On two cores these steps take about 2 minutes. Smaller budgets are exceeded, but not refused.
 REST_MINUTES = 1.5
 # With less there is no time for an adversary.
@@ -206,7 +207,7 @@ def make_plan(
     """
     if image_size > LARGEST:
         raise PlanError(f"image_size must be at most {LARGEST} pixels, got {image_size}")
-    training = budget - max(MIN_REST_MINUTES, REST_SHARE * budget)
+    training = budget - max(MIN_REST_MINUTES, min(REST_SHARE * budget, MOST_REST_MINUTES))
     if training <= 0:
         raise PlanError(
             f"a budget must be above {MIN_REST_MINUTES:g} minutes, got {budget:g}: it is too small"

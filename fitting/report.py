@@ -25,6 +25,7 @@ from serving.verdict.summary import summarize
 
 ALPHAS = (0.1, 0.05, 0.01)
 MIN_EPOCHS = 3.0
+ENOUGH_SEEN = 10_000  # training images, whether or not they were the same ones
 MIN_CALIBRATED = 1000
 MIN_REJECTED = 0.9  # of each gross corruption, at VERDICT_ALPHA
 VERDICT_ALPHA = 0.05
@@ -245,10 +246,12 @@ def weaknesses(findings: Findings) -> list[str]:
     found = []
     calibrated = findings.calibrated
     seen = epochs(findings.bundle.manifest.get("training"), findings.survey.parts["train"])
-    if seen < MIN_EPOCHS:
+    trained = findings.survey.parts["train"]
+    if seen * trained < min(MIN_EPOCHS * trained, ENOUGH_SEEN):
         found.append(
-            f"The model has seen each training image {seen:.1f} times; {MIN_EPOCHS:g} or more are "
-            "advisable: give it a larger budget."
+            f"The model has seen each of {trained:,} training images {seen:.1f} times; "
+            f"{MIN_EPOCHS:g} times, or {ENOUGH_SEEN:,} images in all, are advisable: give it a "
+            "larger budget."
         )
     if calibrated < images_needed(DEFAULT_ALPHA):
         found.append(_few(calibrated))

@@ -84,6 +84,7 @@ def test_plans_fit_their_budget() -> None:
         (120, False, both, "tiny"),
         (20, True, both, "small"),
         (600, False, both, "small"),
+        (1440, False, both, "small"),
     ):
         plan = make_plan("/images", "images", 32, budget, on_gpu)
         licensed = make_plan("/images", "images", 32, budget, on_gpu, "CC0-1.0")
@@ -105,6 +106,7 @@ def test_plans_fit_their_budget() -> None:
         assert FLOWS[size] == flow + widths
         assert on_gpu or plan.stages[0].minutes >= min(0.8 * budget - 0.5, 11)
         assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
+        assert plan.rest <= 60.1  # a day leaves no more for the other steps than six hours
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(PlanError, match="too small"):
         make_plan("/images", "images", 32, 0.4, False)
@@ -462,7 +464,8 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         EncoderFindings(1000, 0, False),
     )
     said = " ".join(weaknesses(findings))
-    assert "seen each training image 0.0 times" in said and "calibrated" not in said
+    assert "training images 0.0 times; 3 times, or 10,000 images" in said
+    assert "calibrated" not in said
     assert "only 30\u00a0% of corrupted images are rejected: nothing at all" in said
     folder = tmp_path / "my fits"
     folder.symlink_to(bundle.folder)
@@ -492,6 +495,15 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         caught=[Caught("flat", True, (1.0, 0.95, 0.5))],
     )
     assert weaknesses(good) == []
+    # Of a large folder, enough images are enough, although each was seen less than three times.
+    for seen, is_enough in ((10_000, True), (9_000, False)):
+        trained = {**manifest, "training": {"images_seen": seen}}
+        large = dataclasses.replace(
+            good,
+            bundle=Bundle(bundle.folder, trained),
+            survey=dataclasses.replace(good.survey, parts={**good.survey.parts, "train": 50_000}),
+        )
+        assert (weaknesses(large) == []) == is_enough
     for images, heading, sentence in (
         (500, "false-alarm rate is rough", "500 images calibrated the verdict; 1,000 or more"),
         (98, "Do not rely on this gate yet", "at the default alpha of 0.01, nothing can be"),
@@ -683,9 +695,11 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     plan = make_plan("/images", "images", 8, 60, False)
     assert len(plan.stages) == 2
     trained: list[tuple[str, str | None]] = []
+    seeds: set[int] = set()
 
     def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
         trained.append((run.name, options.init))
+        seeds.add(options.seed)
         if run.name == f"stage-{fails}":
             raise TrainingDiverged("the loss is not finite")
         (run / "report.md").touch()
@@ -695,9 +709,11 @@ def test_a_stage_that_diverges_is_given_up_for_the_one_before(
     dataset = load_folder(tmp_path / "images", 8, None, lambda line: None)
     lines: list[str] = []
     if fails == 0:
-        advice = f"not finite; choose another output folder than {tmp_path} to try again"
-        with pytest.raises(TrainingDiverged, match=advice):
-            _train(plan, dataset, None, tmp_path, lines.append)
+        for out in (tmp_path, tmp_path / "other"):
+            advice = f"not finite; give an output folder of another name than {out} to try again"
+            with pytest.raises(TrainingDiverged, match=advice):
+                _train(plan, dataset, None, out, lines.append)
+        assert len(seeds) == 2, "the advice helps"
         return
     for _ in range(2):  # the second time nothing is left to do
         runs = _train(plan, dataset, None, tmp_path, lines.append)
@@ -710,9 +726,11 @@ def test_a_guide_joins_the_adversarial_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trained: list[tuple[str, float, str | None]] = []
+    minutes: list[float] = []
 
     def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
         trained.append((config.recipe, config.guide_weight, options.guide))
+        minutes.append(options.minutes)
 
     monkeypatch.setattr("fitting.pipeline.train", train)
     dataset: Any = SimpleNamespace(image_size=8, channels=3)
@@ -724,6 +742,8 @@ def test_a_guide_joins_the_adversarial_stage(
     assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(path))
     assert trained[0] == trained[2] == ("v-ade", 0, None)
     assert trained[3] == ("av-ade-pd", 0, None)
+    # The time of a guide that could not be made goes to the stage that it would have helped.
+    assert minutes[3] == minutes[1] + plan.guide_minutes > minutes[1] and minutes[2] == minutes[0]
     assert ["guide" in line for line in lines] == [False, True, False, False]
 
 

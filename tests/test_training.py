@@ -1134,16 +1134,19 @@ def test_misspelt_options_are_errors(name: str, value: str) -> None:
 
 
 def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16, device="cpu", precision="float32", evaluate_steps=1)
+    monkeypatch.setattr("training.report.BOUND_IMAGES", 3)
     for name, has_density in (("v-ade", True), ("gan", False), ("real-nvp", False)):
         config = narrow(name, **({"inference_share": 0.0} if name == "gan" else {}))
         train(config, dataset, tmp_path / name, options, resume=False)
         report = (tmp_path / name / "report.md").read_text()
         assert "![mean samples](pictures/samples-mean.png)" in report
         assert ("density" in report) == has_density
+        if has_density:
+            assert "(iwae-8, 3 held-out" in report
         assert (tmp_path / name / "pictures" / "samples-density.png").is_file() == has_density
 
 
@@ -1681,6 +1684,10 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
         assert f"got 150, the size of the first image in {photos}: give --image-size 64" in said
         assert main([*words, *given, "--image-size", "50"]) == 2
         assert capsys.readouterr().err.endswith("got 50\n")
+    Image.new("RGB", (28, 30)).save(photos / "a.png")
+    assert main(["train", "av-ade", "--dry-run", *given]) == 2
+    assert capsys.readouterr().err.endswith("give --image-size 32\n")
+    Image.new("RGB", (250, 150)).save(photos / "a.png")
     # Of another fault the size says nothing.
     assert main(["train", "av-ade", *given, "--widths", "8"]) == 2
     assert "first image" not in capsys.readouterr().err

@@ -17,6 +17,7 @@ from training.runs import read_state
 
 REPORT_IMAGES = 2000
 REPORT_SAMPLES = 8
+BOUND_IMAGES = 200  # for which as many draws are used
 HEADINGS = {
     "mean": "Mean samples, f⁻¹(μ(z))",
     "density": "Density samples, f⁻¹(μ(z) + σε)",
@@ -47,9 +48,11 @@ def write_report(
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
     if len(held_out) > 1 and "score" in about["operations"]:
         lines += [
-            f"- bits per dimension ({name}, {len(held_out)} held-out images of the part `select`): "
-            f"{value['bpd']:.4f} ± {value['standard_error']:.4f}"
-            for name, value in evaluate(model, held_out, device, REPORT_SAMPLES).items()
+            f"- bits per dimension ({name}, {value['images']} held-out images of the part "
+            f"`select`): {value['bpd']:.4f} ± {value['standard_error']:.4f}"
+            for name, value in evaluate(
+                model, held_out, device, REPORT_SAMPLES, bound_images=BOUND_IMAGES
+            ).items()
         ]
         grid = reconstruction_grid(model, np.asarray(held_out[:16]), device)
         (pictures / "reconstructions.png").write_bytes(write_png(grid))

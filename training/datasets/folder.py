@@ -40,6 +40,8 @@ def load_files(
     """Load those image files of a folder that :func:`image_files` found."""
     size = image_size or first_size(files)
     fits(size)
+    if image_size is None:
+        report(f"images of {size} x {size} pixels, the size of the first file; others are resized")
     names = [p.relative_to(folder).as_posix() for p in files]
     versions = [_version(path) for path in files]
     source = json.dumps([str(folder.resolve()), size])
