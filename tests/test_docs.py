@@ -241,7 +241,8 @@ def run_curl(block: str, service: RunningService, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
-    (tmp_path / "serving").symlink_to(ROOT / "serving")
+    for folder in ("docs", "serving"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     shutil.copy(ROOT / "serving" / "examples" / "cat.png", tmp_path)
     commands = [block for block in blocks(page, "bash") if "curl " in block]
     assert all(f"/{operation}" in "".join(commands) for operation in OPERATIONS)
