@@ -554,6 +554,35 @@ def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path: Path
     assert rows.num_rows == len(urls) == rows["error"].null_count
 
 
+ENDS_WORKERS = """
+import os, signal
+_open = os.open
+def opened(path, *args, **options):
+    if str(path).endswith("deadly.png"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _open(path, *args, **options)
+os.open = opened
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_image_that_ends_every_worker_ends_the_run(tmp_path: Path) -> None:
+    """Ray would start workers for it for ever, without a word."""
+    (tmp_path / "sitecustomize.py").write_text(ENDS_WORKERS)
+    folder = Path(shutil.copytree(ROOT / "serving" / "examples", tmp_path / "images"))
+    (folder / "cat.png").rename(folder / "deadly.png")
+    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--engine", "ray"]
+    command += ["--bundle", str(PRETRAINED), "--workers", "1", "--out", str(tmp_path / "out")]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 2 and not rows_in(tmp_path / "out"), run.stderr
+    assert run.stderr.splitlines()[-1].startswith("ade score: a process ended (was there too")
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_node_without_the_bundle_is_named(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from handlers.ray_serve.instance import BESIDE, ray_instance
 from serving.api.score_table import columns
 from serving.bulk import (
     CHUNK,
+    ENDED,
     TRIED,
     BulkError,
     BulkOptions,
@@ -158,6 +159,8 @@ def score_on_ray(
         with ray_instance(address, workers) as instance, _Progress(out, total, progress):
             try:
                 _run(instance.ray, scorer, out, workers, total)
+            except instance.ray.exceptions.RayActorError:
+                raise BulkError(ENDED) from None
             except instance.ray.exceptions.RayError as error:
                 reason = _reason(str(error))
                 if reason is None:
