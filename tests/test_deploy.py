@@ -436,8 +436,8 @@ def test_gixy() -> None:
 
 
 def test_the_documented_patch_changes_the_bundle(container: dict[str, Any]) -> None:
-    """docs/operations.md counts the arguments of the Deployment."""
-    page = (ROOT / "docs" / "operations.md").read_text()
+    """docs/how-to/containers.md counts the arguments of the Deployment."""
+    page = (ROOT / "docs" / "how-to" / "containers.md").read_text()
     (block,) = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
     (patch,) = (one for one in yaml.safe_load(block)["patches"] if "patch" in one)
     replaced, added = yaml.safe_load(patch["patch"])
