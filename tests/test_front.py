@@ -207,11 +207,15 @@ def test_a_file_under_the_default_type_is_a_raw_body(
     assert TYPE_HEADER not in dict(came["headers"])
 
 
-@pytest.mark.parametrize("body", [b"", b"n=4&seed=7", b'{"n": 4}\r\n'])
+@pytest.mark.parametrize("body", [b"", b"n=4&seed=7", b'"n": 4\r\n'])
 def test_a_url_encoded_form_passes(front: RunningFront, upstream: Upstream, body: bytes) -> None:
     came = post(front, content=body, **{"Content-Type": f"{URLENCODED}; charset=utf-8"}).json()
     assert came["body"].encode() == body
     assert dict(came["headers"])[TYPE_HEADER].startswith(URLENCODED)
+    for sent in (b'{"n": 4}', b' ["x"]\r\n'):  # as `curl -d` declares it
+        refused = post(front, content=sent, **{"Content-Type": URLENCODED})
+        assert refused.status_code == 400
+        assert "needs the header Content-Type: application/json" in refused.text
 
 
 def test_a_request_for_another_model_is_refused(front: RunningFront, upstream: Upstream) -> None:
@@ -741,6 +745,10 @@ def test_a_body_of_crumbs_ends_its_connection(front: RunningFront, upstream: Ups
     with front.connect() as connection, contextlib.suppress(ConnectionError):
         connection.sendall(head + b"1\r\nx\r\n" * 2000 + b"0\r\n\r\n")
         assert b" 200 " not in connection.recv(1000)
+    with front.connect() as connection:
+        connection.sendall(head + b"1\r\nx\r\n" * 1001)
+        status, body = read_answer(connection)
+        assert status == 400 and b"64 bytes or more in each on average" in body
     assert upstream.seen == []
 
 
@@ -1432,9 +1440,13 @@ listen.run_on(sockets, Limits(), build, 1)
 def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
     (port,) = free_ports(1)
     command = [sys.executable, "-c", FAILING, str(port)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process,
+        contextlib.ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(process.kill)  # without it, a failure would wait for ever
 
         def get(path: str) -> httpx.Response:
             return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60)

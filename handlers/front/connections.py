@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 from handlers.front.admission import Limits
 from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
-from serving.api.pipelining import MAX_FIELDS, PipeliningProtocol
+from serving.api.pipelining import LEAST_PART, MANY_PARTS, MAX_FIELDS, PipeliningProtocol
 
 CONNECT = b"CONNECT"
 _BLANK = b"\r\n\r\n"
@@ -175,6 +175,9 @@ class BoundedProtocol(PipeliningProtocol):
     def send_400_response(self, msg: str) -> None:
         if self.has_long_head():
             self.refuse_head()
+        elif self.is_in_crumbs:
+            text = f"a body in more than {MANY_PARTS:,} parts must have {LEAST_PART} bytes or more"
+            self._refuse(malformed(f"{text} in each on average: send larger chunks"))
         else:
             self._refuse(malformed("the request is not valid HTTP"))
 

@@ -44,6 +44,8 @@ def checked_type(content_type: str, body: bytearray) -> str:
     if kind == URLENCODED:
         if body[:_FILE_START].translate(None, _TEXT):
             return ""
+        if body.lstrip().startswith((b"{", b"[")):  # curl declares it a form
+            raise malformed("a JSON body needs the header Content-Type: application/json")
         _check_names(_urlencoded_names(body))
     elif kind == MULTIPART:
         _check_names(multipart_names(content_type, body))

@@ -16,7 +16,7 @@ _TEXT = {"type": "string"}
 _RETRY = {
     "Retry-After": {
         "description": "seconds until the next try",
-        "schema": {"type": "integer", "minimum": 0},
+        "schema": {"type": "integer", "format": "int64", "minimum": 0},
     }
 }
 # Status, description and headers. docs/api.md lists the codes of each status.
@@ -58,9 +58,10 @@ HEADERS: dict[str, Any] = {
     "X-Ade-Backend": {"description": "what computed the answer", "schema": _TEXT},
     "X-Ade-Batch": {
         "description": "images computed together",
-        "schema": {"type": "integer", "minimum": 0},
+        "schema": {"type": "integer", "format": "int64", "minimum": 0},
     },
     "Server-Timing": {"description": "milliseconds that the stages took", "schema": _TEXT},
+    "X-Request-Id": {"description": "of the request in the logs", "schema": _TEXT},
 }
 
 
@@ -133,7 +134,16 @@ def _operation(
 def _bodies(operation: Operation[Any, Any, Any], schemas: Schemas) -> dict[str, Any]:
     parameters = schemas.parameters(operation.fields)
     in_json, in_form = operation.json_body, operation.form_body
-    form = obj({**in_form, **parameters}, in_form)
+    as_text = {
+        name: {
+            "type": "string",
+            "contentMediaType": JSON_TYPE,
+            "description": f"JSON text: {schema['description']}",
+        }
+        for name, schema in parameters.items()
+        if schema.get("type") == "array"  # in a form, clients would send a field for each element
+    }
+    form = obj({**in_form, **parameters, **as_text}, in_form)
     if operation.form_patterns:
         form["patternProperties"] = dict(operation.form_patterns)
     return {

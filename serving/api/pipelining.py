@@ -28,6 +28,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         self._most_head_bytes = MAX_HEAD_BYTES
         self._num_fields = self._head_bytes = 0  # of the present head and its trailers, so far
         self._num_parts = self._body_bytes = 0  # of the present body
+        self.is_in_crumbs = False  # whether a body came in parts that are too small
         self._num_pending = 0  # bytes since the last complete head or part of a body
 
     def data_received(self, data: bytes) -> None:
@@ -68,7 +69,10 @@ class PipeliningProtocol(HttpToolsProtocol):
         is_in_crumbs = self._num_parts > MANY_PARTS and (
             self._body_bytes < LEAST_PART * self._num_parts
         )
-        if is_in_crumbs or self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
+        if is_in_crumbs:
+            self.is_in_crumbs = True
+            raise _TooMuchAhead
+        if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
             raise _TooMuchAhead
 
     def has_long_head(self) -> bool:

@@ -108,7 +108,7 @@ class Schemas:
 
 _PLAIN: dict[Any, dict[str, Any]] = {
     bool: {"type": "boolean"},
-    int: {"type": "integer"},
+    int: {"type": "integer", "format": "int64"},  # seeds do not fit into 32 bits
     float: {"type": "number"},
     str: {"type": "string"},
     bytes: {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"},

@@ -106,7 +106,7 @@ class SampleParameters:
 class SampleResult:
     """One sample."""
 
-    image: Annotated[bytes, "a PNG file whose text reproduces the sample"]
+    image: Annotated[bytes, "a PNG file, whose text says how it was made"]
     seed: int
     index: int
 
@@ -163,7 +163,7 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
     headers = {
         SEED_HEADER: {
             "description": "the seed that was used",
-            "schema": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+            "schema": {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_SEED},
         }
     }
 
@@ -230,16 +230,19 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
         check_size(2 * images.nbytes, "ask for fewer images")
 
         def text(index: int, n: int) -> dict[str, str]:
-            if request.latents is not None:
-                return {"ade:kind": parameters.kind, "ade:model": model_id, "ade:from": "latents"}
-            return {
+            made = {
                 "ade:seed": str(computed.seed),
-                "ade:index": str(index),
-                "ade:n": str(n),
                 "ade:kind": parameters.kind,
-                "ade:temperature": repr(parameters.temperature),
                 "ade:model": model_id,
             }
+            if request.latents is not None:
+                return {**made, "ade:from": "latents"}
+            drawn = {
+                "ade:index": str(index),
+                "ade:n": str(n),
+                "ade:temperature": repr(parameters.temperature),
+            }
+            return {**made, **drawn}
 
         if request.format == "npy":
             response = npy_response(images)

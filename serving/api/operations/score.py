@@ -240,6 +240,9 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         engine: InferenceEngine,
     ) -> Response:
         parameters = request.parameters
+        for one in computed:
+            if isinstance(one, UnknownCalibration):  # which is no error of one image
+                raise unusable("unknown_calibration", str(one))
         alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
         check_size(
@@ -257,8 +260,6 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
 
         def result(row: int, image: InputImage) -> ScoreResult | ApiError:
             score, verdict = computed[row], verdicts[row]
-            if isinstance(score, UnknownCalibration):
-                return unusable("unknown_calibration", str(score))
             if isinstance(score, Exception):
                 return unusable("not_finite", str(score))
             calibrations = score.calibrations
