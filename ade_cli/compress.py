@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args.images, args.keep_metadata)
     for path, reason in source.left_out:
         left_out(path, reason)
+    others = 0
+    if args.images.is_dir():
+        found = sum(len(names) for _, _, names in os.walk(args.images))
+        others = max(0, found - source.count - len(source.left_out))
     with progress_bar() as progress:
         report = compress(source, args.out, bundle, not args.no_verify, progress)
     for line in report.lines():
@@ -77,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     if source.left_out:
         missing = counted(len(source.left_out), "file")
         print(f"warning: {missing} could not be read: not in {args.out}", file=sys.stderr)
-    found = sum(len(names) for _, _, names in os.walk(args.images))
-    if others := found - source.count - len(source.left_out) if args.images.is_dir() else 0:
+    if others:
         print(f"{counted(others, 'file')} of other kinds: not in {args.out}", file=sys.stderr)
     return INCOMPLETE if source.left_out or lacks_pictures else 0

@@ -60,7 +60,7 @@ def decompress(
         out: a new folder, or a new ``.npy`` file for an archive of an array.
         bundle: the one that the archive was made with.
         warn: called before the start if this processor or its software is not that of the encoder,
-            and for each chunk that another attempt may restore.
+            and for each chunk that does not come back.
         progress: called with the number of images done and of all.
 
     Returns:
@@ -159,13 +159,13 @@ class _Files:
             if str(safe) in self._names or isinstance(error, NotADirectoryError):
                 raise Damaged("two images have the same name") from error
             raise NotDecoded(
-                f"here {path} is the name of another image, too, perhaps in other letters: repeat "
+                f"here {safe} is the name of another image, too, perhaps in other letters: repeat "
                 "the command on another file system"
             ) from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise NotDecoded(
-                    f"the name {path} is too long here: repeat the command on another file system"
+                    f"the name {safe} is too long here: repeat the command on another file system"
                 ) from error
             raise
         self._names.add(str(safe))

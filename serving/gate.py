@@ -25,7 +25,7 @@ from serving.api.requests import InputImage, prepare_source
 from serving.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
-from serving.images import MAX_FILE_BYTES
+from serving.images import MAX_FILE_BYTES, MAX_PIXELS
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 
@@ -139,7 +139,11 @@ class Gate:
             ):
                 return image
             file = image_file(image)
-            if isinstance(image, Image.Image) and len(file) > MAX_FILE_BYTES:
+            if (
+                isinstance(image, Image.Image)
+                and image.width * image.height <= MAX_PIXELS
+                and len(file) > MAX_FILE_BYTES
+            ):
                 with Image.open(io.BytesIO(file)) as own:  # a photograph's own file is smaller
                     if own.mode == "RGB" and shape[2] == 3 and "transparency" not in own.info:
                         return np.asarray(own)

@@ -42,6 +42,7 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
+from serving.engine.calibrations import open_calibrations
 from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import short_digest
 from serving.gate import Gate
@@ -150,8 +151,11 @@ def test_requests_that_are_computed_together_are_judged_apart(
     assert bodies[3]["error"]["message"] == "calibration must be a string, got 5"
     (long,) = service.answer([request(calibration="x" * 10_000)])
     assert long.status == 422 and len(long.body) < 300
-    alone = service.answer([request(calibration="day")])
+    # Of the request, not of an image: one that cannot be read does not hide it.
+    damaged = [base64.b64encode(b"junk").decode(), *images]
+    alone = service.answer([request(calibration="day", images=damaged)])
     assert [answer.status for answer in alone] == [422] and not service.is_exhausted
+    assert json.loads(alone[0].body) == bodies[2] and "index" not in bodies[2]["error"]
     counted = {
         m.labels: m.value for m in service.telemetry.collect() if "expected" in m.metric.name
     }
@@ -477,6 +481,12 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     shutil.rmtree(bundle.with_name("elsewhere") / FOLDER)
     bundle.with_name("elsewhere").rename(bundle)
     assert engine.store.get().exact is not None and not engine.store.broken
+
+
+def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:
+    """`ade calibrate` opens it without its own calibration."""
+    store = open_calibrations(open_bundle(bundle).uncalibrated(), bundle / FOLDER)
+    assert not store.broken
 
 
 def test_a_link_to_a_folder_that_is_not_mounted_gives_no_verdict(

@@ -685,6 +685,14 @@ def test_an_image_that_takes_long_to_decode_is_intact(
     assert "damaged" not in said
 
 
+def test_an_archive_in_its_folder_is_no_other_file(
+    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compress", str(folder), str(folder / "all.ade"), "--bundle", str(bundle.folder)]
+    assert main(words) == 0
+    assert "of other kinds" not in capsys.readouterr().err
+
+
 def test_names_that_the_file_system_takes_for_one_are_told(
     folder: Path,
     bundle: Bundle,
@@ -710,6 +718,7 @@ def test_names_that_the_file_system_takes_for_one_are_told(
             assert main(["decompress", str(out), str(back), *words]) == 2
         said = capsys.readouterr().err
         assert reason in said and "are intact: " in said and "damaged" not in said
+        assert ".tmp" not in said
 
 
 def test_a_busy_machine_is_no_reason_to_do_without_the_model(

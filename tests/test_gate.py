@@ -105,6 +105,9 @@ def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
     found = gate.check([cmyk, Image.new("RGB", (0, 3)), NOISE[:0], noise, Image.fromarray(noise)])
     assert [d.is_error for d in found] == [False, True, True, False, False]
     assert found[4].bpd == found[3].bpd
+    vast = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4001, 4000, 3), np.uint8))
+    (refused,) = gate.check([vast])
+    assert refused.is_error and "may have at most" in str(refused.reason)
     assert "must have pixels, got 0 x 3" in str(found[1].reason)
 
 

@@ -1146,7 +1146,7 @@ def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
         assert "![mean samples](pictures/samples-mean.png)" in report
         assert ("density" in report) == has_density
         if has_density:
-            assert "(iwae-8, 3 held-out" in report
+            assert "(iwae-8, 3 held-out" in report and "; the ELBO of the same: " in report
         assert (tmp_path / name / "pictures" / "samples-density.png").is_file() == has_density
 
 

@@ -391,6 +391,11 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     write_calibrations(tmp_path, dataclasses.replace(default, exact=others))
     with pytest.raises(UpgradeError, match="lacks the calibrations default"):
         check_contract(new, old)
+    # Nor has one whose bundle has no calibration of its own.
+    gone = dict(old.manifest["files"])
+    del gone[CALIBRATION_NAME]
+    with pytest.raises(UpgradeError, match="lacks the calibrations default"):
+        check_contract(with_manifest(new, files=gone), old)
     # A calibration on few images would give no verdict at the usual alpha.
     few = dataclasses.replace(
         exact,
@@ -401,6 +406,11 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     write_calibrations(tmp_path, dataclasses.replace(default, exact=few))
     with pytest.raises(UpgradeError, match="default of .* has 60 images, too few .* at alpha 0.01"):
         check_contract(old, new)
+    fewer = dataclasses.replace(
+        few, scores=few.scores[:50], reference=few.reference[:50], digests=few.digests[:50]
+    )
+    write_calibrations(other, dataclasses.replace(default, exact=fewer))
+    check_contract(new, open_bundle(other))  # as before, none at 0.01
     (tmp_path / FOLDER / "default.npz").unlink()
     (tmp_path / FOLDER / "night.npz").touch()
     # A file that the new bundle could not use is no calibration: images would get no verdict.

@@ -50,6 +50,7 @@ def write_report(
         lines += [
             f"- bits per dimension ({name}, {value['images']} held-out images of the part "
             f"`select`): {value['bpd']:.4f} ± {value['standard_error']:.4f}"
+            + (f"; the ELBO of the same: {value['elbo']:.4f}" if "elbo" in value else "")
             for name, value in evaluate(
                 model, held_out, device, REPORT_SAMPLES, bound_images=BOUND_IMAGES
             ).items()

@@ -154,8 +154,8 @@ class Pool:
             async with asyncio.timeout(self._timeout_s):
                 return await job.answer
         except TimeoutError:
-            self._fail(request, error := no_answer())
-            raise error from None
+            self._fail(request, no_answer())
+            raise no_answer() from None
         except ApiError as error:
             self._fail(request, error)
             raise

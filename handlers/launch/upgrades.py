@@ -361,7 +361,7 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
         for one, other in ((was.exact, now.exact), (was.resized, now.resized)):
             if one is None or other is None:
                 continue
-            if other.smallest_p_value > max(one.smallest_p_value, ALPHA):
+            if one.smallest_p_value <= ALPHA < other.smallest_p_value:
                 raise UpgradeError(
                     f"{its} has {len(other.scores)} images, too few for a verdict at alpha "
                     f"{ALPHA:g}, which that of {old.model_id} gives: make it again with "
@@ -373,9 +373,12 @@ def _has_another_default(bundle: Bundle) -> bool:
     """Whether ``default.npz`` is more than the bundle's own calibration with feedback's images."""
     try:
         default = Calibrations.load(path_of(bundle.folder, DEFAULT), DEFAULT)
-        own = Calibrations.load(bundle.file(CALIBRATION_NAME))
-    except (BundleError, CalibrationError, OSError):  # there is none, or it judges nothing
+    except (CalibrationError, OSError):  # there is none, or it judges nothing
         return False
+    try:
+        own = Calibrations.load(bundle.file(CALIBRATION_NAME))
+    except (BundleError, CalibrationError, OSError):
+        return True
     pairs = ((default.exact, own.exact), (default.resized, own.resized))
     return any(
         one is not None

@@ -54,7 +54,7 @@ LOOK_S = 2.0  # between two looks at what is committed
 ROW_BYTES = 64  # of the manifest in memory, at least
 THREADS = {"OMP_NUM_THREADS": "1"}
 # Of a chunk whose worker ended: nodes may end, but a file that ends each worker must end the run.
-RETRIES = 5
+RETRIES = 4
 PENDING = ".pending"  # of Ray's files of ids, until their rows are written
 
 
@@ -159,10 +159,10 @@ def score_on_ray(
         with ray_instance(address, workers) as instance, _Progress(out, total, progress):
             try:
                 _run(instance.ray, scorer, out, workers, total)
-            except instance.ray.exceptions.RayActorError:
-                raise BulkError(ENDED) from None
             except instance.ray.exceptions.RayError as error:
                 reason = _reason(str(error))
+                if reason is None and isinstance(error, instance.ray.exceptions.RayActorError):
+                    reason = None if error.actor_init_failed else ENDED
                 if reason is None:
                     raise
                 raise BulkError(reason) from None

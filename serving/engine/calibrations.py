@@ -48,7 +48,10 @@ def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
 
     def is_there() -> bool:
         try:
-            return folder is not None and open_bundle(folder.parent).digest == bundle.digest
+            there = open_bundle((folder or Path()).parent)
+            if not bundle.has(CALIBRATION_NAME):
+                there = there.uncalibrated()
+            return there.digest == bundle.digest
         except (BundleError, OSError):
             return False
 
