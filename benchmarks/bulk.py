@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,20 +42,25 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                family = [
-                    psutil.Process(self.pid),
-                    *psutil.Process(self.pid).children(recursive=True),
-                ]
-                self.seen.append(sum(process.memory_full_info().pss for process in family) / 2**20)
+                root = psutil.Process(self.pid)
+                family = root.children(recursive=True)
+                total = root.memory_full_info().pss
             except psutil.Error:
                 return
+            for process in family:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    total += process.memory_full_info().pss
+            self.seen.append(total / 2**20)
             time.sleep(INTERVAL_S)
 
     def quarters(self) -> str:
         """The medians of the second, third and last quarter of the time."""
         size = len(self.seen)
+        if size < 4:
+            return f"only {size} measurements"
         parts = [self.seen[size * i // 4 : size * (i + 1) // 4] for i in range(1, 4)]
-        return ", ".join(f"{statistics.median(part):.0f}" for part in parts)
+        medians = ", ".join(f"{statistics.median(part):.0f}" for part in parts)
+        return f"{medians} ({size} measurements)"
 
 
 def start(bundle: Path, folder: Path, out: Path) -> tuple[subprocess.Popen, Memory]:

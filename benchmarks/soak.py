@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
@@ -33,7 +34,11 @@ EVERY_S = 10.0
 
 def _resident(service: Running) -> float:
     """MiB of all processes, with shared pages divided among those that share them."""
-    return sum(process.memory_full_info().pss for process in service.family()) / 2**20
+    total = 0.0
+    for process in service.family():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just then
+            total += process.memory_full_info().pss
+    return total / 2**20
 
 
 async def _peak(service: Running, known: list[Known], seconds: float) -> float:
@@ -51,15 +56,22 @@ async def _soak(
     memory: list[tuple[float, float]] = []
     async with new_session() as session:
         started = time.monotonic()
+
+        async def watch() -> None:
+            while True:  # beside the requests, which it must not delay
+                memory.append(
+                    (time.monotonic() - started, await asyncio.to_thread(_resident, service))
+                )
+                await asyncio.sleep(EVERY_S)
+
+        watching = asyncio.create_task(watch())
         tasks: set[asyncio.Task[None]] = set()
         for i in range(int(rate * minutes * 60)):
             await asyncio.sleep(max(0.0, started + i / rate - time.monotonic()))
             task = asyncio.create_task(ask(session, service.url, known[i % len(known)], tally))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            now = time.monotonic() - started
-            if now >= len(memory) * EVERY_S:
-                memory.append((now, await asyncio.to_thread(_resident, service)))
+        watching.cancel()
         await asyncio.gather(*tasks)
     return tally, memory
 

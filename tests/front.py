@@ -163,7 +163,11 @@ class RunningFront:
                 stdout=out,
                 stderr=out,
             )
-        wait_for(self._listens, 60)
+        try:
+            wait_for(self._listens, 60)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def _listens(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()

@@ -113,7 +113,9 @@ def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], n
 
 @pytest.mark.slow
 def test_pictures_of_the_largest_size_are_decoded() -> None:
-    for row in _measured(sorted(HARMLESS)).values():
+    measured = _measured(sorted(HARMLESS))
+    assert measured.keys() == set(HARMLESS)
+    for row in measured.values():
         assert row["outcome"].startswith("decoded"), row
         assert row["cpu_seconds"] < 2 and row["header_cpu_seconds"] < 0.2 and row["MiB"] < 400, row
 

@@ -837,8 +837,13 @@ def running() -> Iterator[RunningService]:
     family = [psutil.Process(started.process.pid), *started.descendants()]
     assert len(family) >= 9  # serve, reaper, Java, four workers, front, page
     folder = started.folder.path
-    yield started
-    _, alive = psutil.wait_procs(family, timeout=10)
+    try:
+        yield started
+        _, alive = psutil.wait_procs(family, timeout=10)
+    finally:
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     assert alive == []
     assert until(lambda: not folder.exists())
     for port in started.ports.values():
