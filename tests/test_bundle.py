@@ -592,10 +592,13 @@ def test_the_card_of_a_model_whose_reconstructions_are_exact() -> None:
     assert "PSNR" not in shown
 
 
-def test_the_page_names_the_images_that_a_gate_was_calibrated_on() -> None:
+def test_the_page_names_the_images_that_a_gate_was_calibrated_on(tmp_path: Path) -> None:
     bundle = open_bundle(PRETRAINED)
     calibration = {**bundle.manifest["calibration"], "data": "<scans>"}
-    other = Bundle(bundle.folder, {**bundle.manifest, "calibration": calibration})
+    folder = Path(shutil.copytree(PRETRAINED, tmp_path / "other", copy_function=os.symlink))
+    (folder / MANIFEST_NAME).unlink()
+    write_manifest(folder, {**bundle.manifest, "calibration": calibration})
+    other = open_bundle(folder)
     for calibrated, name in ((bundle, "CIFAR-10"), (other, "&lt;scans&gt;")):
         served = Served("http://127.0.0.1:1", [calibrated], None)
         shown = card(served, calibrated.name)
