@@ -203,7 +203,9 @@ def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: P
     keys, other = folder / "secrets" / "keys.conf", KEY[::-1]
 
     def is_taken(key: str) -> bool:
-        return ask(proxy, "/v1/sample", key, json={"n": 500}).status_code == 422
+        status = ask(proxy, "/v1/sample", key, json={"n": 500}).status_code
+        assert status in (401, 422)
+        return status == 422
 
     assert NGINX is not None
     before = keys.read_text()
@@ -211,8 +213,8 @@ def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: P
         (folder / "new").write_text(text)
         (folder / "new").rename(keys)
         subprocess.run([NGINX, *options.split()], cwd=folder, check=True)
-        wait_for(lambda key=valid: is_taken(key))
-        assert code_of(ask(proxy, "/v1/sample", refused, json={})) == "bad_key"
+        # For a moment the processes of before answer, too.
+        wait_for(lambda new=valid, old=refused: is_taken(new) and not is_taken(old))
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER"])
