@@ -45,6 +45,7 @@ NOT_AN_IMAGE = (
     "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
 )
 OTHER_MODEL = "The service has another model by now. Reload the page."
+RESTARTED = "The page was started again after this tab was opened. Reload it."
 UNEXPECTED = (
     "Something went wrong on the page. Try again. If it happens again, tell the person who runs "
     "this service."
@@ -494,8 +495,8 @@ def run_on_new_image(
     def clear_if_failed(runs: Runs) -> Any:
         if runs.failed != runs.latest:
             return one_or_all((gr.skip(),) * len(blank))
-        # The server of a page that was started again has no error of it.
-        return one_or_all(tuple({**results, pane: problem(runs.error or UNEXPECTED)}.values()))
+        said = runs.error or RESTARTED  # a session that has no error is not the tab's own
+        return one_or_all(tuple({**results, pane: problem(said)}.values()))
 
     @functools.wraps(run)
     def run_if_given(*values: Any) -> Any:
