@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from ade_cli.main import parse
+from handlers.asgi.metrics import MODEL
 from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
@@ -25,7 +26,7 @@ from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
-from serving.api.telemetry import METRICS
+from serving.api.telemetry import METRICS, VERSION
 from serving.cores import available_cores
 from serving.page import sweep, uploads
 from serving.ports import VARIABLES
@@ -64,6 +65,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
     known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES, START)}
     known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
     known["up"] = set()
+    known[VERSION.name].add(MODEL)  # with the engines asgi and ray
     rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
         names = re.findall(r"\b((?:ade|ts|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
@@ -77,7 +79,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
         assert named <= set().union(*(known[name] for name, _ in names)) | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-    assert len(rules) == 13
+    assert len(rules) == 14
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from serving.api.telemetry import (
     SECONDS,
     STAGE_SECONDS,
     STARTS,
+    VERSION,
     Telemetry,
 )
 from serving.engine.engine import Score
@@ -112,25 +113,29 @@ def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None
     # A replaced calibration starts again, and a removed one raises no more alarms.
     telemetry.observe_scores([score(4.0, 1e-4, "night", "2")])
     assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
-    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
+    telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
     found = values(telemetry)
+    assert found[VERSION, "default"] == 0xAC12
     assert found[DRIFT_UNUSUAL, "night"] == 0
     assert found[BROKEN, "day"] == found[MISSING, "day"] == 1
     # The worker before may have reported that these were broken.
     assert found[BROKEN, "default"] == found[BROKEN, "/"] == found[MISSING, "default"] == 0
-    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
+    telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
     assert telemetry.collect() == []
     # A new release that did not come to serve may have written over it meanwhile.
     monkeypatch.setattr(time, "monotonic", lambda: math.inf)
-    telemetry.observe_calibrations(["default"], {"day": "damaged"}, ["day"])
+    telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
     assert values(telemetry) == {
         (metric, name): name == "day"
         for metric in (BROKEN, MISSING)
         for name in ("default", "day", "/")
-    }
+    } | {(VERSION, "default"): 0xAC12}
     monkeypatch.undo()
-    telemetry.observe_calibrations(["default", "day"], {}, [])
-    assert values(telemetry) == {(BROKEN, "day"): 0, (MISSING, "day"): 0}
+    telemetry.observe_calibrations({"default": "ac12", "day": "f0"}, {}, [])
+    repaired = {(BROKEN, "day"): 0, (MISSING, "day"): 0}
+    assert values(telemetry) == {**repaired, (VERSION, "day"): 0xF0}
+    telemetry.observe_calibrations({"default": ""}, {}, [])
+    assert values(telemetry) == {(VERSION, "day"): 0, (VERSION, "default"): 0}
 
 
 def test_requests_and_where_their_time_goes() -> None:

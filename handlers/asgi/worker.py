@@ -151,7 +151,7 @@ def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     """The measurements since the last call: name, labels and value of each."""
     store = service.engine.store
     store.get()  # takes changed files over, even if no request comes
-    service.telemetry.observe_calibrations(store.names, store.broken, store.missing)
+    service.telemetry.observe_calibrations(store.versions, store.broken, store.missing)
     return [
         (m.metric.name, dict(zip(m.metric.labels, m.labels, strict=True)), m.value)
         for m in service.telemetry.collect()

@@ -102,7 +102,7 @@ class OperationHandler:
         """Take changed calibrations over here, so that no request waits for them."""
         store = self.service.engine.store
         store.refresh()
-        self.service.telemetry.observe_calibrations(store.names, store.broken, store.missing)
+        self.service.telemetry.observe_calibrations(store.versions, store.broken, store.missing)
         self._tell_when_done()
 
     def _tell_when_done(self) -> None:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -110,6 +110,12 @@ MISSING = Metric(
     ("calibration",),
     "1 if the file of a calibration cannot be used and was not read before.",
 )
+VERSION = Metric(
+    "ade_gate_calibration_version",
+    "gauge",
+    ("calibration",),
+    "The version of a calibration, its hexadecimal digits as a number; 0 if there is none.",
+)
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."
 )
@@ -156,6 +162,7 @@ FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     OBSERVED_FLAGS,
     BROKEN,
     MISSING,
+    VERSION,
     DRIFT_IMAGES,
     DRIFT_UNUSUAL,
     DRIFT_USUAL,
@@ -260,6 +267,7 @@ class Telemetry:
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
         self._affected: dict[Metric, set[str]] = {BROKEN: set(), MISSING: set()}
+        self._versions: Mapping[str, str] = {}
         self._tell_all = -math.inf  # when all calibrations are reported again
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
@@ -316,7 +324,7 @@ class Telemetry:
             self._counts[OBSERVED_FLAGS, (name,)] += verdict.p_value <= alpha
 
     def observe_calibrations(
-        self, names: Collection[str], broken: Collection[str], missing: Collection[str]
+        self, versions: Mapping[str, str], broken: Collection[str], missing: Collection[str]
     ) -> None:
         """Update the list of calibrations.
 
@@ -325,12 +333,12 @@ class Telemetry:
         did not come to serve may have written over them.
 
         Args:
-            names: all calibrations; measurements of others are dropped.
+            versions: of all calibrations, by name; measurements of others are dropped.
             broken: calibrations whose files cannot be used.
             missing: calibrations of which nothing could be read since the start.
         """
         with self._lock:
-            for name in [name for name in self._streams if name not in names]:
+            for name in [name for name in self._streams if name not in versions]:
                 del self._streams[name]
                 for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
                     self._gauges[metric, (name,)] = 0.0
@@ -340,10 +348,15 @@ class Telemetry:
                 self._tell_all = now + TELL_S
             for metric, affected in ((BROKEN, set(broken)), (MISSING, set(missing))):
                 before = self._affected[metric]
-                told = {*names, *affected, *before, ALL} if tells_all else affected ^ before
+                told = {*versions, *affected, *before, ALL} if tells_all else affected ^ before
                 for name in told:
                     self._gauges[metric, (name,)] = float(name in affected)
                 self._affected[metric] = affected
+            for name in {*versions, *self._versions}:
+                now_is, was = versions.get(name, ""), self._versions.get(name)
+                if tells_all or now_is != was:
+                    self._gauges[VERSION, (name,)] = float(int(now_is or "0", 16))
+            self._versions = dict(versions)
 
     def collect(self) -> list[Measurement]:
         """Measurements that changed since the last call."""

@@ -164,6 +164,11 @@ class CalibrationStore:
         return sorted(self._current)
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Versions by name; empty for one that judges nothing."""
+        return {name: its.version for name, its in self._current.items()}
+
+    @property
     def broken(self) -> dict[str, str]:
         """By name, why a file cannot be used; what was read of it before stays in use."""
         return self._broken
