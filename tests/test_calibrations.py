@@ -156,6 +156,8 @@ def test_requests_that_are_computed_together_are_judged_apart(
     alone = service.answer([request(calibration="day", images=damaged)])
     assert [answer.status for answer in alone] == [422] and not service.is_exhausted
     assert json.loads(alone[0].body) == bodies[2] and "index" not in bodies[2]["error"]
+    (unread,) = service.answer([request(calibration="day", images=damaged[:1])])
+    assert json.loads(unread.body) == bodies[2]
     counted = {
         m.labels: m.value for m in service.telemetry.collect() if "expected" in m.metric.name
     }

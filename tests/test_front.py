@@ -212,7 +212,7 @@ def test_a_url_encoded_form_passes(front: RunningFront, upstream: Upstream, body
     came = post(front, content=body, **{"Content-Type": f"{URLENCODED}; charset=utf-8"}).json()
     assert came["body"].encode() == body
     assert dict(came["headers"])[TYPE_HEADER].startswith(URLENCODED)
-    for sent in (b'{"n": 4}', b' ["x"]\r\n'):  # as `curl -d` declares it
+    for sent in (b'{"n": 4}', b' ["x"]\r\n', '{"a": "é"}'.encode()):  # as `curl -d` declares it
         refused = post(front, content=sent, **{"Content-Type": URLENCODED})
         assert refused.status_code == 400
         assert "needs the header Content-Type: application/json" in refused.text

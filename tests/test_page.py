@@ -1083,7 +1083,7 @@ def test_a_session_that_the_server_does_not_know(tiny_bundle: Path) -> None:
     failed = [fn.fn for fn in fns if fn.fn.__name__ == "clear_if_failed"]
     assert len(failed) >= 4
     for clear in failed:
-        assert "was started again after this tab was opened" in str(clear(Runs()))
+        assert "The page could not start this." in str(clear(Runs()))
 
 
 def test_about(page: Page, service: RunningService) -> None:

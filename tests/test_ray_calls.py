@@ -15,6 +15,7 @@ import pytest
 
 from handlers.asgi.metrics import MODEL
 from handlers.limits import MAX_BATCH
+from handlers.ray_serve import reporter
 from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
 from handlers.ray_serve.reporter import MetricsReplica
 from handlers.ray_serve.scaling import REQUESTS, by_requests
@@ -219,7 +220,9 @@ def test_replicas_follow_the_requests_and_not_the_calls(
 # Metrics
 
 
-def test_gauges_end_with_the_replica_that_set_them_last() -> None:
+def test_gauges_end_with_the_replica_that_set_them_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two living replicas may have one rank, and thus the same labels."""
     labels = {"model_name": "score", MODEL: "m@1", "worker": "0", "calibration": "default"}
     counted = {"model_name": "score", MODEL: "m@1", "worker": "0"}
@@ -233,6 +236,11 @@ def test_gauges_end_with_the_replica_that_set_them_last() -> None:
         text = await metrics.text()
         assert f"{BROKEN.name}{{" in text and f"{IMAGES.name}{{" in text
         await metrics.leave("second")
+        text = await metrics.text()
+        assert f"{BROKEN.name}{{" not in text and f"{IMAGES.name}{{" in text
+        # One that was killed says nothing any more.
+        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "third")
+        monkeypatch.setattr(reporter, "SILENT_S", -1.0)
         text = await metrics.text()
         assert f"{BROKEN.name}{{" not in text and f"{IMAGES.name}{{" in text
 

@@ -42,10 +42,11 @@ def checked_type(content_type: str, body: bytearray) -> str:
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == URLENCODED:
-        if body[:_FILE_START].translate(None, _TEXT):
-            return ""
-        if body.lstrip().startswith((b"{", b"[")):  # curl declares it a form
+        start = body[:_FILE_START]
+        if start.lstrip().startswith((b"{", b"[")):  # curl declares it a form
             raise malformed("a JSON body needs the header Content-Type: application/json")
+        if start.translate(None, _TEXT):
+            return ""
         _check_names(_urlencoded_names(body))
     elif kind == MULTIPART:
         _check_names(multipart_names(content_type, body))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from handlers.asgi.metrics import Labels, Metrics
 
 logger = logging.getLogger(__name__)
 EVERY_S = 1.0
+SILENT_S = 30.0  # a replica reports its gauges more often
 SEND_S = 3.0  # the sum's replica may have ended
 Measured = list[tuple[str, dict[str, str], float]]  # name, labels and value
 
@@ -25,9 +27,11 @@ class MetricsReplica:
         self._refusals = Counter[str]()
         self._metrics = Metrics(self._refusals)
         self._writers: dict[tuple[str, Labels], str] = {}
+        self._heard: dict[str, float] = {}  # when each reporter sent something
 
     async def update(self, measured: Measured, refusals: Mapping[str, int], reporter: str) -> None:
         """Add what a reporter measured, and requests that it refused by the code of the error."""
+        self._heard[reporter] = time.monotonic()
         for name, labels, value in measured:
             self._metrics.update(name, labels, value)
             self._writers[name, tuple(labels.items())] = reporter
@@ -39,9 +43,13 @@ class MetricsReplica:
             name, labels = key
             self._metrics.drop_gauge(name, dict(labels))
             del self._writers[key]
+        self._heard.pop(reporter, None)
 
     async def text(self) -> str:
         """In Prometheus's text format."""
+        now = time.monotonic()
+        for silent in [one for one, at in self._heard.items() if now - at > SILENT_S]:
+            await self.leave(silent)  # it died; one that lives reports its gauges again
         return self._metrics.text()
 
 

@@ -25,7 +25,7 @@ from serving.page import charts
 from serving.page.files import write_file
 from serving.page.score import WORDS, alpha_input, notes_of
 from serving.page.served import (
-    RESTARTED,
+    NOT_STARTED,
     Runs,
     Served,
     Shared,
@@ -234,7 +234,7 @@ def add_tab(shared: Shared) -> None:
     def clear_if_failed(runs: Runs) -> Any:
         if runs.failed != runs.latest:
             return (gr.skip(),) * 3
-        return charts.problem(runs.error or RESTARTED), [], gr.DownloadButton(interactive=False)
+        return charts.problem(runs.error or NOT_STARTED), [], gr.DownloadButton(interactive=False)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=280):

@@ -45,7 +45,7 @@ NOT_AN_IMAGE = (
     "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
 )
 OTHER_MODEL = "The service has another model by now. Reload the page."
-RESTARTED = "The page was started again after this tab was opened. Reload it."
+NOT_STARTED = "The page could not start this. Try again; if that does not help, reload the page."
 UNEXPECTED = (
     "Something went wrong on the page. Try again. If it happens again, tell the person who runs "
     "this service."
@@ -495,7 +495,7 @@ def run_on_new_image(
     def clear_if_failed(runs: Runs) -> Any:
         if runs.failed != runs.latest:
             return one_or_all((gr.skip(),) * len(blank))
-        said = runs.error or RESTARTED  # a session that has no error is not the tab's own
+        said = runs.error or NOT_STARTED  # as after a restart, or by a full queue
         return one_or_all(tuple({**results, pane: problem(said)}.values()))
 
     @functools.wraps(run)

@@ -240,9 +240,11 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         engine: InferenceEngine,
     ) -> Response:
         parameters = request.parameters
-        for one in computed:
-            if isinstance(one, UnknownCalibration):  # which is no error of one image
-                raise unusable("unknown_calibration", str(one))
+        # An unknown calibration is no error of an image. If none can be read, nothing was computed.
+        judges: Sequence[object] = computed or [_judge(engine, parameters.calibration)]
+        for unknown in judges:
+            if isinstance(unknown, UnknownCalibration):
+                raise unusable("unknown_calibration", str(unknown))
         alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
         check_size(
@@ -331,7 +333,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
 
 
 def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
-    """The calibrations of a name, or the error for every image of the request."""
+    """The calibrations of a name, or the error of the request."""
     try:
         return engine.store.get(name)
     except UnknownCalibration as error:
