@@ -39,7 +39,9 @@ def _releases(found: dict[str, Any]) -> list[str]:
     if releases.get("canary"):
         share = f"{releases['share']:.3g} of the requests"
         if releases.get("canary_is_lost"):
-            share = "does not run: it is being started again, or front.out says why not"
+            share = (
+                "is not running: it is being started, or front.out says why; ade rollback ends it"
+            )
         for what, models in (("current", releases["current"]), ("canary", releases["canary"])):
             lines.append(f"{what:11} {', '.join(models)}{f', {share}' if what == 'canary' else ''}")
             for model in models:

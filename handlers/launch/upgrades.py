@@ -373,7 +373,7 @@ def _has_another_default(bundle: Bundle) -> bool:
     """Whether ``default.npz`` is more than the bundle's own calibration with feedback's images."""
     try:
         default = Calibrations.load(path_of(bundle.folder, DEFAULT), DEFAULT)
-    except (CalibrationError, OSError):  # there is none, or it judges nothing
+    except (CalibrationError, OSError):  # missing, or of no use
         return False
     try:
         own = Calibrations.load(bundle.file(CALIBRATION_NAME))

@@ -114,7 +114,7 @@ VERSION = Metric(
     "ade_gate_calibration_version",
     "gauge",
     ("calibration",),
-    "The version of a calibration, its hexadecimal digits as a number; 0 if there is none.",
+    "The version of a calibration, its hexadecimal digits as a number; 0 if it judges nothing.",
 )
 DRIFT_IMAGES = Metric(
     "ade_drift_images", "gauge", ("calibration",), "Images with a verdict by this calibration."

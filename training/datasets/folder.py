@@ -41,7 +41,7 @@ def load_files(
     size = image_size or first_size(files)
     fits(size)
     if image_size is None:
-        report(f"images of {size} x {size} pixels, the size of the first file; others are resized")
+        report(f"images of {size} x {size} pixels, the size of the first file; all others get it")
     names = [p.relative_to(folder).as_posix() for p in files]
     versions = [_version(path) for path in files]
     source = json.dumps([str(folder.resolve()), size])

@@ -241,10 +241,10 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
     ) -> Response:
         parameters = request.parameters
         # An unknown calibration is no error of an image. If none can be read, nothing was computed.
-        judges: Sequence[object] = computed or [_judge(engine, parameters.calibration)]
-        for unknown in judges:
-            if isinstance(unknown, UnknownCalibration):
-                raise unusable("unknown_calibration", str(unknown))
+        outcomes: Sequence[object] = computed or [_judge(engine, parameters.calibration)]
+        for one in outcomes:
+            if isinstance(one, UnknownCalibration):
+                raise unusable("unknown_calibration", str(one))
         alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
         check_size(
