@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import re
@@ -200,6 +201,7 @@ def test_what_can_be_read(app: RunningApplication) -> None:
     assert httpx.get(f"{app.url}/readyz").json() == {"ready": True}
     assert httpx.get(f"{app.url}/ping").json() == {"status": "Healthy"}
     document = httpx.get(f"{app.url}/openapi.json").json()
+    assert document["servers"] == [{"url": "/"}]  # clients on other machines read it, too
     assert set(document["paths"]) == {f"/predictions/{operation}" for operation in OPERATIONS}
     assert httpx.get(f"{app.url}/v1/openapi.json").json() == document
     head = httpx.head(f"{app.url}/openapi.json")
@@ -918,6 +920,10 @@ def test_v2_requests_that_are_no_json(app: RunningApplication) -> None:
     assert httpx.post(url, content=b"[" * 2**20).status_code == 413
     assert httpx.get(url).status_code == 405
     assert "no such model" in v2_error_of(httpx.post(f"{app.url}/v2/models/x/infer"))
+    assert "a model has /v2" in v2_error_of(httpx.get(f"{app.url}/v2/models/score/config"))
+    assert httpx.get(f"{app.url}/v2/").json() == httpx.get(f"{app.url}/v2").json()
+    packed = httpx.post(url, content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"})
+    assert packed.status_code == 415 and "must not be compressed" in v2_error_of(packed)
 
 
 def test_v2_errors_of_the_front_and_the_guard_have_its_shape(app: RunningApplication) -> None:
@@ -929,15 +935,19 @@ def test_v2_errors_of_the_front_and_the_guard_have_its_shape(app: RunningApplica
     ):
         answer = httpx.post(url, headers=headers, content=body)
         assert answer.status_code == status and v2_error_of(answer)
-    assert "there is /predictions" in v2_error_of(httpx.get(f"{app.url}/v2/other"))
+    assert "there are /predictions" in v2_error_of(httpx.get(f"{app.url}/v2/other"))
     assert error_of(httpx.get(f"{app.url}/v20")) == "not_found"
 
 
 def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
-    def ask(inputs: list[dict[str, Any]], binary: bytes = b"", **fields: Any) -> httpx.Response:
+    """An image would be judged by another calibration, or otherwise, than the client asked for."""
+
+    def ask(
+        inputs: list[dict[str, Any]], binary: bytes = b"", query: str = "", **fields: Any
+    ) -> httpx.Response:
         text = json.dumps({"inputs": inputs, **fields}).encode()
         return httpx.post(
-            f"{app.url}/v2/models/score/infer",
+            f"{app.url}/v2/models/score/infer{query}",
             content=text + binary,
             headers={"Inference-Header-Content-Length": str(len(text))},
         )
@@ -961,9 +971,51 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
         (ask([image], parameters={"format": "npy"}), 422, "format is not a parameter"),
         (ask([image], parameters={"image1": "x"}), 422, "'image1' is not a parameter: images are"),
         (ask([image], parameters={"image": "x"}), 422, "'image' is not a parameter: images are"),
+        (ask([image], query="?calibration=night"), 400, "not of the query string"),
+        (ask([image], calibration="night"), 422, "the request has no 'calibration'"),
+        (
+            ask([{**image, "parameters": {"calibration": "night"}}]),
+            422,
+            "parameters of the tensor 'images' has no 'calibration'; it may have binary_data_size",
+        ),
+        (
+            ask([image], outputs=[{"name": "bpd", "parameters": {"classification": 2}}]),
+            422,
+            "parameters of the tensor 'bpd' has no 'classification'",
+        ),
+        *(
+            (ask([image], parameters={name: value}), 422, f"{name} is not a parameter here")
+            for name, value in (("fdr", 0.05), ("map", True), ("explain", True))
+        ),
+        (ask([image], parameters={"calibration": None}), 422, "must be a string, got null"),
     ):
         assert answer.status_code == status and message in answer.json()["error"], answer.text
     assert ask([in_bytes], b"\t" * 3072).json()["outputs"] == ask([image]).json()["outputs"]
+    assert ask([image], parameters={"alpha": None, "resize": None}).status_code == 200
+
+
+def test_v2_takes_as_many_values_as_the_api() -> None:
+    bundle = open_bundle(PRETRAINED)
+    image = np.full(bundle.image_shape, 255, np.uint8).tolist()
+    ones = [[np.ones(shape).tolist() for shape in bundle.latent_shapes]] * 256
+    for operation, request in (
+        ("score", {"inputs": [{"name": "images", "data": [image] * 256}]}),
+        ("sample", {"inputs": [], "parameters": {"latents": ones}}),
+    ):
+        assert v2._head(json.dumps(request).encode(), operation, bundle).keys() == request.keys()
+
+
+def test_v2_tells_a_rejected_image_from_one_without_a_verdict(app: RunningApplication) -> None:
+    """Its p-value is a number, too, if alpha is too small for the calibration."""
+    one = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [9] * 3072}
+    found = {}
+    for alpha in (0.05, 1e-6):
+        request = {"inputs": [one], "parameters": {"alpha": alpha}}
+        answer = httpx.post(f"{app.url}/v2/models/score/infer", json=request).json()
+        found[alpha] = {output["name"]: output["data"] for output in answer["outputs"]}
+    assert found[0.05]["p_value"] == found[1e-6]["p_value"] != [None]
+    assert found[0.05]["accepted"] == found[1e-6]["accepted"] == [False]
+    assert (found[0.05]["has_verdict"], found[1e-6]["has_verdict"]) == ([True], [False])
 
 
 # Overload, start and stop

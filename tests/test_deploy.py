@@ -280,7 +280,7 @@ def test_kserve_runs_the_same_container(pod: dict[str, Any], container: dict[str
     validator = pytest.importorskip("kubernetes_validate")
     runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
     predictor = service["spec"]["predictor"]
-    own = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "model"}
+    own = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout", "model"}
     (served,) = runtime["spec"]["containers"]
     assert served["name"] == "kserve-container"
     made = {key: value for key, value in predictor.items() if key not in own}
@@ -316,7 +316,9 @@ def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
         *inside,
         "ade-predictor.default.svc.cluster.local",
         "ade-default.example.com",
+        "ade-predictor-default.example.com",
     }
+    assert service["spec"]["predictor"]["timeout"] >= 245  # what a request may take
     for probe in ("startupProbe", "readinessProbe"):
         assert served[probe]["httpGet"] == {
             "path": "/v2/health/ready",

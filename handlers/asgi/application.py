@@ -35,17 +35,17 @@ from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.ports import local_address
 
 PREDICTIONS = ("/predictions/", "/v1/")
 READY = "/readyz"
-V2, V2_LIVE, V2_READY, V2_MODELS = "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/"
+V2, V2_SLASH = "/v2", "/v2/"  # the protocol's text and its OpenAPI document
+V2_LIVE, V2_READY, V2_MODELS = "/v2/health/live", "/v2/health/ready", "/v2/models/"
 V2_SERVER = {
     "name": "av-ade",
     "version": metadata.version("av-ade"),
     "extensions": ["binary_tensor_data"],
 }
-_V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>ready|infer))?")
+_V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>.*))?")
 _JOURNAL_OF_RELEASE = re.compile(rf"-release(\d+)-\d+{re.escape(JOURNAL)}")
 OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
 STOP_S = 25  # for accepted requests after a stop is requested
@@ -142,6 +142,7 @@ class Application:
                 "/openapi.json": lambda: described,
                 "/v1/openapi.json": lambda: described,
                 V2: lambda: _json(200, V2_SERVER),
+                V2_SLASH: lambda: _json(200, V2_SERVER),
                 V2_LIVE: lambda: _json(200, {"live": True}),
                 V2_READY: self._readiness,
             }.items()
@@ -166,7 +167,8 @@ class Application:
         raise ApiError(
             404,
             "not_found",
-            f"there is /predictions/{{operation}}, /v1/{{operation}}, {', '.join(self._reads)}",
+            "there is no such path; there are /predictions/{operation}, /v1/{operation}, "
+            + ", ".join(self._reads),
         )
 
     def _v2_model(self, path: str) -> Endpoint:
@@ -185,6 +187,12 @@ class Application:
                         {"name": model.name, "ready": model.is_ready},
                     )
                 )
+            )
+        if match["what"] is not None:
+            raise ApiError(
+                404,
+                "not_found",
+                f"there is no such path; a model has {V2_MODELS}{{name}}, …/ready and …/infer",
             )
         return Endpoint(_reading(lambda: _json(200, model.metadata)))
 
@@ -305,8 +313,7 @@ async def build_release(
     bundles = [open_bundle(Path(folder)) for folder in release.bundles]
     for bundle, model, digest in zip(bundles, release.models, release.digests, strict=True):
         check_same(bundle, model, digest)
-    url = f"http://{local_address(settings.host)}:{settings.port}"
-    document = openapi_document(url, bundles, settings.token is not None)
+    document = openapi_document("/", bundles, settings.token is not None)
     pools = make_pools(settings, release, bundles, metrics, limits)
     with metrics.of_models(release.models):
         try:

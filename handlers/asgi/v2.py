@@ -11,7 +11,7 @@ import functools
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,16 @@ import orjson
 from handlers.limits import MAX_REQUEST_BYTES
 from serving.api.errors import ApiError, ProtocolError, internal_error, malformed, unusable
 from serving.api.model import whole
+from serving.api.operations.sample import json_limits
 from serving.api.requests import (
     JSON_BYTES_PER_NUMBER,
     MAX_IMAGES,
     MAX_JSON_VALUES,
     MULTIPART,
+    JsonLimits,
     RawRequest,
     array_of,
+    counted_json,
     is_image_field,
 )
 from serving.api.responses import Response, check_size, error_response
@@ -53,6 +56,12 @@ _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
 IMAGES = "images"
 SAMPLE_INPUTS = ("n", "seed")
+# What a request may say, with what KServe's client adds. A name that were ignored might be that of
+# a calibration, in the wrong place.
+REQUEST_KEYS = {"id", "inputs", "outputs", "parameters", "model_name", "model_version"}
+INPUT_PARAMETERS, OUTPUT_PARAMETERS = {"binary_data_size"}, {"binary_data"}
+# Parameters of the API whose answers the tensors of a score do not hold.
+UNANSWERED = ("explain", "fdr", "map")
 FORMATS = {"sample": "npy", "encode": "npz", "reconstruct": "npy", "score": "json"}  # of the API
 Tensors = Mapping[str, np.ndarray]
 
@@ -92,6 +101,7 @@ def metadata(name: str, operation: str, bundle: Bundle, backend: str) -> dict[st
             _tensor("bpd", "FP64", (-1,)),
             _tensor("p_value", "FP64", (-1,)),
             _tensor("accepted", "BOOL", (-1,)),
+            _tensor("has_verdict", "BOOL", (-1,)),
         ],
     }
     takes = [_tensor(one, "INT64", (1,)) for one in SAMPLE_INPUTS]
@@ -120,30 +130,40 @@ def parse(
         probe, id: see :class:`serving.api.requests.RawRequest`.
 
     Raises:
-        ApiError: 400, or 422 for tensors that the model does not take.
+        ApiError: 400, or 422 for tensors and parameters that the model does not take.
     """
-    head = _head(body[:length], bundle)
+    head = _head(body[:length], operation, bundle)
     inputs = _inputs(head, memoryview(body)[length:])
     given = head.get("parameters") or {}
     outputs = head.get("outputs") or []
     if not isinstance(given, dict) or not isinstance(outputs, list):
         raise malformed("parameters must be an object, and outputs a list")
-    parameters = {name: _text(value) for name, value in given.items()}
+    if "calibration" in given and given["calibration"] is None:
+        raise unusable("bad_parameter", "calibration must be a string, got null")
+    parameters = {name: _text(value) for name, value in given.items() if value is not None}
     is_binary = parameters.pop("binary_data_output", "false") == "true"
     call = Call(
         model,
         operation,
         head["id"] if isinstance(head.get("id"), str) else None,
-        {_name(one): _is_binary(one, is_binary) for one in outputs},
+        {_name(one, OUTPUT_PARAMETERS): _is_binary(one, is_binary) for one in outputs},
         is_binary,
     )
     if "format" in parameters:
         raise unusable(
             "unknown_parameter", "format is not a parameter: the protocol has formats of its own"
         )
+    for name in UNANSWERED if operation == "score" else ():
+        if name in parameters:
+            raise unusable(
+                "unknown_parameter",
+                f"{name} is not a parameter here: no output would hold what it adds",
+            )
     for name in filter(is_image_field, parameters):  # they would be taken for files of a form
         raise unusable("unknown_parameter", f"{show(name)} is not a parameter: images are inputs")
     fields: dict[str, Any] = {**parameters, "format": FORMATS[operation]}
+    if operation == "score":
+        fields["explain"] = "false"
     known = SAMPLE_INPUTS if operation == "sample" else (IMAGES,)
     for name, tensor in inputs.items():
         if name not in known:
@@ -163,24 +183,38 @@ def parse(
     return RawRequest(MULTIPART, None, fields, probe, id, translate=translate)
 
 
-def _head(text: bytes, bundle: Bundle) -> dict[str, Any]:
-    """Parse a request's JSON after counting its values, which take more memory than text."""
-    most = MAX_JSON_VALUES + MAX_IMAGES * math.prod(bundle.image_shape)
-    if text.count(b",") + text.count(b"[") > most or text.count(b"{") > MAX_JSON_VALUES:
-        raise ApiError(413, "request_too_large", f"JSON may have at most {most} values here")
+def _head(text: bytes, operation: str, bundle: Bundle) -> dict[str, Any]:
+    height, width, channels = bundle.image_shape
+    limits = JsonLimits(
+        MAX_REQUEST_BYTES,
+        MAX_JSON_VALUES + MAX_IMAGES * (1 + height + height * width),
+        MAX_JSON_VALUES + MAX_IMAGES * height * width * channels,
+    )
+    if operation == "sample":
+        limits = json_limits(bundle.latent_shapes)
     try:
-        head = orjson.loads(text)
+        head = orjson.loads(counted_json(text, "the request", limits))
     except ValueError as error:
         raise malformed(f"the request is not JSON: {error}") from None
     if not isinstance(head, dict) or not isinstance(head.get("inputs"), list):
         raise malformed("the request must be a JSON object with a list of inputs")
+    _only(REQUEST_KEYS, head, "the request")
     return head
+
+
+def _only(known: Collection[str], given: Mapping[str, Any], what: str) -> None:
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise unusable(
+            "unknown_parameter",
+            f"{what} has no {show(unknown)}; it may have {', '.join(sorted(known))}",
+        )
 
 
 def _inputs(head: dict[str, Any], binary: memoryview) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for one in head["inputs"]:
-        name = _name(one)
+        name = _name(one, INPUT_PARAMETERS)
         if name in found:
             raise malformed(f"there are several inputs {show(name)}: stack images into one")
         dtype = DATATYPES.get(str(one.get("datatype")))
@@ -244,11 +278,14 @@ def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
     return flat
 
 
-def _name(tensor: Any) -> str:
+def _name(tensor: Any, known: Collection[str]) -> str:
+    """The name of an input or output, whose own parameters are known."""
     if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
         raise malformed("inputs and outputs must be objects with a name")
-    if not isinstance(tensor.get("parameters") or {}, dict):
+    parameters = tensor.get("parameters") or {}
+    if not isinstance(parameters, dict):
         raise malformed("parameters must be an object")
+    _only(known, parameters, f"parameters of the tensor {show(tensor['name'])}")
     return str(tensor["name"])
 
 
@@ -337,6 +374,7 @@ def _tensors(operation: str, response: Response) -> Tensors:
         return {
             **{name: np.array(column, np.float64) for name, column in columns.items()},
             "accepted": np.array([one.get("decision") == "accept" for one in results]),
+            "has_verdict": np.array([type(one.get("ood")) is bool for one in results]),
         }
     stream = io.BytesIO(response.body)
     if operation == "encode":

@@ -58,5 +58,5 @@ def only_metrics(endpoint: Endpoint, path: str) -> Endpoint:
         ApiError: 404, it is another path.
     """
     if path != "/metrics":
-        raise ApiError(404, "not_found", "there is /metrics")
+        raise ApiError(404, "not_found", "there is no such path; this port has /metrics")
     return endpoint

@@ -209,7 +209,7 @@ class Front:
             ApiError: the engine did not answer, or cannot read the request.
             ClientGone: the client closed the connection before the request was computed.
         """
-        request = self._request(scope, body, endpoint.takes_forms)
+        request = self._request(scope, body, endpoint)
         if endpoint.route is not None:
             endpoint = endpoint.route(request)
         if endpoint.model and request.model not in ("", endpoint.model):
@@ -229,12 +229,12 @@ class Front:
             lane.has_answered()
         return answer
 
-    def _request(self, scope: Scope, body: bytearray, takes_forms: bool) -> Request:
+    def _request(self, scope: Scope, body: bytearray, endpoint: Endpoint) -> Request:
         """The request of an endpoint.
 
         Raises:
-            ApiError: 400, there are parameters in the query string, which engines ignore; or the
-                body is a form that the engine would not read as it is.
+            ApiError: 400, there are parameters in the query string, which engines ignore, or the
+                body is a form that the engine would not read as it is; 415, it is compressed.
         """
         is_probe = any(
             hmac.compare_digest(value.encode(), self._probe_secret)
@@ -246,12 +246,19 @@ class Front:
             for name, value in reversed(scope["headers"])
         }
         content_type = headers.get("content-type", "")
-        if takes_forms:
-            if scope.get("query_string"):
-                raise malformed(
-                    "parameters are fields of a form or of JSON, not of the query string, got "
-                    + show(scope["query_string"].decode("latin-1"))
-                )
+        if endpoint.lane is not None and scope.get("query_string"):
+            raise malformed(
+                "parameters are fields of a form or of JSON, not of the query string, got "
+                + show(scope["query_string"].decode("latin-1"))
+            )
+        coding = headers.get("content-encoding", "identity")
+        if endpoint.lane is not None and coding.lower() != "identity":
+            raise ApiError(
+                415,
+                "unsupported_encoding",
+                f"bodies must not be compressed, got Content-Encoding: {show(coding)}",
+            )
+        if endpoint.takes_forms:
             content_type = checked_type(content_type, body)
         return Request(method, scope["path"], headers, content_type, body, is_probe)
 

@@ -119,7 +119,9 @@ class ModelServer:
             return self._predictions[name]
         if path == PREDICTIONS + name and name and "/" not in name:
             raise ApiError(404, "unknown_model", "the service has no model of this name")
-        raise ApiError(404, "not_found", "there is /predictions/{operation} and /ping")
+        raise ApiError(
+            404, "not_found", "there is no such path; there are /predictions/{operation} and /ping"
+        )
 
     async def _infer(self, server: aiohttp.ClientSession, request: Request) -> Answer:
         return _translated(await self._ask(server, request))

@@ -153,8 +153,10 @@ def _bytes(value: Any) -> bytes:
     return bytes(value)
 
 
-def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: JsonLimits) -> Any:
-    """Parse JSON after counting its bytes, lists and values.
+def counted_json(
+    text: bytes | bytearray | memoryview | str, name: str, limits: JsonLimits
+) -> bytes:
+    """The bytes of a JSON text whose bytes, lists and values are few enough to be parsed.
 
     Parsed values take many times the memory of their text.
 
@@ -164,17 +166,8 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
         limits: the largest counts.
 
     Raises:
-        ApiError: 413 or 400; among others, an object has a key more than once, of which parsers
-            use different ones: a proxy that checks requests must see what is answered.
+        ApiError: 413; or 400, it is neither text nor bytes.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise malformed(f"{name} has the key {show(repeated)} more than once")
-        return found
-
     if len(text) > limits.bytes:
         raise ApiError(
             413,
@@ -192,6 +185,25 @@ def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: Js
                 "request_too_large",
                 f"JSON may have at most {most} {what} here, {name} has {count}",
             )
+    return data
+
+
+def parse_json(text: bytes | bytearray | memoryview | str, name: str, limits: JsonLimits) -> Any:
+    """Parse JSON that is small enough; arguments as for :func:`counted_json`.
+
+    Raises:
+        ApiError: 413 or 400; among others, an object has a key more than once, of which parsers
+            use different ones: a proxy that checks requests must see what is answered.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise malformed(f"{name} has the key {show(repeated)} more than once")
+        return found
+
+    data = counted_json(text, name, limits)
     try:
         return json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

@@ -267,15 +267,20 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
         return response
 
 
-def _given(request: RawRequest, latent_shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """The values of a request, which may be JSON or a form."""
+def json_limits(latent_shapes: Sequence[tuple[int, int, int]]) -> JsonLimits:
+    """Limits of a request's JSON, which may hold the latents of the most images."""
     arrays = MAX_IMAGES * ARRAYS_PER_LEVEL
     numbers = arrays * sum(map(math.prod, latent_shapes))
-    limits = JsonLimits(
+    return JsonLimits(
         2**20 + JSON_BYTES_PER_NUMBER * numbers,
         MAX_JSON_VALUES + arrays * sum(2 + c + c * h for c, h, _ in latent_shapes),
         2 * MAX_JSON_VALUES + numbers,
     )
+
+
+def _given(request: RawRequest, latent_shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """The values of a request, which may be JSON or a form."""
+    limits = json_limits(latent_shapes)
     if request.body is None:
         # The server drops fields without a name, which a JSON body without its type becomes.
         if not request.fields and is_type(request.content_type, URLENCODED):
