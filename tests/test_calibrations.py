@@ -460,7 +460,8 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     engine = start()
     (score,) = engine.score(dark[:1])
     assert isinstance(score, Score) and score.verdict is None
-    assert engine.store.broken == {"/": f"{bundle / FOLDER} is gone"}
+    gone = {"/": f"{bundle} no longer holds the bundle that is served"}
+    assert engine.store.broken == gone
     assert engine.store.missing == ["default"]
     bundle.with_name("elsewhere").rename(bundle)
     expected = Calibrations.load(night_file).version
@@ -469,11 +470,14 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     bundle.rename(bundle.with_name("elsewhere"))
     bundle.mkdir()
     another = {**json.loads((copy / MANIFEST_NAME).read_text()), "name": "another"}
-    for manifest in (None, another):
+    for manifest, has_folder in ((None, False), (another, False), (another, True)):
         if manifest is not None:
             (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+        if has_folder:  # without the file that would decide
+            add(bundle, night_file, "night")
         engine = start()
         assert engine.store.get().exact is None and engine.store.missing == ["default"]
+        assert engine.store.broken == gone
     shutil.rmtree(bundle)
     bundle.with_name("elsewhere").rename(bundle)
     # A bundle without named calibrations is judged by its own once it is back.
@@ -483,6 +487,45 @@ def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
     shutil.rmtree(bundle.with_name("elsewhere") / FOLDER)
     bundle.with_name("elsewhere").rename(bundle)
     assert engine.store.get().exact is not None and not engine.store.broken
+
+
+def test_a_bundle_that_is_replaced_leaves_its_calibrations_in_use(
+    bundle: Path, night_file: Path
+) -> None:
+    add(bundle, night_file, "default")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    version, manifest = engine.store.get().version, (bundle / MANIFEST_NAME).read_text()
+    another = {**json.loads(manifest), "name": "another"}
+    (bundle / MANIFEST_NAME).write_text(json.dumps(another))
+    (bundle / FOLDER / "default.npz").unlink()
+    engine.store.refresh()
+    assert engine.store.get().version == version
+    assert engine.store.broken == {"/": f"{bundle} no longer holds the bundle that is served"}
+    (bundle / MANIFEST_NAME).write_text(manifest)
+    engine.store.refresh()
+    assert engine.store.get().version != version and not engine.store.broken
+
+
+def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What remains is its empty mount point, on the disk of the bundle."""
+    add(bundle, night_file, "default")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    version = engine.store.get().version
+    (bundle / FOLDER / "default.npz").rename(bundle / "default.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_device", lambda folder: -1)
+        engine.store.refresh()
+        assert engine.store.get().version == version
+        reason = f"{bundle / FOLDER} is on another disk than before, without default"
+        assert engine.store.broken == {"/": reason}
+    (bundle / "default.npz").rename(bundle / FOLDER / "default.npz")
+    engine.store.refresh()
+    assert engine.store.get().version == version and not engine.store.broken
+    (bundle / FOLDER / "default.npz").unlink()  # on the same disk: the operator removed it
+    engine.store.refresh()
+    assert engine.store.get().version != version and not engine.store.broken
 
 
 def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:

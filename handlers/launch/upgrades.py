@@ -27,7 +27,7 @@ from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_
 from serving.engine.calibrations import open_calibrations
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.store import FOLDER, SUFFIX, path_of
+from serving.verdict.store import ALL, FOLDER, SUFFIX, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
 ALPHA = 0.01  # of a request that gives none
@@ -328,6 +328,12 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
     # What feedback made of the old bundle's own calibration is replaced by the new bundle's own.
     own = {DEFAULT} if new.has(CALIBRATION_NAME) and not _has_another_default(old) else set()
     lost = sorted(_calibrations(old) - _calibrations(new) - own)
+    if DEFAULT in lost:  # the running service decides by it: nobody should remove it
+        raise UpgradeError(
+            f"{new.model_id} has no calibration in the place of {FOLDER}/{DEFAULT}{SUFFIX} of "
+            f"{old.model_id}, by which requests without a name are decided: run ade calibrate "
+            f"{new.folder} --data … --into {new.folder} --name {DEFAULT}"
+        )
     if lost:
         raise UpgradeError(
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
@@ -338,6 +344,8 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
     except (BundleError, CalibrationError) as error:
         raise UpgradeError(f"the calibration of {new.model_id}: {error}") from error
     for name, reason in store.broken.items():
+        if name == ALL:
+            raise UpgradeError(f"the calibrations of {new.model_id}: {reason}")
         raise UpgradeError(
             f"the calibration {name} of {new.model_id}: {reason}: make it again with ade "
             "calibrate --into, or remove it"

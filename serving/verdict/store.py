@@ -115,7 +115,8 @@ class CalibrationStore:
     """Hands out calibrations by name; may be used by several threads at once.
 
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
-    stays in use; so it does if the folder vanishes. ``default.npz`` takes the place of the bundle's
+    stays in use; so it does if the folder vanishes, or is replaced with its bundle.
+    ``default.npz`` takes the place of the bundle's
     own calibration; if nothing was read of it before it became unusable, there is no verdict,
     because the bundle's own would accept other images. The same holds if the bundle is no longer
     where it was, be it at the start, or the folder of the named ones is a link that leads nowhere,
@@ -154,6 +155,7 @@ class CalibrationStore:
         # Whether the last refresh read every file. If not, unchanged files are read again.
         self._was_read = False
         self._may_hold_files = False  # the folder, when it was last there
+        self._device: int | None = None  # of the folder when its files were last read
         self.refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)
@@ -232,21 +234,27 @@ class CalibrationStore:
         if self._folder is None:
             return
         try:
-            found = _files(self._folder)
+            found, device = _files(self._folder), _device(self._folder)
         except FileNotFoundError:
-            # Moved, unmounted, replaced, or a link that leads nowhere: its former content stays in
-            # use.
-            if self._may_hold_files or self._folder.is_symlink() or not self._is_there():
-                self._report({**self._broken, ALL: f"{self._folder} is gone"})
+            if self._may_hold_files or self._folder.is_symlink():  # moved, or unmounted
+                self._keep(f"{self._folder} is gone")
                 return
-            found = {}
-        except OSError as error:  # its former content stays in use
+            found, device = {}, None
+        except OSError as error:
             self._may_hold_files = True
-            reason = f"{self._folder} cannot be read: {error.strerror}"
-            self._report({**self._broken, ALL: reason})
+            self._keep(f"{self._folder} cannot be read: {error.strerror}")
+            return
+        is_unchanged = self._was_read and found == self._seen and ALL not in self._broken
+        # That there is no folder says nothing of the bundle.
+        if not (is_unchanged and device is not None) and not self._is_there():
+            self._keep(f"{self._folder.parent} no longer holds the bundle that is served")
+            return
+        lost = sorted(self._seen.keys() - found.keys())
+        if lost and device != self._device:
+            self._keep(f"{self._folder} is on another disk than before, without {', '.join(lost)}")
             return
         self._may_hold_files = bool(found)
-        if self._was_read and found == self._seen and ALL not in self._broken:
+        if is_unchanged:
             return
         current, broken = {DEFAULT: self._own}, {}
         unread: set[str] = set()
@@ -267,6 +275,7 @@ class CalibrationStore:
         # One assignment each: readers see either the former or the new calibrations.
         self._current = current
         self._seen = {name: seen for name, seen in found.items() if name not in unread}
+        self._device = device
         self._was_read = not unread
         self._report(broken)
 
@@ -285,6 +294,10 @@ class CalibrationStore:
         read.check(self._statistics)
         _warn_of_another_coder(read)
         return read
+
+    def _keep(self, reason: str) -> None:
+        """Keep in use what was read before: the folder says nothing."""
+        self._report({**self._broken, ALL: reason})
 
     def _report(self, broken: dict[str, str]) -> None:
         for name, reason in broken.items():
@@ -310,6 +323,11 @@ def _printable(name: str) -> str:
     """A name that a calibration cannot have, for metrics and logs; others are left as they are."""
     shown = re.sub(r"[^A-Za-z0-9_.-]", "?", name)
     return shown if len(shown) <= 64 else f"{shown[:63]}?"  # not the name of another calibration
+
+
+def _device(folder: Path) -> int:
+    """Identifies the disk, and so the mount, that a folder is on."""
+    return folder.stat().st_dev
 
 
 def _files(folder: Path) -> dict[str, _Seen]:
