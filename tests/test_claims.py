@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.comparison.judging import _comparable, _deciding
+from training.comparison.judging import _comparable, _deciding, judge_claims
 from training.comparison.paper import Claim, Finding, claims
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
@@ -78,31 +78,60 @@ def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> No
         size, pixels = other.pop("size", "tiny"), other.pop("pixels", 32)
         config = dataclasses.replace(recipe("av-ade", pixels, 3, size), cooldown=cooldown)
         counts = {"samples": other.pop("samples", 10), "efficientnet_samples": 5}
+        counts["resnet20"] = other.pop("resnet20", "one")
         measured = {"split": "test[0:9]", "images": other.pop("measured", 9), "how": counts}
         row = {"seed": seed, "state": state, "budget": {"minutes": None}, "config": config}
         return {**row, "data": "cifar10", "measured": measured, **other}
 
     plain = [run(0, 400_000), run(1, 80_000), run(3, 150_000)]
     residual = [run(0, 150_016), run(3, 150_016)]
-    assert _comparable([residual, plain]) == (residual[1], plain[2])
-    assert _comparable([residual[:1], plain]) == (residual[0], plain[2])
+    assert _comparable([residual, plain]) == [(residual[1], plain[2])]
+    assert _comparable([residual[:1], plain]) == [(residual[0], plain[2])]
     more = [run(0, 150_000), run(1, 150_100)]  # the difference counts as none
-    assert _comparable([residual[:1], more]) == (residual[0], more[0])
-    assert _comparable([plain, plain]) == (plain[0], plain[0])
-    assert _comparable([plain[:1], residual[:1]]) == (plain[0], residual[0])  # budgets differ
-    assert _comparable([plain, []]) is None
+    assert _comparable([residual[:1], more]) == [(residual[0], more[0])]
+    assert _comparable([residual, [*more, run(3, 150_000)]])[1][1]["seed"] == 3
+    assert _comparable([plain, plain]) == [(plain[0], plain[0])]
+    assert _comparable([plain[:1], residual[:1]]) == [(plain[0], residual[0])]  # budgets differ
+    assert _comparable([plain, []]) == []
     # Another version of the program had no cooldown.
     older = run(0, 150_000, cooldown=0.0)
-    assert _comparable([[older], plain]) is None
-    assert _comparable([[older], [*plain, run(1, 80_000, cooldown=0.0)]]) is not None
+    assert not _comparable([[older], plain])
+    assert _comparable([[older], [*plain, run(1, 80_000, cooldown=0.0)]])
     for other in (
         {"data": "stl10"},
         {"size": "small"},
         {"pixels": 64},
         {"samples": 20},
         {"measured": 8},
+        {"resnet20": "another"},
     ):
-        assert _comparable([[run(0, 80_000, **other)], plain]) is None
+        assert not _comparable([[run(0, 80_000, **other)], plain])
+
+
+def test_a_claim_is_undecided_if_its_seeds_disagree() -> None:
+    def run(system: str, seed: int, bpd: float) -> dict[str, Any]:
+        return {
+            "seed": seed,
+            "state": {"images": 80_000, "inferring_since": None},
+            "budget": {"minutes": None},
+            "config": recipe(system, 32, 3, "tiny"),
+            "data": "cifar10",
+            "measured": {
+                "split": "test[0:9]",
+                "images": 9,
+                "how": {"samples": 10, "efficientnet_samples": 5},
+                "elbo": {"bpd": bpd},
+            },
+        }
+
+    first = [run("av-ade-s2", 0, 4.0), run("av-ade", 0, 4.1)]
+    for bpd, finding in ((3.9, HOLDS), (4.2, UNDECIDED)):
+        second = [run("av-ade-s2", 1, bpd), run("av-ade", 1, 4.1)]
+        ((found, text),) = [
+            one for one in judge_claims([*first, *second]) if one[1].startswith("two scales")
+        ]
+        assert found is finding
+        assert f"seed 0: BPD 4.00 against 4.10; seed 1: BPD {bpd:.2f} against 4.10" in text
 
 
 def test_unreliable_distances_decide_nothing() -> None:

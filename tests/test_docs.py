@@ -185,13 +185,13 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
         row["budget"]["minutes"] = 10.0
         row["state"]["seconds"] = 599.0 if row["config"].recipe == "vae" else 601.0
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes: " in page
+    assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes, seed 0: " in page
     assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
     # Another seed may have been measured.
     (seed1,) = [row for row in rows if row["name"] == "av-ade-seed1"]
     seed1["state"]["images"] = 400_000
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats VAE on samples (after 400,000 images: " in page
+    assert "**holds**: AV-ADE beats VAE on samples (after 400,000 images, seeds 0 and 1: " in page
 
 
 def test_the_gate_of_the_quick_start(

@@ -208,13 +208,19 @@ def test_psnr() -> None:
 
 @pytest.mark.slow
 @needs_data("data/cifar10", RESNET20)
-def test_resnet20_tells_images_from_noise() -> None:
+def test_resnet20_tells_images_from_noise(tmp_path: Path) -> None:
     from training.datasets import load_dataset
 
     part = load_dataset("cifar10", str(large_data("data/cifar10"))).parts["test"]
     network, device = ResNet20(large_data(RESNET20)), torch.device("cpu")
     features = features_of(network, part.images[:8000], device)
     assert (network.logits(features).argmax(1) == part.labels[:8000]).mean() > 0.91
+    with np.load(large_data(RESNET20)) as arrays:
+        weights = dict(arrays)
+    np.savez(tmp_path / "copy.npz", **dict(reversed(weights.items())))
+    np.savez(tmp_path / "other.npz", **(weights | {"linear.bias": weights["linear.bias"] + 1}))
+    assert ResNet20(tmp_path / "copy.npz").digest == network.digest
+    assert ResNet20(tmp_path / "other.npz").digest != network.digest
     assert frechet_distance(features[:4000], features[4000:]) == pytest.approx(0.1, abs=0.05)
     noise = np.random.default_rng(0).integers(0, 256, (2000, 32, 32, 3), dtype=np.uint8)
     assert frechet_distance(features[:4000], features_of(network, noise, device)) > 50

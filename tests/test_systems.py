@@ -222,19 +222,18 @@ def test_a_system_that_another_process_trains_is_left_to_it(
     assert compare_one(job, dataset, tmp_path) == [again]
 
 
-def test_a_path_spelt_otherwise_is_no_other_measurement(tmp_path: Path) -> None:
-    measured = {
-        "checkpoint": "step-1",
-        "split": "test[0:9]",
-        "how": {"draws": 8, "resnet20": "a.npz"},
-    }
+def test_measurements_with_another_network_are_other_measurements(tmp_path: Path) -> None:
+    """Distances in two networks' features cannot be compared, whatever their files are called."""
+    how = {"draws": 8, "resnet20": "a digest"}
+    measured = {"checkpoint": "step-1", "split": "test[0:9]", "how": how}
     (tmp_path / MEASURED).write_text(json.dumps(measured))
-    for how, same in (
-        ({"draws": 8, "resnet20": "/b/a.npz"}, True),
-        ({"draws": 8, "resnet20": None}, False),
-        ({"draws": 9, "resnet20": "a.npz"}, False),
+    for other, same in (
+        (how, True),
+        ({**how, "resnet20": "another"}, False),
+        ({**how, "resnet20": None}, False),
+        ({**how, "draws": 9}, False),
     ):
-        assert _is_measured(tmp_path, tmp_path / "step-1", how, "test[0:9]") == same
+        assert _is_measured(tmp_path, tmp_path / "step-1", other, "test[0:9]") == same
 
 
 def test_figures_of_another_test_part_are_measured_again(dataset: Dataset, tmp_path: Path) -> None:

@@ -1222,6 +1222,11 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
         check(trainer(), dataclasses.replace(dataset, parts=fewer))
     with pytest.raises(RunError, match="has other initial weights than process 0"):
         check(trainer(seed=1), dataset)
+    theirs = trainer()
+    assert theirs.discriminator is not None
+    theirs.discriminator.load_state_dict(trainer(seed=1).discriminator.state_dict())
+    with pytest.raises(RunError, match="has other initial weights than process 0"):
+        check(theirs, dataset)  # each would keep its own, and only one is saved
 
 
 def start_node(rank: int, port: int, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:

@@ -170,7 +170,14 @@ def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
     # Not their pixels, which another version of a decoder may give other values.
     names = dataset.files.get("train", dataset.splits["train"])
     images = [names, len(dataset.parts["train"])]
-    weights = [w.detach().cpu().numpy().tobytes() for w in trainer.model.state_dict().values()]
+    networks = [trainer.model, trainer.discriminator]
+    networks += [guide.network for guide in trainer.guides.values()]
+    weights = [
+        value.detach().cpu().numpy().tobytes()
+        for network in networks
+        if network is not None
+        for value in network.state_dict().values()
+    ]
     digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
     with _with_others(fabric):
         every = fabric.all_gather(torch.tensor([list(its.digest()) for its in digests]))

@@ -264,7 +264,7 @@ class Measurer:
                 inception_features(self.options.inception, np.asarray(images), self.device)[0]
                 for images in (self.images[:more], self.dataset.parts["train"].images[:most])
             )
-            self._fid_real = {few: held_out[:few], more: held_out, most: train}
+            self._fid_real = {few: held_out, more: held_out, most: train}
         fid: dict[str, Any] = {}
         for count in FID_COUNTS:
             part = "train" if count == FID_COUNTS[-1] else self.options.part

@@ -29,6 +29,7 @@ from serving.files import LOCK, locked
 from training.data import Dataset
 from training.loop import train
 from training.measure import MeasureOptions, Measurer
+from training.metrics.features import ResNet20
 from training.recipes import TrainConfig
 from training.run_options import RunOptions
 from training.run_start import check_budget, different_fields, open_run, read_started
@@ -87,10 +88,12 @@ def compare(
             one of its files is damaged.
     """
     ready = functools.cache(measurer)  # its networks are loaded once
-    # Names of files alone: an archive should not tell where it was made.
-    how = json.loads(json.dumps(dataclasses.asdict(options), default=lambda path: path.name))
+    # No paths: an archive should not tell where it was made.
+    how = dataclasses.asdict(options)
+    if options.resnet20 is not None:
+        how["resnet20"] = ResNet20(options.resnet20).digest
     if options.inception is not None:
-        how["inception"] = Path(options.inception).name
+        how["inception"] = "given"  # a file or "download", of the same weights
     kept = {row["name"]: row for row in _kept_rows(out)}
     archived = set()
     for job in jobs:
@@ -195,16 +198,8 @@ def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str,
         and _is_enough(row["state"], job)
         and row["measured"] is not None
         and row["measured"].get("split") == dataset.splits[how["part"]]
-        and _without_paths(row["measured"]["how"]) == _without_paths(how)
+        and row["measured"]["how"] == how
     )
-
-
-def _without_paths(how: dict[str, Any]) -> dict[str, Any]:
-    """The options of a measurement, with paths of weights replaced by whether there are any."""
-    return {
-        key: bool(value) if key in ("resnet20", "inception") else value
-        for key, value in how.items()
-    }
 
 
 def _is_measured(run: Path, folder: Path, how: dict[str, Any], split: str) -> bool:
@@ -215,7 +210,7 @@ def _is_measured(run: Path, folder: Path, how: dict[str, Any], split: str) -> bo
     return bool(
         before["checkpoint"] == folder.name
         and before.get("split") == split
-        and _without_paths(before["how"]) == _without_paths(how)
+        and before["how"] == how
     )
 
 

@@ -21,28 +21,41 @@ SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as
 
 
 def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
-    """What these runs say about each claim that they can test, and the claim with its figures."""
+    """What these runs say about each claim that they can test, and the claim with its figures.
+
+    A claim is undecided if its seeds disagree.
+    """
     found = []
     for claim in claims(tuple(used_spaces(rows))):
-        chosen = _comparable([_measured_runs(rows, name) for name in claim.systems])
-        if chosen is None:
+        candidates = _comparable([_measured_runs(rows, name) for name in claim.systems])
+        if not candidates:
             continue
-        budget = _shared_budget(chosen)
+        budget = _shared_budget(candidates[0])
         if budget is None:
-            *first, last = (f"{learned(row):,}" for row in chosen)
+            *first, last = (f"{learned(row):,}" for row in candidates[0])
             counts = f"{', '.join(first)} and {last}"
             found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
             continue
-        figures = [_deciding(row) for row in chosen]
-        shown = [
-            f"{SPACES.get(name, 'BPD')} {' against '.join(number_text(f[name]) for f in figures)}"
-            for name in claim.figures
-            if all(f[name] is not None for f in figures)
-        ]
-        if shown:
-            text = f"{claim.text} (after {budget}: {'; '.join(shown)})"
-            found.append((claim.judge(figures), text))
+        findings, texts = set(), []
+        for chosen in candidates:
+            figures = [_deciding(row) for row in chosen]
+            shown = [
+                f"{SPACES.get(n, 'BPD')} {' against '.join(number_text(f[n]) for f in figures)}"
+                for n in claim.figures
+                if all(f[n] is not None for f in figures)
+            ]
+            if shown:
+                findings.add(claim.judge(figures))
+                texts.append(f"{_seeds(chosen)}: {'; '.join(shown)}")
+        if findings:
+            finding = findings.pop() if len(findings) == 1 else Finding.UNDECIDED
+            found.append((finding, f"{claim.text} (after {budget}, {'; '.join(texts)})"))
     return found
+
+
+def _seeds(rows: Sequence[dict[str, Any]]) -> str:
+    seeds = sorted({row["seed"] for row in rows})
+    return f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
 
 
 def _deciding(row: dict[str, Any]) -> dict[str, float | None]:
@@ -59,22 +72,24 @@ def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str
     return [row for row in rows if row["measured"] and row["config"].recipe == system]
 
 
-def _comparable(runs: list[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...] | None:
-    """Choose one run of each system: among runs with equal budgets, those that learned most.
+def _comparable(runs: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], ...]]:
+    """Choose runs, one of each system: among those with equal budgets, the ones that learned most.
 
-    Of several it is runs with the same seed, which were trained together, and of those the first;
-    ``None`` if there are no runs of all systems that one version of the program trained on the same
-    data and at the same size, and that were measured alike.
+    Of several it is all with the same seed, which were trained together, or else the first. There
+    are none unless one version of the program trained all systems on the same data and at the same
+    size, and measured them alike.
     """
     candidates = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
     candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
     most = max((min(map(learned, rows)) for rows in candidates), default=0)
 
-    def preference(rows: tuple[dict[str, Any], ...]) -> tuple[bool, bool]:
-        is_longest = math.isclose(min(map(learned, rows)), most, rel_tol=SAME_BUDGET)
-        return is_longest, len({row["seed"] for row in rows}) == 1
-
-    return max(candidates, key=preference, default=None)
+    longest = [
+        rows
+        for rows in candidates
+        if math.isclose(min(map(learned, rows)), most, rel_tol=SAME_BUDGET)
+    ]
+    of_one_seed = [rows for rows in longest if len({row["seed"] for row in rows}) == 1]
+    return of_one_seed or longest[:1]
 
 
 def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
@@ -90,6 +105,7 @@ def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
             config.ema_decay,
             measured["split"],
             measured["images"],
+            measured["how"].get("resnet20"),
             measured["how"]["samples"],
             measured["how"]["efficientnet_samples"],
         )

@@ -5,6 +5,7 @@ Distances in them are named after them and never called FID.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,13 @@ class ResNet20(nn.Module):
                 f"{path} does not hold a ResNet-20: missing {missing}, unexpected {unexpected}"
             )
         self.eval().requires_grad_(False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, in whatever file they are."""
+        weights = {n: w for n, w in self.state_dict().items() if "num_batches" not in n}
+        parts = [weights[name].cpu().numpy().tobytes() for name in sorted(weights)]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def forward(self, x: Tensor) -> Tensor:
         """From images, ``(N, 3, H, W)`` in [0, 1], to features, ``(N, 64)``."""
