@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from serving.api.errors import ApiError
-from serving.api.operations.score import CalibrationLabel, ScoreResult
+from serving.api.operations.score import score_result
 from serving.api.requests import InputImage, prepare_source
 from serving.api.score_table import columns, failed_row, scored_row
 from serving.decode.pool import DecoderError
@@ -40,7 +40,6 @@ from serving.signals import signals_held
 from serving.tables import write_csv
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT
-from serving.verdict.decision import decide
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files per task
@@ -213,22 +212,8 @@ class FileScorer:
             return failed_row(path, image.code, in_options(image.message))
         if isinstance(score, NotFinite):
             return failed_row(path, "not_finite", str(score))
-        verdict = score.verdict
-        p_value = None if verdict is None else verdict.p_value
-        decision = decide(p_value, self.calibrations, image.resized, self.options.alpha)
-        label = CalibrationLabel(name=self.calibrations.name, version=self.calibrations.version)
-        result = ScoreResult(
-            bpd=score.bpd,
-            bpd_parts=score.parts,
-            standard_error=score.standard_error,
-            ood_score=None if verdict is None else verdict.ood_score,
-            p_value=p_value,
-            ood=decision.ood,
-            notes=list(image.notes),
-            decision=decision.choice,
-            decision_reason=decision.reason,
-            calibration=None if verdict is None else label,
-        )
+        alpha, notes = self.options.alpha, image.notes
+        result = score_result(score, self.calibrations, image.resized, alpha, notes)
         return scored_row(path, result)
 
 

@@ -55,14 +55,18 @@ class ScoreParameters(ImageParameters):
     samples: Annotated[
         int,
         Between(1, MAX_SAMPLES),
-        "draws K: 1 gives the ELBO, more the importance-weighted bound",
+        "draws K: 1 gives the ELBO, more the importance-weighted bound; no draw changes decision",
     ] = 1
-    alpha: Annotated[float, Above(0, 1), "false-alarm rate of ood"] = 0.01
+    alpha: Annotated[
+        float, Above(0, 1), "false-alarm rate: an image is rejected if its p_value is at most alpha"
+    ] = 0.01
     fdr: Annotated[
-        float | None, Above(0, 1), "false discovery rate over the images of the request"
+        float | None,
+        Above(0, 1),
+        "largest expected share of false alarms among the images of the request that are reported",
     ] = None
-    explain: Annotated[bool, "answer each statistic with its p-value"] = True
-    map: Annotated[bool, "answer the bits of each pixel"] = False
+    explain: Annotated[bool, "include the most unusual statistics, with their p-values"] = True
+    map: Annotated[bool, "include the bits of each pixel"] = False
     calibration: Annotated[str, "name of the calibration that decides"] = DEFAULT
 
 
@@ -112,7 +116,9 @@ class ScoreResult:
     )
     map: Annotated[Map | None, "with the parameter map"] = None
     notes: Notes = dataclasses.field(default_factory=list)
-    decision: Annotated[Choice, "accept if a calibrated verdict could have rejected and did not"]
+    decision: Annotated[
+        Choice, "accept, reject, or no_verdict if no decision is possible: let only accept through"
+    ]
     decision_reason: Annotated[str | None, "why there is no verdict: a code and an explanation"]
     calibration: Annotated[
         CalibrationLabel | None, "that decided; left out if there is none for this image"
@@ -265,8 +271,6 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
             if isinstance(score, Exception):
                 return unusable("not_finite", str(score))
             calibrations = score.calibrations
-            p_value = None if verdict is None else verdict.p_value
-            decision = decide(p_value, calibrations, image.resized, alpha)
             notes = list(image.notes)
             calibration = calibrations.of(image.resized)
             if calibration is None and calibrations.exact is not None:
@@ -275,13 +279,8 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 )
             if calibration is not None and (too_small := calibration.too_small(alpha)) is not None:
                 notes.append(too_small)
-            return ScoreResult(
-                bpd=score.bpd,
-                bpd_parts=score.parts,
-                standard_error=score.standard_error,
-                ood_score=None if verdict is None else verdict.ood_score,
-                p_value=p_value,
-                ood=decision.ood,
+            return dataclasses.replace(
+                score_result(score, calibrations, image.resized, alpha, notes),
                 discovery=discoveries.get(row),
                 explain=[
                     Unusual(u.statistic, round(u.value, DIGITS), round(u.p_value, DIGITS))
@@ -290,10 +289,6 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 map=None
                 if score.bits is None
                 else Map(bits=score.bits, png=write_png(heat_map(score.bits))),
-                notes=notes,
-                decision=decision.choice,
-                decision_reason=decision.reason,
-                calibration=None if calibration is None else _label(calibrations),
             )
 
         def group() -> Group | None:
@@ -340,5 +335,37 @@ def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibrat
         return error
 
 
-def _label(calibrations: Calibrations) -> CalibrationLabel:
-    return CalibrationLabel(name=calibrations.name, version=calibrations.version)
+def score_result(
+    score: EngineScore,
+    calibrations: Calibrations,
+    resized: bool,
+    alpha: float,
+    notes: Sequence[str],
+) -> ScoreResult:
+    """The score of an image, and the decision on it.
+
+    Args:
+        score: of the engine, with the verdict of these calibrations.
+        calibrations: that decide.
+        resized: whether the image was resized to the model's size.
+        alpha: false-alarm rate, above 0 and at most 1.
+        notes: on the image.
+
+    Raises:
+        ValueError: alpha is out of range.
+    """
+    verdict = score.verdict
+    decision = decide(None if verdict is None else verdict.p_value, calibrations, resized, alpha)
+    label = CalibrationLabel(name=calibrations.name, version=calibrations.version)
+    return ScoreResult(
+        bpd=score.bpd,
+        bpd_parts=score.parts,
+        standard_error=score.standard_error,
+        ood_score=None if verdict is None else verdict.ood_score,
+        p_value=None if verdict is None else verdict.p_value,
+        ood=decision.ood,
+        notes=list(notes),
+        decision=decision.choice,
+        decision_reason=decision.reason,
+        calibration=None if calibrations.of(resized) is None else label,
+    )
