@@ -694,9 +694,9 @@ def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: Runnin
         expect(panel.get_by_text("About 50 false alarms per day among 1,000")).to_be_visible()
         show(page, "Explore")
         expect(panel.locator("img[src*='step-4.png']")).to_be_visible()
-        type_into("Place", "12")
+        type_into("Position", "12")
         expect(panel.locator("img[src*='step-1.png']")).to_be_visible()
-        panel.get_by_label("number input for Place").press("Tab")
+        panel.get_by_label("number input for Position").press("Tab")
         expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
 
 
@@ -762,8 +762,8 @@ def test_explore(page: Page) -> None:
         io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='strip.png']"))
     )
     assert strip.size == (9 * 32, 32) and len(strip.getcolors(10**5) or []) > 50
-    panel.get_by_label("number input for Place").fill("8")
-    panel.get_by_label("number input for Place").press("Tab")
+    panel.get_by_label("number input for Position").fill("8")
+    panel.get_by_label("number input for Position").press("Tab")
     expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
     last = np.asarray(
         Image.open(io.BytesIO(image_bytes(page, "[role=tabpanel]:visible img[src*='seed-2.png']")))
@@ -870,7 +870,9 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     expect(panel.get_by_role("row", name="more.zip")).to_be_visible()
     page.get_by_role("button", name="Score all").click()
     expect(panel.get_by_role("heading", name="2 of 12 images rejected")).to_be_visible()
-    expect(panel.get_by_text("Rejected at a false-alarm rate of 1 %")).to_be_visible()
+    expect(
+        panel.get_by_text("At a false-alarm rate of 1 %, about 0.12 of 12 images")
+    ).to_be_visible()
     expect(panel.get_by_text("1 of 13 files got no verdict")).to_be_visible()
     expect(panel.get_by_text("2 of 12 images are unusual enough for a list")).to_be_visible()
     table = panel.locator(".ade-results")

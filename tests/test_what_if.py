@@ -218,7 +218,7 @@ def test_the_page_shows_both(engine: InferenceEngine) -> None:
     )
     assert "No image can be rejected" in charts.what_if(calibration, 0.001, 1000)
     bare = dataclasses.replace(calibration, corrupted={})
-    assert "does not say what would be caught" in charts.what_if(bare, 0.1, 1000)
+    assert "does not say which corrupted images" in charts.what_if(bare, 0.1, 1000)
 
 
 def test_the_command(

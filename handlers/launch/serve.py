@@ -274,9 +274,9 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
     requests = {
         "sample": "sample -H 'Content-Type: application/json'"
         ' -d \'{"n": 16, "seed": 7}\' -o samples.png',
-        "score": "score -T image.png",
-        "reconstruct": "reconstruct -T image.png -o reconstruction.png",
-        "encode": "encode -T image.png -o latents.json",
+        "score": "score -F image=@image.png -F resize=fit",
+        "reconstruct": "reconstruct -F image=@image.png -F resize=fit -o reconstruction.png",
+        "encode": "encode -F image=@image.png -F resize=fit -o latents.json",
     }
     curls = [
         f"curl{auth} {url}/predictions/{line}"

@@ -92,13 +92,13 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     caught = calibration.caught(alpha)
     said = (
         f"<p><b>About {shown} false {'alarm' if shown == '1' else 'alarms'} per day</b> among "
-        f"{per_day:,} in-distribution images; {low:,} to {high:,} with a probability of 95 %, for "
-        f"a calibration with {count:,} images.</p>"
+        f"{per_day:,} images like the calibration images; {low:,} to {high:,} with a probability "
+        f"of 95 %, for a calibration with {count:,} images.</p>"
     )
     if not caught:
         return (
-            f'<div class="ade-part">{said}<p><small>This calibration does not say '
-            "what would be caught: <code>ade calibrate</code> measures it.</small></p></div>"
+            f'<div class="ade-part">{said}<p><small>This calibration does not say which corrupted '
+            "images it would reject: <code>ade calibrate</code> measures it.</small></p></div>"
         )
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="ade-share">'
@@ -109,7 +109,7 @@ def what_if(calibration: Calibration, alpha: float, per_day: int) -> str:
     tested = max(map(len, calibration.corrupted.values()))
     return (
         f'<div class="ade-part">{said}<table class="ade-table ade-caught"><caption>'
-        f"Caught of {tested:,} images corrupted in each of these ways</caption>"
+        f"Share rejected of {tested:,} images corrupted in each of these ways</caption>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 

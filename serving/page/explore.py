@@ -205,7 +205,7 @@ def add_tab(shared: Shared) -> None:
                 with gr.Column(min_width=200):
                     frame = image_output("Interpolated image", height=220)
                     place = gr.Slider(
-                        0, STEPS - 1, value=STEPS // 2, step=1, label="Place", interactive=False
+                        0, STEPS - 1, value=STEPS // 2, step=1, label="Position", interactive=False
                     )
                 with gr.Column(min_width=200):
                     animated = image_output("Animation, forwards and backwards", height=220)
@@ -230,8 +230,8 @@ def add_tab(shared: Shared) -> None:
             )
             variation = seed_input(1, "Seed of the other samples", min_width=80)
             look = gr.Button("Show its levels", interactive=False)
-        coarse = image_strip("From its coarsest level alone, from two, … from all")
-        varied = image_strip("This level from other samples, all other levels its own")
+        coarse = image_strip("From its coarsest level alone, from two, … all levels")
+        varied = image_strip("The chosen level from other samples, all other levels its own")
     walk = gr.State(time_to_live=KEPT_S)
     drawn = [image_output("", visible=False) for _ in ends]
     private: Any = {"api_visibility": "private", "show_progress": "hidden"}

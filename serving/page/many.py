@@ -55,7 +55,7 @@ UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
 CHANGED = "The model or the files were just changed: press Score all again."
 REPLACED = (
     "two versions of the calibration judged these images, because it was replaced meanwhile or an "
-    "upgrade is under way: score them again for what is said of all together"
+    "upgrade is under way: score them again to get figures for the whole set"
 )
 THUMBNAIL = 48  # pixels of the longer side at most
 
@@ -113,7 +113,7 @@ def _unzipped(zipped: bytes, shown: str) -> Iterator[tuple[str, bytes]]:
     # Python copies the rest of an entry's extra fields for each of them.
     marks = (mark.start() for mark in re.finditer(ENTRY_MARK, zipped))
     if sum(int.from_bytes(zipped[at + 30 : at + 32], "little") for at in marks) > MOST_EXTRA:
-        raise gr.Error(f"{shown} has too much beside its files: pack it again.")
+        raise gr.Error(f"{shown} has too much metadata: create the zip again.")
     try:
         with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
             for info in archive.infolist():
@@ -123,7 +123,8 @@ def _unzipped(zipped: bytes, shown: str) -> Iterator[tuple[str, bytes]]:
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     # Python unpacks other methods without a limit, whatever the declared size.
                     raise gr.Error(
-                        f"{entry} is packed by another method than deflate: pack it again."
+                        f"{entry} is compressed by another method than deflate: create the zip "
+                        "again."
                     )
                 with archive.open(info) as file:
                     data = b"" if info.file_size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
@@ -331,8 +332,8 @@ def _said(
             whole = "No verdict on the file: its notes say why."
         return verdict_card("no_verdict", whole)
     sentence = (
-        f"Rejected at a false-alarm rate of {percent(alpha)}; if all were in-distribution, "
-        f"about {rounded(alpha * judged)} of {judged} would be."
+        f"At a false-alarm rate of {percent(alpha)}, about {rounded(alpha * judged)} of {judged} "
+        "images would be rejected by mistake if all were like the calibration images."
     )
     notes = [
         f"{discoveries or 'None'} of {judged} images {'are' if discoveries > 1 else 'is'} unusual "
@@ -348,7 +349,7 @@ def _said(
     if judged < count:
         unjudged = f"{count - judged} of {count} files got no verdict: their notes say why."
         notes.insert(0, unjudged)
-    facts = [f"all together: p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
+    facts = [f"is any of them unusual? p = {simes(p_values):.2g} (Simes)"] if judged > 1 else []
     heading = f"{rejected} of {judged} images rejected"
     choice: Choice = "reject" if rejected else "no_verdict" if judged < count else "accept"
     return verdict_card(choice, sentence, facts, notes, heading)

@@ -105,7 +105,8 @@ def add_tab(shared: Shared) -> None:
                 step=1,
                 label="Latent levels kept",
                 visible=served.most_levels > 1,
-                info="The finer levels take the values that the coarser ones predict.",
+                info="Latents describe an image in levels, from coarse to fine. Levels that are "
+                "not kept take the values that the coarser ones predict.",
             )
             go = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
@@ -115,9 +116,9 @@ def add_tab(shared: Shared) -> None:
                 "Move the slider. Left: what the model sees. Right: its reconstruction.",
                 elem_classes="ade-caption",
             )
-            strip = image_strip("Coarse to fine; last, the image")
+            strip = image_strip("From the coarsest level alone to all levels; last, the image")
             with gr.Accordion("Technical details", open=False):
-                difference = image_output("Difference, doubled around grey")
+                difference = image_output("Difference, doubled; grey where there is none")
                 bits = html()
     # Before the run that a new model starts, which then has the new number: the browser calls the
     # listeners of an event one after another.

@@ -8,9 +8,9 @@ from typing import Any
 # Arguments for curl, by operation, which is the last part of a path.
 BODIES = {
     "sample": "-H 'Content-Type: application/json' -d '{\"n\": 16, \"seed\": 7}' -o samples.png",
-    "encode": "-T image.png -o latents.json",
-    "reconstruct": "-T image.png -o reconstruction.png",
-    "score": "-T image.png",
+    "encode": "-F image=@image.png -F resize=fit -o latents.json",
+    "reconstruct": "-F image=@image.png -F resize=fit -o reconstruction.png",
+    "score": "-F image=@image.png -F resize=fit",
 }
 
 

@@ -254,7 +254,7 @@ async def receive(request: Request, quota: Quota) -> Response:
 def _length(request: Request) -> int:
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
-        raise UploadRefused(411, "An upload must say its length.")
+        raise UploadRefused(411, "An upload needs the header Content-Length.")
     return int(length.lstrip("0") or "0")  # Python reads no more than 4,300 digits
 
 
