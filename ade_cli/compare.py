@@ -30,10 +30,14 @@ from training.recipes import SIZES, recipe, recipe_names
 from training.run_options import RunOptions
 from training.runs import RunError
 
+FAILED = 1  # exit status
 ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"{parser.description} Exit status: 0; 2 for an error; {FAILED} if a system failed."
+    )
     parser.add_argument(
         "recipes",
         nargs="*",
@@ -82,14 +86,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measure_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     for name in args.recipes:
         if name not in recipe_names():
             raise RunError(f"RECIPE must be one of {', '.join(recipe_names())}, got {name!r}")
     check_one_process("start it several times with the same --out instead")
     device = choose_device(args.device)
+    failed = ""
     if args.recipes:
-        _train(args, device)
+        failed = _train(args, device)
     elif not args.out.is_dir():
         raise RunError(f"{args.out}: there is no such folder to report on")
     with locked(args.out / LOCK, wait=True):
@@ -98,10 +103,13 @@ def run(args: argparse.Namespace) -> None:
             say("nothing to report yet: other processes are still training or measuring")
         else:
             say(f"{write_comparison(rows, args.out, device)}")
+    if failed:
+        say(failed)
+    return FAILED if failed else 0
 
 
-def _train(args: argparse.Namespace, device: torch.device) -> None:
-    """Train and measure the systems that are not finished."""
+def _train(args: argparse.Namespace, device: torch.device) -> str:
+    """Train and measure the systems that are not finished; returns which failed, if any."""
     if args.data is None:
         raise DataError("--data is required: it names the images to train on")
     budgets = [
@@ -126,7 +134,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         for budget in budgets
         for name in dict.fromkeys(args.recipes)
     ]
-    compare(
+    failed = compare(
         jobs,
         dataset,
         source_of(args),
@@ -135,3 +143,4 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         lambda: Measurer(dataset, device, options, say),
         say,
     )
+    return f"{len(failed)} of {len(jobs)} systems failed: {', '.join(failed)}" if failed else ""

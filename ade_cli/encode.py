@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from itertools import compress
 
 import numpy as np
@@ -33,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         required=True,
         metavar="FILE.npz",
-        help="arrays to write, one row per image: path, and mean_i, log_scale_i and z_i for each "
-        "level i, coarsest first",
+        help="new file for the arrays, one row per image: path, and mean_i, log_scale_i and z_i "
+        "for each level i, coarsest first",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".npz":
         raise FileError(f"--out must end with .npz, got {args.out}")
-    if args.out.is_dir():
-        raise FileError(f"--out must be a file, and {args.out} is a folder")
+    if os.path.lexists(args.out):
+        raise FileError(f"{args.out} exists already: delete it, or choose another file")
     check_parent(args.out)
     files = files_of(args.images)
     engine = load_engine(args.bundle, "encode")

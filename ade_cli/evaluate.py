@@ -117,11 +117,11 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     check_networks(options)
     folder = latest_checkpoint(args.run)
-    model = load_model(folder).to(device)
+    model, about = load_model(folder).to(device), read_config(folder)
     run_folder = run_of(folder)
     dataset = dataset_of_run(args, run_folder, model.config.image_size)
     measurer = Measurer(dataset, device, options, say)
-    result = measurer.measure(model, read_config(folder))
+    result = measurer.measure(model, about)
     print(json.dumps(result, indent=2))
     if run_folder == folder:
         return
@@ -133,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
     path = folder / "evaluation.json"  # `ade export` copies the figures to the manifest
     if args.part != "test" or not is_own:
         say(f"{path} is left as it is: it is for the part test of the run's own data set")
+    elif not folder.is_dir():  # a run that is still trained keeps its newest checkpoints alone
+        say(f"{folder} was replaced by a newer checkpoint meanwhile: the figures are only printed")
     else:
         _store(result, path)
 

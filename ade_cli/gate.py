@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, check_writable, files_of, load_engine
-from ade_cli.image_sets import GivenImages
+from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.paths import given_path
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
@@ -154,19 +155,19 @@ def _what_if(args: argparse.Namespace) -> None:
         if value < 1 or most is not None and value > most:
             limit = "" if most is None else f" and at most {most:,}"
             raise DataError(f"--{name.replace('_', '-')} must be at least 1{limit}, got {value}")
-    names = [*(path.stem for path in args.ood), *CORRUPTIONS, *SUBTLE]
+    names = [*map(name_of, args.ood), *CORRUPTIONS, *SUBTLE]
     if len(set(names)) < len(names):
         raise DataError(f"sets of OOD images need different names, got {', '.join(names)}")
     if args.report is not None:
         check_parent(args.report)
-        if args.report.is_dir():
-            raise FileError(f"--report must be a file, and {args.report} is a folder")
+        if os.path.lexists(args.report) and not args.report.is_file():
+            raise FileError(f"--report must be a new or a regular file, got {args.report}")
     engine = load_engine(args.bundle, "score", device="cpu")
     found = what_if(
         engine,
         engine.store.usable(args.calibration),
         GivenImages(args.data, args.images),
-        {path.stem: GivenImages(path, args.images) for path in args.ood},
+        {name_of(path): GivenImages(path, args.images) for path in args.ood},
         args.per_day,
         args.corrupted,
         report=say,

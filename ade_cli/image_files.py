@@ -75,6 +75,17 @@ def check_parent(out: Path) -> None:
     check_writable(out)
 
 
+def check_folder(out: Path) -> None:
+    """Check that an output folder, or files in it, can be made, before the work is done.
+
+    Raises:
+        FileError: it is a file, or cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileError(f"--out must be a folder, and {out} is a file")
+    check_writable(out)
+
+
 def check_writable(out: Path) -> None:
     """Check that a file can be made, or a folder and files in it, before the work is done.
 

@@ -17,6 +17,11 @@ from training.datasets.folder import image_files
 NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of an .npy and of an .npz file
 
 
+def name_of(path: Path) -> str:
+    """The name of a set of images: that of a file without its ending, or of a folder."""
+    return path.name if path.is_dir() else path.stem
+
+
 class GivenImages:
     """The images of a folder or of a file of arrays; can be iterated any number of times.
 
@@ -55,10 +60,14 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(f"{path} must be a folder of images or a regular file")
     try:
         with open(path, "rb") as file:
-            is_of_arrays = file.read(len(NPY)).startswith((NPY, ZIP))
+            begin = file.read(len(NPY))
             file.seek(0)
-            loaded = np.load(file, allow_pickle=False) if is_of_arrays else {}
-            found = [loaded] if isinstance(loaded, np.ndarray) else list(loaded.values())
+            is_of_arrays = begin.startswith((NPY, ZIP))
+            found: list[np.ndarray] = []
+            if begin == NPY:  # mapped: it may be larger than memory, and few images may be used
+                found = [np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))]
+            elif is_of_arrays:
+                found = list(np.load(file, allow_pickle=False).values())
     except NOT_ARRAYS as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not is_of_arrays:

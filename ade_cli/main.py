@@ -186,6 +186,10 @@ def _run(args: argparse.Namespace) -> int:
         extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
         _say_what_to_install(args.verb, error, extra)
         return 2
+    except MemoryError as error:
+        reason = f": {error}" if str(error) else ""
+        print(f"ade {args.verb}: there is not enough memory{reason}", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         from serving.decode.pool import DecoderError  # here, because it needs NumPy
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
-from ade_cli.image_files import FileError, check_writable, load_engine
-from ade_cli.image_sets import GivenImages
+from ade_cli.image_files import FileError, check_folder, load_engine
+from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.paths import given, given_path
 from export.verdict.choice import as_read, files_that_test
 from export.verdict.corruptions import CORRUPTIONS
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     check_outside(args.out, args.in_distribution)
     for path in args.ood:
         check_outside(args.out, str(path.resolve()))  # a folder, whatever its name
+    _check_out(args.out)
     engine = load_engine(args.bundle, "score", device="cpu")
     bundle = engine.bundle
     calibrations = engine.store.usable()
@@ -83,20 +85,34 @@ def run(args: argparse.Namespace) -> None:
             + (" for resized images" if calibrations.exact else "")
             + ": ade calibrate does that"
         )
-    names = [path.stem for path in args.ood]
+    names = [name_of(path) for path in args.ood]
     if len({*names, *CORRUPTIONS}) < len(names) + len(CORRUPTIONS):
         raise DataError(
             f"sets of OOD images need different names, got {', '.join((*names, *CORRUPTIONS))}"
         )
     own = bundle.manifest.get("calibration") or {}
-    sets = {path.stem: GivenImages(path, args.images) for path in args.ood}
+    sets = {name_of(path): GivenImages(path, args.images) for path in args.ood}
     id_name, id_images, trained = _id_images(args, bundle, calibrations.data or own.get("data"))
-    check_writable(args.out)  # before the images are scored
     try:
         made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say, trained)
     except CalibrationError as error:
         raise CalibrationError(in_options(str(error))) from None
     say(f"{made}")
+
+
+def _check_out(out: Path) -> None:
+    """Check before the images are scored where the report is to be written.
+
+    Raises:
+        FileError: no report can be written there, or it would replace another program's.
+    """
+    check_folder(out)
+    found = [name for name in ("report.md", "report.html") if os.path.lexists(out / name)]
+    if found and not (out / "figures.csv").is_file():
+        raise FileError(
+            f"{out} holds {' and '.join(found)}, but no figures.csv of an earlier ade ood-bench: "
+            "choose another --out"
+        )
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from ade_cli.help_texts import KIND
 from ade_cli.image_files import (
     FileError,
     add_image_arguments,
-    check_writable,
+    check_folder,
     files_of,
     load_engine,
     read_pixels,
@@ -33,16 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         required=True,
         metavar="DIR",
-        help="folder for one PNG per image, named like the image, in the subfolders of the images",
+        help="folder for one PNG per image, named like the image, in the subfolders of the images; "
+        "no file is replaced",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() in IMAGE_SUFFIXES:
         raise FileError(f"--out must be a folder, got {args.out}")
-    if args.out.exists() and not args.out.is_dir():
-        raise FileError(f"--out must be a folder, and {args.out} is a file")
-    check_writable(args.out)
+    check_folder(args.out)
     for folder in filter(Path.is_dir, args.images):
         if args.out.resolve().is_relative_to(folder.resolve()):
             raise FileError(
@@ -50,10 +49,9 @@ def run(args: argparse.Namespace) -> None:
                 "data"
             )
     outputs = _outputs(args.images, args.out)
-    parents = {file.resolve().parent for file in outputs}
     for path in outputs.values():
-        if path.parent.resolve() in parents and os.path.lexists(path):  # never a user's picture
-            raise FileError(f"{path.resolve()} would be overwritten: choose another --out")
+        if os.path.lexists(path):
+            raise FileError(f"{path} would be overwritten: choose another --out")
     engine = load_engine(args.bundle, "reconstruct")
     files, pixels = read_pixels(list(outputs), engine, args.resize)
     made = engine.reconstruct(pixels, [args.seed] * len(pixels), [args.kind] * len(pixels))

@@ -30,7 +30,7 @@ from training.loop import train
 from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
-from training.run_start import check_folder, check_start, check_weights, last_options
+from training.run_start import check_folder, check_start, last_options, read_started
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 
@@ -161,6 +161,8 @@ def run(args: argparse.Namespace) -> None:
             raise RunError(
                 f"--{name} must be that of the run, {before.get(name)}, with --resume, got {given}"
             )
+    if before and args.image_size is None:  # the folder may have another first image now
+        args.image_size = TrainConfig.from_dict(read_started(args.out)["config"]).model.image_size
     keeps_minutes = args.images is None and args.minutes is None
     default = IMAGES if args.minutes is None else NO_LIMIT
     options = RunOptions(
@@ -185,19 +187,19 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.guide is not None and not args.resume and not args.guide.is_file():
         raise RunError(f"--guide must be a file, got {args.guide}")
-    if args.dry_run:
-        config = make(image_size_of(args.data, args.root, args.image_size))
-        check_weights(config, args.out, options, args.resume)
-        print(json.dumps(config.to_dict(), indent=2))
-        return
     if (args.out / "run.json").is_file() and not args.resume:  # check_folder cannot name --resume
         raise RunError(
             f"{args.out} holds a run: continue it with --resume, or choose another folder"
         )
-    check_folder(args.out, args.resume)
+    check_folder(args.out, args.resume, options.guide)
     if args.resume and (args.out / "data.json").is_file():
         recorded = read_json(args.out / "data.json", "data")["data"]
         check_same_data({args.out: recorded}, args)
+    if args.dry_run:
+        config = make(image_size_of(args.data, args.root, args.image_size))
+        check_start(config, args.out, options, args.resume)
+        print(json.dumps(config.to_dict(), indent=2))
+        return
     choose_device(args.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
@@ -214,6 +216,13 @@ def run(args: argparse.Namespace) -> None:
             first = "" if checkpoint_folders(args.out) else f", after deleting {args.out}"
             raise RunError(
                 f"the GPU has too little memory: give a smaller --batch-size or --size{first}"
+            ) from error
+        except TrainingDiverged as error:
+            is_saved = bool(checkpoint_folders(args.out))
+            how = f"continue with --init {args.out} and" if is_saved else "start again with"
+            raise TrainingDiverged(
+                f"{error}; --resume would repeat the same steps: {how} another --out, and another "
+                "--seed or lower learning rates"
             ) from error
     spent = progress.seconds / 60
     say(f"{progress.images:,} images in {spent:.1f} minutes: {args.out / 'report.md'}")

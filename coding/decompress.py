@@ -72,6 +72,8 @@ def decompress(
             another bundle, or ``out`` exists or is of the wrong kind.
         BundleError: the bundle's files do not match its manifest.
     """
+    if archive.exists() and not archive.is_file():  # in a pipe no chunk can be found
+        raise CodingError(f"{archive} must be a regular file")
     with open(archive, "rb") as file:
         contents = scan(file, archive)
         _check_target(contents, out)

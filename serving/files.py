@@ -163,10 +163,15 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path, temporary: Path) -> Iterator[None]:
-    """Name ``path`` in errors that name its temporary file or folder, or none as a full disk's."""
+    """Name ``path`` in errors that name its temporary file or folder, and in those of a full disk.
+
+    The latter name no file, or the source of a copy as those of ``shutil``.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if error.errno in NO_ROOM and error.filename is None or error.filename == str(temporary):
             error.filename = str(path)
         raise

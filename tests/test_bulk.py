@@ -680,7 +680,10 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
         (["sample", "--bundle", "BUNDLE", "--out", "folder.png"], "folder.png: Is a directory"),
         (["score", "MISSING", "WIDE", "--bundle", "BUNDLE"], "no image could be scored"),
         (["encode", "EMPTY", "--bundle", "BUNDLE", "--out", "x.npz"], "empty holds no images"),
-        (["encode", "FILE", "--bundle", "BUNDLE", "--out", "folder.npz"], "folder.npz is a folder"),
+        (
+            ["encode", "FILE", "--bundle", "BUNDLE", "--out", "folder.npz"],
+            "folder.npz exists already",
+        ),
         (["reconstruct", "FILE", "--bundle", "EMPTY", "--out", "/proc/x"], "/proc/x cannot be wri"),
         (
             ["encode", "WIDE", "--bundle", "BUNDLE", "--out", "x.npz"],
@@ -792,6 +795,17 @@ def test_originals_are_never_overwritten(
         main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
     )
     assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+    elsewhere = shutil.copy(mine, tmp_path / "b.png")  # no folder of the given images
+    (tmp_path / "other").mkdir()
+    shutil.copy(mine, tmp_path / "other" / "b.png")
+    words = [str(tmp_path / "other" / "b.png"), "--bundle", str(tiny_bundle), "--out"]
+    assert main(["reconstruct", *words, str(tmp_path)]) == 2
+    assert "b.png would be overwritten" in capsys.readouterr().err
+    assert Path(elsewhere).read_bytes() == before
+    (tmp_path / "arrays.npz").write_bytes(b"mine")
+    assert main(["encode", *words, str(tmp_path / "arrays.npz")]) == 2
+    assert "arrays.npz exists already" in capsys.readouterr().err
+    assert (tmp_path / "arrays.npz").read_bytes() == b"mine"
     classes = tmp_path / "sorted" / tmp_path.name
     classes.mkdir(parents=True)
     (classes / "a.png").write_bytes(before)

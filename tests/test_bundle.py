@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
@@ -138,14 +139,19 @@ def test_a_changed_model_is_neither_exported_nor_measured_nor_a_start(
     with open(copy / name, "ab") as file:
         file.write(b" ")
     data = ["--data", str(tmp_path / "images")]
-    for words in (
+    commands = (
         ["export", str(copy), str(tmp_path / "out")],
         ["evaluate", str(copy)],
         ["train", "v-ade", "--init", str(copy), "--out", str(tmp_path / "out"), *data],
-    ):
+    )
+    for words in commands:
         assert main(words) == 2
         said = capsys.readouterr().err
         assert f"ade {words[0]}: {copy / name} does not match the manifest: expected" in said
+    (copy / "model.safetensors").unlink()
+    for words in commands:
+        assert main(words) == 2
+        assert f"{copy / 'model.safetensors'} is missing: the bundle" in capsys.readouterr().err
 
 
 def same_type(a: Any, b: Any) -> bool:
@@ -458,8 +464,11 @@ def test_a_verdict_of_another_version_is_replaced(
     manifest["files"]["calibration.npz"] = sha256_of(copy / "calibration.npz")
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (copy / "features.onnx").write_bytes(b"not listed")
+    for path in copy.iterdir():
+        path.chmod(0o444)
     calibrate_bundle(copy, tmp_path / "new", small_images[:150], small_images[150:], "corners")
     assert InferenceEngine(tmp_path / "new", device="cpu").calibration is not None
+    assert (tmp_path / "new" / "calibration.npz").stat().st_mode & stat.S_IWUSR
     assert not verify_bundle(tmp_path / "new").has("features.onnx")
 
 
@@ -481,6 +490,8 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
     (copy / "calibrations").mkdir()
     (copy / "calibrations" / "night.npz").write_bytes(b"named")
     (copy / "calibrations" / ".0123456789abcdef.tmp").write_bytes(b"being written")
+    (copy / "calibrations" / "former.d").mkdir()
+    (copy / "calibrations").chmod(0o555)
 
     def copied(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -489,6 +500,8 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
 
     found = {str(path.relative_to(tmp_path / "a")) for path in copied("a").rglob("*.*")}
     assert found == {*bundle.manifest["files"], "manifest.json", "calibrations/night.npz"}
+    assert (tmp_path / "a" / "calibrations").stat().st_mode & stat.S_IWUSR
+    (copy / "calibrations").chmod(0o755)
     (copy / "calibrations" / "gone.npz").symlink_to("nowhere")
     with pytest.raises(BundleError, match=r"/gone\.npz cannot be copied: .*No such file"):
         copied("vanished")

@@ -548,6 +548,13 @@ def chunks_of_start(data: bytes) -> int:
     return data.index(b"ADEc")
 
 
+def test_a_pipe_is_no_archive(bundle: Bundle, tmp_path: Path) -> None:
+    """Opening it would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CodingError, match="pipe must be a regular file"):
+        decompress.decompress(tmp_path / "pipe", tmp_path / "back", bundle)
+
+
 def test_another_bundle_is_refused(archived: Path, bundle: Bundle, tmp_path: Path) -> None:
     other = Bundle(
         bundle.folder,

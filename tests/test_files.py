@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -64,13 +65,10 @@ def test_a_link_is_replaced_and_not_followed(
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
     folder = make_folder(tmp_path / "images", small_images[:2])
-    for name, verb in {
-        "samples.npy": ["sample"],
-        "latents.npz": ["encode", str(folder / "class0" / "0000.png")],
-    }.items():
-        (tmp_path / name).symlink_to(theirs)
-        assert main([*verb, "--bundle", str(tiny_bundle), "--out", str(tmp_path / name)]) == 0
-        assert not (tmp_path / name).is_symlink() and np.load(tmp_path / name) is not None
+    samples = tmp_path / "samples.npy"
+    samples.symlink_to(theirs)
+    assert main(["sample", "--bundle", str(tiny_bundle), "--out", str(samples)]) == 0
+    assert not samples.is_symlink() and np.load(samples) is not None
     (tmp_path / "scores.csv.part").symlink_to(theirs)
     with pytest.raises(BulkError, match=r"scores.csv.part: Too many levels of symbolic links"):
         scorer = FileScorer(open_bundle(tiny_bundle), None, BulkOptions())
@@ -218,6 +216,9 @@ def test_a_full_disk_is_an_error_that_names_the_file(
         new_folder(tmp_path / "folder", ValueError) as folder,
     ):
         _save({"weights": torch.zeros(1000)}, folder / "raw.safetensors")
+    copied = OSError(errno.ENOSPC, "No space", "source", None, "copy")  # as shutil raises it
+    with pytest.raises(OSError, match="No space: '.*/whole'$"), replacing(tmp_path / "whole"):
+        raise copied
     with pytest.raises(OSError, match="^no errno$"), replacing(tmp_path / "whole"):
         raise OSError("no errno")
     assert not list(tmp_path.iterdir())
@@ -342,6 +343,18 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     skipped = decode_into(pixels, 8, [huge, good], Path.read_bytes, lines.append)
     assert skipped == ({0: "there is no memory to decode it"}, {0}) and pixels[1].any()
+
+
+def test_too_little_memory_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for reason, said in (
+        ("", ""),
+        ("Unable to allocate 9.00 TiB", ": Unable to allocate 9.00 TiB"),
+    ):
+        monkeypatch.setattr("ade_cli.recipes.run", Mock(side_effect=MemoryError(reason)))
+        assert main(["recipes"]) == 2
+        assert capsys.readouterr().err == f"ade recipes: there is not enough memory{said}\n"
 
 
 def test_unusable_files_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

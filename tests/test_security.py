@@ -261,6 +261,7 @@ def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
     for host in ("a..b", "ü..b", "ü" * 80):
         with pytest.raises(PortError, match=rf"{host} \(.*--host must be an address of this"):
             Ports.from_environment().check_free(host)
+        assert f"cannot listen on {host} (" in error_of_serve("--host", host)
 
 
 def test_a_page_port_that_is_taken_after_the_check_is_named() -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -325,6 +326,21 @@ def test_a_system_that_fails_before_it_begins_has_a_row(
     assert row["measured"] and row["failure"] is None
 
 
+def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
+    tmp_path: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.comparison.compare.train", Mock(side_effect=ValueError("why")))
+    folder, out = make_folder(tmp_path / "images", small_images[:40]), tmp_path / "out"
+    words = ["compare", "vae", "v-ade", "--data", str(folder), "--image-size", "8"]
+    with held_by_another(out / "runs" / "v-ade-seed0" / LOCK):
+        assert main([*words, "--device", "cpu", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("1 of 2 systems failed: vae-seed0\n") and (out / "report.md").is_file()
+
+
 @pytest.mark.parametrize(
     "words, instead",
     [
@@ -367,9 +383,7 @@ def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_
     rows = tmp_path / "rows.json"
     shutil.copy(ROOT / "docs" / "comparison" / "rows.json", rows)
     before = rows.read_bytes()
-    with pytest.raises(
-        RunError, match=r"gan-seed0 in .*rows\.json was trained with another .*clip"
-    ):
+    with pytest.raises(RunError, match=r"gan-seed0 in .*rows\.json was trained with data set "):
         compare_one(Job(narrow("gan"), options(1)), dataset, tmp_path)
     assert rows.read_bytes() == before and not (tmp_path / "runs").exists()
     job, failed = Job(narrow("gan"), options(1)), {"config": narrow("vae"), "data": "d"}
@@ -493,5 +507,5 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
     )
     (found,) = [row for row in read_rows(tmp_path) if row["name"] == "v-ade-seed0"]
     assert found["measured"] is None and found["state"]["images"] == 32 * STEPS
-    with pytest.raises(RunError, match="trained with another learning_rate"):
+    with pytest.raises(RunError, match=r"trained with learning_rate 0\.0005, now 0\.1"):
         run([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))])

@@ -26,7 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ade_cli.data_options import dataset_of
+from ade_cli.data_options import dataset_of, dataset_of_run
 from ade_cli.evaluate import _store
 from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
@@ -67,7 +67,7 @@ from training.losses import (
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
-from training.run_start import last_options, open_run, read_started
+from training.run_start import WRITTEN, last_options, open_run, read_started
 from training.runs import (
     Progress,
     RunError,
@@ -712,8 +712,8 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     assert json.loads(before["data.json"]) == {"data": "here"}
     for config, data, resume, message in [
         (narrow("vae"), dataset, False, "already holds a run"),
-        (narrow("v-ade"), dataset, True, "another .*model"),
-        (narrow("vae"), dataclasses.replace(dataset, name="other"), True, "another data set"),
+        (narrow("v-ade"), dataset, True, "recipe vae, now v-ade; .*flow_scales 0, now 1"),
+        (narrow("vae"), dataclasses.replace(dataset, name="other"), True, "images, now other"),
     ]:
         with pytest.raises(RunError, match=message):
             train(config, data, run, options, resume, {"data": "elsewhere"})
@@ -726,6 +726,55 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     splits = {**more.splits, "select": "9 files"}
     train(narrow("vae"), dataclasses.replace(more, splits=splits), run, options, resume=True)
     assert "and resumes with 9 files (part select)" in caplog.text
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "guide.onnx"])
+def test_a_run_replaces_no_file_of_another_program(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, guide = tmp_path / "out", tmp_path / "encoder.onnx"
+    out.mkdir()
+    for path in (out / name, guide):
+        path.write_text("mine")
+    words = ["train", "vae", "--data", str(folder), "--image-size", "8", "--out", str(out)]
+    assert main([*words, "--guide", str(guide)]) == 2
+    assert f"{out} holds {name}, but no run that can be resumed" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
+def test_a_resumed_run_keeps_its_image_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, run = Path(shutil.copytree(folder, tmp_path / "photos")), tmp_path / "run"
+    dataset = load_dataset(str(photos), None, 8)
+    open_run(run, recipe("vae", 8, 3), dataset, RunOptions(images=16), None)
+    Image.new("RGB", (16, 16)).save(photos / "0.png")  # the first image now
+    words = ["train", "vae", "--data", str(photos), "--out", str(run), "--resume", "--dry-run"]
+    assert main(words) == 0
+    assert main([*words, "--image-size", "16"]) == 2
+    assert "it was started with image_size 8, now 16\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_run_that_diverged_says_how_to_continue(
+    is_saved: bool,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+
+    def diverge(*given: Any) -> None:
+        if is_saved:
+            save_checkpoint(run, trainer(), Progress(), {})
+        raise TrainingDiverged("step 9: why")
+
+    monkeypatch.setattr("ade_cli.train.train", diverge)
+    assert main(["train", "vae", "--data", str(folder), *TRAIN, "--out", str(run)]) == 2
+    how = f"continue with --init {run} and" if is_saved else "start again with"
+    said = f"step 9: why; --resume would repeat the same steps: {how} another --out, and another"
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_has_one_process(
@@ -936,16 +985,31 @@ def test_a_dry_run_writes_nothing(
         found = {path: path.lstat() for root in (folder, tmp_path) for path in root.rglob("*")}
         return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
-    (tmp_path / "run" / "cache").mkdir(parents=True)
+    dataset = load_dataset(str(folder), None, 8)
+    open_run(tmp_path / "run", recipe("vae", 8, 3), dataset, RunOptions(images=16), None)
+    (tmp_path / "new" / "cache").mkdir(parents=True)  # as an interrupted start leaves it
     (tmp_path / "tmp").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr("training.datasets.folder.decode_into", None)  # as images are decoded
     before = tree()
     for verb, given in arguments.items():
-        for more in ([], ["--out", "run"], ["--out", "run", "--resume"]):
+        for more in ([], ["--out", "new"], ["--out", "run", "--resume"]):
             assert main([verb, *given, *more, "--dry-run"]) == 0
             assert json.loads(capsys.readouterr().out) and tree() == before
+        for more, refused in (
+            ([], "run holds a run: continue it with --resume"),
+            (["--resume", "--learning-rate", "0.1"], "with learning_rate 0.0005, now 0.1\n"),
+        ):
+            assert main([verb, *given, "--out", "run", *more, "--dry-run"]) == 2
+            assert refused in capsys.readouterr().err and tree() == before
+
+
+def test_an_option_may_need_another_one() -> None:
+    """Without which it changes nothing and is refused, as below."""
+    assert recipe("vae", 32, 3, flow_scales=1, flow_width=8).model.flow_width == 8
+    assert recipe("flow-gan-h", 32, 3, dequantizer_width=4, beta1=0.5).beta1 == 0.5
+    assert len(trainer(narrow("flow-gan-h", dequantizer_width=4)).optimizer.param_groups) == 2
 
 
 def test_a_grid_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) -> None:
@@ -970,6 +1034,9 @@ def test_a_grid_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) ->
         ("v-ade", {"d_widths": (8, 8)}, "d_widths: v-ade has no discriminator"),
         ("vae", {"g_learning_rate": 1e-4}, "g_learning_rate: vae has no discriminator"),
         ("real-nvp", {"augment": True}, "augment: real-nvp has no discriminator"),
+        ("vae", {"flow_width": 8}, "flow_width: vae has no flow"),
+        ("real-nvp", {"sigma": "scalar"}, "sigma: real-nvp has no VAE"),
+        ("flow-gan-h", {"beta1": 0.5}, "beta1: flow-gan-h has no weights that the likelihood al"),
         (
             "av-ade",
             {"d_widths": (8,) * 7},
@@ -1075,7 +1142,7 @@ def test_kill_9_and_resume_reach_the_same_losses(
     assert process.wait() == -signal.SIGKILL
     for words, message in (
         ([], "with --resume"),
-        (["--resume", "--quality-weight", "3"], "started with another quality_weight"),
+        (["--resume", "--quality-weight", "3"], "started with quality_weight 0.05, now 3.0"),
         (["--resume", "--seed", "3"], "--seed must be that of the run, 0, with"),
     ):
         assert main([*arguments, "--out", str(cut), *words]) == 2
@@ -1468,7 +1535,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("new", ["--guide", "encoder.onnx"], "for images of 8x8 pixels, got [[0, 16, 16, 3]]"),
         ("new", ["--init", "old"], "widths of a model and of the one that it starts from"),
-        ("old", ["--resume"], "it was started with another batch_size,"),
+        ("old", ["--resume"], "it was started with recipe vae, now av-ade; batch_size 16, now 32"),
     ],
 )
 def test_images_are_not_decoded_for_a_run_that_cannot_start(
@@ -1716,6 +1783,28 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
         assert json.loads((checkpoint / "evaluation.json").read_text())["images"] == kept
         assert ("evaluation.json is kept" in printed.err) == (count < kept)
     assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
+
+
+def test_figures_of_a_checkpoint_that_was_replaced_are_printed(
+    made_before: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a training does that still runs."""
+    run = Path(shutil.copytree(made_before / "old", tmp_path / "run"))
+    checkpoint = latest_checkpoint(run)
+
+    def replace(*given: Any) -> Dataset:
+        shutil.rmtree(checkpoint)
+        return dataset_of_run(*given)
+
+    monkeypatch.setattr("ade_cli.evaluate.dataset_of_run", replace)
+    given = ["evaluate", str(run), "--images", "4", "--draws", "1", "--device", "cpu"]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 4 and not checkpoint.exists()
+    assert f"{checkpoint} was replaced by a newer checkpoint meanwhile" in printed.err
 
 
 def test_copies_of_training_images_are_counted(

@@ -236,8 +236,13 @@ def test_the_command(
     text = capsys.readouterr().out
     assert "### Images of the model's size: 40 of the history, 100,000 per day\n" in text
     assert "false alarms per day" in text and "no verdict" in text and "\n| flat |" in text
-    assert main([*words, "--json"]) == 0
+    years = [tmp_path / "scenes.2024", tmp_path / "scenes.2025"]  # not endings, of folders
+    for year in years:
+        year.mkdir()
+        Image.fromarray(small_images[0]).save(year / "a.png")
+    assert main([*words, "--json", "--ood", *map(str, years)]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert {"flat", "scenes.2024", "scenes.2025"} < found["caught"].keys()
     assert found["ways"][0]["alarms"][0]["per_day"] == pytest.approx(100_000 * 15 / 151)
     assert found["caught"]["flat"][0] == 1.0
     np.save(tmp_path / "empty.npy", np.empty((0, 8, 8, 3), np.uint8))
@@ -251,11 +256,14 @@ def test_the_command(
     monkeypatch.setattr("ade_cli.gate.write_what_if", fail)
     assert main([*words, "--report", str(tmp_path / "report.html")]) == 2
     assert "false alarms per day" in capsys.readouterr().out
+    pipe = tmp_path / "pipe"  # a file that replaced it would reach no reader
+    os.mkfifo(pipe)
     for wrong, message in (
         (["--per-day", "0"], "--per-day must be at least 1"),
         (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),
         (["--ood", str(tmp_path / "constant.npy")], "different names"),  # as a corruption
-        (["--report", str(tmp_path)], "--report must be a file, and"),
+        (["--report", str(tmp_path)], "--report must be a new or a regular file, got"),
+        (["--report", str(pipe)], "--report must be a new or a regular file, got"),
         (["--data", str(tmp_path / "nowhere")], "there is no"),
         (["--calibration", "camera-9"], "there is no calibration 'camera-9'; there are default"),
     ):
@@ -369,6 +377,8 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
     np.save(tmp_path / "ordered.npy", np.repeat(small_images[:10], 20, axis=0))
     some = {image.tobytes() for image in GivenImages(tmp_path / "ordered.npy", 20)}  # type: ignore[union-attr]
     assert len(some) > 2
+    # Mapped into memory, since the file may be larger than it.
+    assert not any(image.flags.writeable for image in GivenImages(tmp_path / "ordered.npy", 20))  # type: ignore[union-attr]
     Image.fromarray(small_images[0]).save(tmp_path / "image.png")
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:100])
     # When a set is made, because the images of others may be scored before it is read.
@@ -433,6 +443,27 @@ def test_a_report_does_not_lie_among_its_images(
     words = ["ood-bench", str(PRETRAINED), "--id", "x.npy", "--ood", "cifar10"]
     assert main([*words, "--out", "cifar10/out"]) == 2
     assert "--out must lie outside of" in capsys.readouterr().err
+
+
+def test_a_report_replaces_none_of_another_program(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And this is known before any image is scored."""
+    out, sets = tmp_path / "out", [tmp_path / "scenes.2024", tmp_path / "scenes.2025"]
+    words = ["ood-bench", str(tiny_bundle), "--id", "nowhere", "--out", str(out)]
+    out.touch()
+    assert main(words) == 2 and f"folder, and {out} is a file" in capsys.readouterr().err
+    out.unlink()
+    out.mkdir()
+    (out / "report.html").touch()
+    assert main(words) == 2
+    assert f"{out} holds report.html, but no figures.csv" in capsys.readouterr().err
+    (out / "figures.csv").touch()  # of an earlier report
+    for folder in sets:
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    assert main([*words, "--ood", *map(str, sets)]) == 2
+    assert "there is no nowhere" in capsys.readouterr().err
 
 
 def test_advice_on_a_weak_gate() -> None:

@@ -280,6 +280,10 @@ _SIZES = {
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
 GUIDE_WEIGHT = 0.2  # if there is a guide
 _ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of such fields begin
+# Fields that need a flow, a VAE, or weights that only the likelihood trains.
+_OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_max_log_scale"}
+_OF_VAE = {"sigma", "patch", "posterior_iaf", "posterior_bound"}
+_OF_LIKELIHOOD = {"learning_rate", "beta1", "beta2"}
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 
@@ -399,7 +403,8 @@ def recipe(
 
     Raises:
         ValueError: there is no recipe or size of that name.
-        ConfigError: the image size does not suit the networks, or a change is invalid.
+        ConfigError: the image size does not suit the networks, or a change is invalid or has no
+            effect in this system.
     """
     if name not in _SYSTEMS:
         raise ValueError(f"recipe must be one of {', '.join(_SYSTEMS)}, got {name!r}")
@@ -452,7 +457,32 @@ def recipe(
     model = ModelConfig(
         **{"image_size": image_size, "channels": channels, **options, **of_the_model}
     )
-    return TrainConfig(recipe=name, size=size, model=model, **training)
+    config = TrainConfig(recipe=name, size=size, model=model, **training)
+    _check_effect(config, {*of_the_model, *changes})
+    return config
+
+
+def _check_effect(config: TrainConfig, given: set[str]) -> None:
+    """Check that fields that were given change something in this system.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    has_flow, has_vae = config.model.flow_scales > 0, bool(config.model.widths)
+    # As :class:`training.step.Trainer` groups the weights.
+    likelihood_trains = (
+        has_vae
+        or config.discriminator is None
+        or not config.flow_sees_quality
+        or config.model.dequantizer_width > 0
+    )
+    for has, names, what in (
+        (has_flow, _OF_FLOW, "flow"),
+        (has_vae, _OF_VAE, "VAE"),
+        (likelihood_trains, _OF_LIKELIHOOD, "weights that the likelihood alone trains"),
+    ):
+        if not has and (idle := names & given):
+            raise ConfigError(f"{min(idle)}: {config.recipe} has no {what}")
 
 
 def _names(config: type) -> set[str]:

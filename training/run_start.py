@@ -19,6 +19,8 @@ from training.run_options import RunOptions
 from training.runs import RunError, check_growth_from, checkpoint_folders, read_json, write_json
 
 logger = logging.getLogger(__name__)
+# What a run writes beside run.json; a start that was interrupted leaves only its lock and cache.
+WRITTEN = ("metrics.jsonl", "data.json", "report.md", "checkpoints", "pictures")
 
 
 def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
@@ -86,22 +88,10 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
             weights to start from or the guide do not suit the configuration.
         FeatureError: the guide cannot be read.
     """
-    check_folder(run, resume)
+    check_folder(run, resume, options.guide)
     check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])
-    check_weights(config, run, options, resume)
-
-
-def check_weights(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
-    """Check the guide and the weights to start from, if there are any.
-
-    The arguments are those of :func:`check_start`.
-
-    Raises:
-        RunError: they do not suit the configuration.
-        FeatureError: the guide cannot be read.
-    """
     options = resumed_options(run, options, resume)
     guide_of(config, options)
     if options.init is not None and not (resume and checkpoint_folders(run)):
@@ -128,17 +118,31 @@ def check_budget(run: Path, inferring_since: int | None, batch_size: int, images
         )
 
 
-def check_folder(run: Path, resume: bool) -> None:
+def check_folder(run: Path, resume: bool, guide: str | None = None) -> None:
     """Check that a run can start in a folder, or resume there.
 
+    Args:
+        run: the folder, which need not exist.
+        resume: whether the run is resumed.
+        guide: path of the guide, if there is one, of which a new run makes a copy.
+
     Raises:
-        RunError: the folder holds a run already, or holds none to resume.
+        RunError: the folder holds a run already, or holds none to resume, or holds something else
+            that a new run would replace.
     """
     holds_run = (run / "run.json").is_file()
     if holds_run and not resume:
         raise RunError(f"{run} already holds a run: resume it, or choose another folder")
     if resume and not holds_run:
         raise RunError(f"{run} holds no run to resume")
+    if resume:
+        return
+    is_copied = guide is not None and Path(guide).resolve() != (run / GUIDE_NAME).resolve()
+    names = (*WRITTEN, GUIDE_NAME) if is_copied else WRITTEN
+    if found := [name for name in names if os.path.lexists(run / name)]:
+        raise RunError(
+            f"{run} holds {', '.join(found)}, but no run that can be resumed: choose another folder"
+        )
 
 
 def last_options(run: Path) -> dict[str, Any]:
@@ -175,9 +179,7 @@ def check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) ->
 def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
     different = different_fields(read_started(run), config, data)
     if different:
-        raise RunError(
-            f"{run} cannot be resumed: it was started with another {', '.join(different)}"
-        )
+        raise RunError(f"{run} cannot be resumed: it was started with {'; '.join(different)}")
 
 
 def open_run(
@@ -218,15 +220,25 @@ def read_started(run: Path) -> dict[str, Any]:
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
-    """Names of the fields in which a run's ``run.json`` differs from a configuration.
+    """In what a run's ``run.json`` differs from a configuration, such as ``flow_width 32, now 48``.
 
     Args:
         started: the ``run.json``.
         config: the configuration.
         data: name of the data set.
     """
-    before = {**TrainConfig.from_dict(started["config"]).to_dict(), "data set": started["data"]}
-    wanted = {**config.to_dict(), "data set": data}
-    return sorted(
-        key for key in before.keys() | wanted.keys() if before.get(key) != wanted.get(key)
-    )
+    before = _fields(TrainConfig.from_dict(started["config"]), started["data"])
+    wanted = _fields(config, data)
+    return [
+        f"{name} {before.get(name)}, now {wanted.get(name)}"
+        for name in before | wanted
+        if before.get(name) != wanted.get(name)
+    ]
+
+
+def _fields(config: TrainConfig, data: str) -> dict[str, Any]:
+    """The fields of a configuration and of its networks, named like their options."""
+    values = {"data set": data, **config.to_dict()}
+    networks = values.pop("model")
+    networks |= {f"d_{name}": value for name, value in (values.pop("discriminator") or {}).items()}
+    return {**values, **networks}

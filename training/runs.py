@@ -139,7 +139,7 @@ def latest_checkpoint(run: Path) -> Path:
 
     Raises:
         RunError: the folder does not exist, holds no finished checkpoint, or is a bundle whose
-            model does not match the manifest.
+            model is missing or does not match the manifest.
     """
     if (run / WEIGHTS_NAME).is_file():
         if (run / MANIFEST_NAME).is_file():
@@ -147,6 +147,8 @@ def latest_checkpoint(run: Path) -> Path:
         return run
     if not run.exists():
         raise RunError(f"there is no run, checkpoint or bundle {run}")
+    if (run / MANIFEST_NAME).is_file():
+        raise RunError(f"{run / WEIGHTS_NAME} is missing: the bundle is incomplete")
     folders = checkpoint_folders(run)
     if not folders:
         raise RunError(f"{run} holds no finished checkpoint")

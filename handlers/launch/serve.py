@@ -31,7 +31,7 @@ from serving.cores import available_cores
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.ports import LOOPBACK, USER, PortError, Ports
+from serving.ports import LOOPBACK, USER, PortError, Ports, check_host
 from serving.verdict.calibration_file import Calibrations
 
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
@@ -45,6 +45,7 @@ SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), P
 
 def run(args: argparse.Namespace) -> None:
     _open_standard_streams()
+    check_host(args.host)
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
     if args.address is not None and args.engine not in ON_CLUSTERS:

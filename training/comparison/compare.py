@@ -69,7 +69,7 @@ def compare(
     options: MeasureOptions,
     measurer: Callable[[], Measurer],
     report: Callable[[str], None],
-) -> None:
+) -> list[str]:
     """Finish every unfinished job. A failure is recorded, and the next job starts.
 
     Args:
@@ -81,6 +81,9 @@ def compare(
             is measured again.
         measurer: makes the measurer for these options; called when it is first needed.
         report: called with each line of progress.
+
+    Returns:
+        The names of the jobs that failed, now or before.
 
     Raises:
         RunError: the folder holds a run or an archived row of the same name with another
@@ -118,6 +121,8 @@ def compare(
         except Timeout:
             report(f"{job.name}: another process works on it")
         gc.collect()
+    names = [job.name for job in jobs if job.name not in archived]
+    return [name for name in names if (out / "runs" / name / FAILURE).is_file()]
 
 
 def _finish(
@@ -231,7 +236,7 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     if different:
         raise RunError(
             f"{run if has_folder else f'{job.name} in {run.parents[1] / ROWS}'} was trained with "
-            f"another {', '.join(different)}: choose another folder for the comparison, or delete "
+            f"{'; '.join(different)}: choose another folder for the comparison, or delete "
             f"the {'run' if has_folder else 'row'}"
         )
     if not has_folder:
