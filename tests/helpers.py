@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import math
 import os
 import resource
 import shutil
@@ -17,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,13 +241,15 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-def settled(read: Callable[[], float], seconds: float = 1.5) -> float:
-    """Read a value, such as a metric that is reported each second, once it no longer changes."""
-    before, now = math.nan, read()
-    while now != before:
-        time.sleep(seconds)
-        before, now = now, read()
-    return now
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """Stop a process until the end of the block, in which it may be killed."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from hypothesis import strategies as st
 from ade_cli.status import _text
 from handlers.asgi import v2, wire, worker
 from handlers.asgi.application import READY, Application, ApplicationSettings
+from handlers.asgi.control import DESCRIBE
 from handlers.asgi.forms import raw_request
 from handlers.asgi.launcher import Asgi
 from handlers.asgi.metrics import Metrics
@@ -47,6 +48,7 @@ from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.launch import engines
+from handlers.launch.channel import ask
 from handlers.launch.options import ServingOptions
 from handlers.launch.profile import read_totals
 from handlers.launch.run_folder import run_folder
@@ -64,17 +66,18 @@ from tests.helpers import (
     ROOT,
     check_metrics,
     npy,
-    settled,
+    suspended,
     wait_for,
 )
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from handlers.asgi.application import ApplicationSettings, run
+from handlers.asgi import application
 from handlers.front.admission import Limits
-file = Path(sys.argv[1])
-run(ApplicationSettings.load(file), Limits(**json.loads(sys.argv[2])), file)
+file, limits, constants = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+vars(application).update(constants)
+application.run(application.ApplicationSettings.load(file), Limits(**limits), file)
 """
 LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
 IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
@@ -86,9 +89,24 @@ def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
 
 
 class RunningApplication:
-    """``python -m handlers.asgi.application``, as ``ade serve`` starts it, without a page."""
+    """``python -m handlers.asgi.application``, as ``ade serve`` starts it, without a page.
 
-    def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
+    The constructor starts it, and the end of a ``with`` block kills it if it still runs.
+
+    Args:
+        folder: for its files.
+        limits: replace the default ones.
+        constants: replace those of the module, such as ``STOP_S``.
+        settings: replace those below.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: dict[str, Any] | None = None,
+        constants: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics = f"http://127.0.0.1:{self.metrics_port}/metrics"
@@ -112,13 +130,21 @@ class RunningApplication:
         }
         ApplicationSettings(**{**given, **settings}).save(self.settings)
         self.output = folder / "front.out"
+        changes = (json.dumps(one or {}) for one in (limits, constants))
         with open(self.output, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(self.settings), json.dumps(limits or {})],
+                [sys.executable, "-c", SCRIPT, str(self.settings), *changes],
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,
             )
+
+    def __enter__(self) -> RunningApplication:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def wait(self) -> None:
         wait_for(self.is_ready, 120)
@@ -155,6 +181,11 @@ class RunningApplication:
             f"{self.url}/predictions/{name}", content=content, headers=headers, timeout=60
         )
 
+    def queued(self, name: str) -> int:
+        """Number of requests that wait for a worker of a model."""
+        (running,) = ask(self.control, {"do": DESCRIBE})["releases"]
+        return int(running["workers"][name]["queued"])
+
     def in_flight(self) -> int:
         """Number of requests that the front has taken and not answered."""
         return sum(
@@ -165,11 +196,11 @@ class RunningApplication:
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
-    made = RunningApplication(tmp_path_factory.mktemp("asgi"), LIMITS)
-    made.wait()
-    yield made
-    made.process.terminate()
-    assert made.process.wait(30) == 0
+    with RunningApplication(tmp_path_factory.mktemp("asgi"), LIMITS) as made:
+        made.wait()
+        yield made
+        made.process.terminate()
+        assert made.process.wait(30) == 0
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
 
 
@@ -395,15 +426,13 @@ def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplicat
     head = b'Content-Disposition: form-data; name="\xff"'  # passes the front, but is not UTF-8
     refused = b"--x\r\n%s\r\n\r\nx\r\n--x--\r\n" % head
     form = {"Content-Type": "multipart/form-data; boundary=x"}
-    worker = app.worker("score")
-    worker.suspend()
     with ThreadPoolExecutor(4) as pool:
-        made = [
-            pool.submit(app.post, "score", IMAGE if i % 2 else refused, **kind)
-            for i, kind in enumerate([form, {}] * 2)
-        ]
-        wait_for(lambda: app.in_flight() == 4)
-        worker.resume()
+        with suspended(app.worker("score")):
+            made = [
+                pool.submit(app.post, "score", IMAGE if i % 2 else refused, **kind)
+                for i, kind in enumerate([form, {}] * 2)
+            ]
+            wait_for(lambda: app.in_flight() == 4)
         answers = [one.result() for one in made]
     assert [answer.status_code for answer in answers] == [400, 200, 400, 200]
     assert len({answer.headers["x-request-id"] for answer in answers}) == 4
@@ -413,16 +442,14 @@ def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplicat
 
 
 def test_requests_that_wait_are_computed_together(app: RunningApplication) -> None:
-    worker = app.worker("score")
-    worker.suspend()
     with ThreadPoolExecutor(7) as pool:
-        first = pool.submit(app.post, "score")
-        wait_for(lambda: app.in_flight() == 1)
-        time.sleep(SENT_S)
-        others = [pool.submit(app.post, "score") for _ in range(6)]
-        wait_for(lambda: app.in_flight() == 7)
-        time.sleep(SENT_S)
-        worker.resume()
+        with suspended(app.worker("score")):
+            first = pool.submit(app.post, "score")
+            wait_for(lambda: app.in_flight() == 1)
+            time.sleep(SENT_S)
+            others = [pool.submit(app.post, "score") for _ in range(6)]
+            wait_for(lambda: app.in_flight() == 7)
+            time.sleep(SENT_S)
         assert first.result().headers["x-ade-batch"] == "1"
         assert {one.result().headers["x-ade-batch"] for one in others} == {"6"}
     assert {one.result().content for one in others} == {first.result().content}
@@ -431,19 +458,17 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
 def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
     app: RunningApplication,
 ) -> None:
-    worker = app.worker("score")
-    worker.suspend()
+    length = f"Host: localhost\r\nContent-Length: {len(IMAGE)}\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(app.post, "score")
-        wait_for(lambda: app.in_flight() == 1)
-        time.sleep(SENT_S)
-        for path in ("/predictions/score", "/v2/models/score/infer"):
-            with socket.create_connection(("127.0.0.1", app.port)) as gone:
-                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(IMAGE)}"
-                gone.sendall(f"{head}\r\n\r\n".encode() + IMAGE)
-                time.sleep(SENT_S)
-        wait_for(lambda: app.in_flight() == 1)
-        worker.resume()
+        with suspended(app.worker("score")):
+            first = pool.submit(app.post, "score")
+            wait_for(lambda: app.in_flight() == 1)
+            time.sleep(SENT_S)
+            for path in ("/predictions/score", "/v2/models/score/infer"):
+                with socket.create_connection(("127.0.0.1", app.port)) as gone:
+                    gone.sendall(f"POST {path} HTTP/1.1\r\n{length}".encode() + IMAGE)
+                    time.sleep(SENT_S)
+            wait_for(lambda: app.in_flight() == 1)
         assert first.result().status_code == 200
     answered = [app.post("score").headers["x-request-id"], first.result().headers["x-request-id"]]
     wait_for(lambda: app.logged("score")[-2:] == answered[::-1])
@@ -451,8 +476,7 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
 
 def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningApplication) -> None:
     worker = app.worker("score")
-    worker.suspend()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, suspended(worker):
         lost = pool.submit(app.post, "score")
         wait_for(lambda: app.in_flight() == 1)
         time.sleep(SENT_S)
@@ -543,11 +567,11 @@ def of_a_copy(
     """An application and its bundle, which may be damaged for a while."""
     folder = tmp_path_factory.mktemp("asgi-of-a-copy")
     bundle = shutil.copytree(tiny_bundle, folder / "bundle")
-    made = RunningApplication(folder, releases=(dataclasses.asdict(release_of(bundle)),))
-    made.wait()
-    yield made, bundle
-    made.process.terminate()
-    assert made.process.wait(30) == 0
+    with RunningApplication(folder, releases=(dataclasses.asdict(release_of(bundle)),)) as made:
+        made.wait()
+        yield made, bundle
+        made.process.terminate()
+        assert made.process.wait(30) == 0
 
 
 def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
@@ -605,7 +629,12 @@ def test_metrics(app: RunningApplication) -> None:
     wait_for(lambda: value(counted) == before + 1)
     assert app.post("score", **{"X-Ade-Probe": "secret-of-probes"}).status_code == 200
     assert app.post("score", **{"X-Ade-Probe": "1"}).status_code == 200
-    assert settled(lambda: value(counted)) == before + 2
+    # A refused request shows when those before it are counted, in their order.
+    refused = counted.replace('"200",code="none"', '"415",code="not_an_image"')
+    refusals = value(refused)
+    assert app.post("score", b"not an image").status_code == 415
+    wait_for(lambda: value(refused) == refusals + 1)
+    assert value(counted) == before + 2
     answer = httpx.get(app.metrics)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "# TYPE ade_request_seconds histogram\n" in answer.text
@@ -1225,17 +1254,15 @@ def test_a_canary_that_hangs_at_its_start_does_not_delay_the_rest() -> None:
 
 
 def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
-    worker = app.worker("reconstruct")
-    worker.suspend()
     room = LIMITS["in_flight"][1] + LIMITS["waiting"]
     with ThreadPoolExecutor(room + 1) as pool:
-        taken = [pool.submit(app.post, "reconstruct") for _ in range(room)]
-        wait_for(lambda: app.in_flight() == room, 30)
-        time.sleep(SENT_S)  # they may be connected and not sent yet
-        refused = app.post("reconstruct")
-        assert (refused.status_code, error_of(refused)) == (503, "overloaded")
-        assert refused.headers["retry-after"] == "1"
-        worker.resume()
+        with suspended(app.worker("reconstruct")):
+            taken = [pool.submit(app.post, "reconstruct") for _ in range(room)]
+            wait_for(lambda: app.in_flight() == room, 30)
+            time.sleep(SENT_S)  # they may be connected and not sent yet
+            refused = app.post("reconstruct")
+            assert (refused.status_code, error_of(refused)) == (503, "overloaded")
+            assert refused.headers["retry-after"] == "1"
         assert {one.result().status_code for one in taken} == {200}
 
 
@@ -1244,42 +1271,67 @@ def test_a_token_and_a_stop(tmp_path: Path) -> None:
 
     A stop answers what was accepted and leaves no process.
     """
-    made = RunningApplication(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
-    made.wait()
-    exposed = made.metrics.replace("127.0.0.1", "127.0.0.2")
-    for url in (*(made.url + path for path in ("/ping", "/openapi.json", "/v1/score")), exposed):
-        answer = httpx.get(url)
-        assert (answer.status_code, error_of(answer)) == (401, "bad_token")
-    assert httpx.get(made.metrics).status_code == 200
-    # The service asks this port whether the front hangs, which is no client that was refused.
-    assert httpx.get(made.metrics.removesuffix("metrics")).status_code == 404
-    assert 'code="not_found"' not in httpx.get(made.metrics).text
-    bearer = {"Authorization": "bearer " + "t" * 43}
-    assert httpx.get(exposed, headers=bearer).status_code == 200
-    worker = made.worker("score")
-    family = psutil.Process(made.process.pid).children()
-    worker.suspend()
-    with ThreadPoolExecutor(1) as pool:
-        accepted = pool.submit(lambda: made.post("score", **bearer))
-        wait_for(lambda: made.in_flight() == 1)
-        time.sleep(SENT_S)
-        made.process.terminate()
-        for one in family:
-            one.send_signal(signal.SIGTERM)  # as to a whole process group
-        time.sleep(0.5)
-        worker.resume()
-        assert accepted.result().status_code == 200
-    assert made.process.wait(30) == 0
-    assert psutil.wait_procs(family, timeout=5)[1] == []
-    assert made.output.read_text() == ""
+    exposing: dict[str, Any] = {"token": "t" * 43, "host": "0.0.0.0", "exposes_metrics": True}
+    with RunningApplication(tmp_path, **exposing) as made:
+        made.wait()
+        exposed = made.metrics.replace("127.0.0.1", "127.0.0.2")
+        paths = ("/ping", "/openapi.json", "/v1/score")
+        for url in (*(made.url + path for path in paths), exposed):
+            answer = httpx.get(url)
+            assert (answer.status_code, error_of(answer)) == (401, "bad_token")
+        assert httpx.get(made.metrics).status_code == 200
+        # The service asks this port whether the front hangs, which is no client that was refused.
+        assert httpx.get(made.metrics.removesuffix("metrics")).status_code == 404
+        assert 'code="not_found"' not in httpx.get(made.metrics).text
+        bearer = {"Authorization": "bearer " + "t" * 43}
+        assert httpx.get(exposed, headers=bearer).status_code == 200
+        family = psutil.Process(made.process.pid).children()
+        with ThreadPoolExecutor(1) as pool:
+            with suspended(made.worker("score")):
+                accepted = pool.submit(lambda: made.post("score", **bearer))
+                wait_for(lambda: made.in_flight() == 1)
+                time.sleep(SENT_S)
+                made.process.terminate()
+                for one in family:
+                    one.send_signal(signal.SIGTERM)  # as to a whole process group
+                time.sleep(0.5)
+            assert accepted.result().status_code == 200
+        assert made.process.wait(30) == 0
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+        assert made.output.read_text() == ""
+
+
+def test_a_stop_refuses_what_is_not_done_in_time(tmp_path: Path) -> None:
+    """First what waits for a worker, then what a worker computes. It ends in any case."""
+
+    def check(refused: httpx.Response) -> None:
+        assert (refused.status_code, error_of(refused)) == (503, "stopping")
+        assert refused.headers["retry-after"] == "1"
+
+    constants = {"REFUSE_S": 0.5, "STOP_S": 6}
+    with RunningApplication(tmp_path, LIMITS, constants) as made, ThreadPoolExecutor(3) as pool:
+        made.wait()
+        family = psutil.Process(made.process.pid).children()
+        with suspended(made.worker("score")):
+            with suspended(made.worker("encode")):
+                in_time, late = (pool.submit(made.post, name) for name in ("encode", "score"))
+                begun = "ade_queue_seconds_total{"
+                wait_for(lambda: httpx.get(made.metrics).text.count(begun) == 2)
+                waiting = pool.submit(made.post, "score")
+                wait_for(lambda: made.queued("score") == 1)
+                made.process.terminate()
+                check(waiting.result())
+            assert in_time.result().status_code == 200
+            check(late.result())
+            assert made.process.wait(30) == 0
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert "Traceback" not in made.output.read_text(), made.output.read_text()
 
 
 def test_workers_end_with_a_front_that_is_killed(tmp_path: Path) -> None:
-    made = RunningApplication(tmp_path)
-    made.wait()
-    family = psutil.Process(made.process.pid).children()
-    made.process.kill()
-    made.process.wait(5)
+    with RunningApplication(tmp_path) as made:
+        made.wait()
+        family = psutil.Process(made.process.pid).children()
     wait_for(lambda: not any(is_running(one) for one in family))
 
 
@@ -1293,6 +1345,6 @@ def is_running(process: psutil.Process) -> bool:
 
 def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
     options = dataclasses.asdict(ServingOptions(backend="none"))
-    made = RunningApplication(tmp_path, options=options)
-    assert made.process.wait(120) != 0
+    with RunningApplication(tmp_path, options=options) as made:
+        assert made.process.wait(120) != 0
     assert "did not start" in made.output.read_text() and "none" in made.output.read_text()

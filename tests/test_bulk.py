@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -439,6 +440,7 @@ def test_other_files_with_names_like_its_own_are_kept(
 def test_a_kill_leaves_a_resumable_file_and_no_process(
     tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / "images"))
     out = tmp_path / "scores.csv"
     command = [
         sys.executable,
@@ -455,27 +457,37 @@ def test_a_kill_leaves_a_resumable_file_and_no_process(
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     part = tmp_path / "scores.csv.part"
-    deadline = time.monotonic() + 60
-    while not (part.exists() and part.read_bytes().count(b"\n") > 64):
-        assert time.monotonic() < deadline and not out.exists()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for _ in range(100):
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("workers outlived the program")
+    try:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.read_bytes().count(b"\n") > 64):
+            assert time.monotonic() < deadline and not out.exists()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for _ in range(100):
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("workers outlived the program")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # What has a row is not scored again.
+    (written,) = (line for line in part.read_text().splitlines() if "class0/0003.png" in line)
+    (folder / "class0" / "0003.png").write_bytes(b"not an image any more")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
         "0 without a verdict, " in done.stdout
         and "at alpha 0.01; 3 could not be scored" in done.stdout
     )
-    assert [row["path"] for row in read(out)] == list(image_paths(folder))
+    rows = {row["path"]: row for row in read(out)}
+    assert list(rows) == list(image_paths(folder))
+    assert float(rows["class0/0003.png"]["bpd"]) == json.loads(written)["bpd"]
 
 
 def test_a_table_that_another_process_finished_is_kept(

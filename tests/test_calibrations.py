@@ -12,7 +12,9 @@ import os
 import shutil
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +60,7 @@ from serving.verdict.store import (
     path_of,
     write_calibrations,
 )
-from tests.helpers import full_disk
+from tests.helpers import full_disk, wait_for
 from training.data import PARTS, REPEATS, DataError, Dataset, ImageSet
 from training.datasets.files import part_of
 
@@ -567,23 +569,27 @@ def test_readers_see_a_whole_calibration_while_it_is_replaced(
     sizes = {Calibrations.load(file).version: 150 - i for i, file in enumerate(files)}
     add(bundle, files[0], "night")
     engine.store.refresh()
-    stop, wrong = threading.Event(), []
+    versions = list(sizes)
+    stop, seen = threading.Event(), Counter[str]()
 
     def look() -> None:
         while not stop.is_set():
             found = engine.store.get("night")
-            if found.exact is None or len(found.exact.scores) != sizes[found.version]:
-                wrong.append(found)
+            assert found.exact is not None and len(found.exact.scores) == sizes[found.version]
+            seen[found.version] += 1
 
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for turn in range(20):
-        add(bundle, files[turn % 2], "night")
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(look) for _ in range(4)]
+        try:
+            for turn in range(20):
+                version = versions[turn % 2]
+                before = seen[version]
+                add(bundle, files[turn % 2], "night")
+                wait_for(lambda version=version, before=before: seen[version] > before)
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.result()  # raises what ended it
 
 
 def test_the_folder_is_looked_at_once_a_second(

@@ -154,6 +154,42 @@ def test_a_request_by_itself_is_always_answered(
     assert answer.status == 200
 
 
+@pytest.mark.parametrize(
+    "operation, parameters, advice",
+    [
+        ("sample", {"n": 2, "format": "npy"}, "ask for fewer images"),
+        ("encode", {"format": "npz"}, "send fewer images"),
+        ("encode", {"format": "json"}, 'ask for "format": "npz"'),
+        ("reconstruct", {"format": "npy"}, "send fewer images"),
+        ("score", {"map": True}, "send fewer images"),
+    ],
+)
+def test_an_answer_that_would_be_too_large_is_refused(
+    operation: str,
+    parameters: dict,
+    advice: str,
+    engine: InferenceEngine,
+    real_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.api.responses.MAX_ANSWER_BYTES", 1000)
+    images = None if operation == "sample" else real_images[:2]
+    (answer,) = Service(operation, engine).answer([request(images, **parameters)])
+    error = json.loads(answer.body)["error"]
+    assert (answer.status, error["code"]) == (422, "answer_too_large")
+    assert error["message"].endswith(f"bytes, at most 1000 are sent: {advice}")
+
+
+def test_an_answer_that_would_be_too_large_leaves_its_neighbours_theirs(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.api.responses.MAX_ANSWER_BYTES", 1000)
+    requests = [request(real_images[:2], map=map) for map in (True, False, True)]
+    answers = Service("score", engine).answer(requests)
+    assert [answer.status for answer in answers] == [422, 200, 422]
+    assert answers[1].headers["X-Ade-Batch"] == "6"  # computed together
+
+
 @pytest.mark.slow
 def test_many_large_answers_end_no_worker(service: RunningService, real_images: np.ndarray) -> None:
     """Twenty requests at once, with answers of 264 MB in total."""

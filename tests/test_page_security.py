@@ -38,7 +38,7 @@ from serving.engine.bundle import open_bundle
 from serving.images import write_png
 from serving.page import app as page_app
 from serving.page import many, uploads
-from serving.page.app import gradio_of, make_app
+from serving.page.app import PageServer, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
@@ -49,7 +49,7 @@ from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, own_name, s
 from serving.ports import free_ports
 from serving.tables import safe_cell, write_csv
 from tests.bombs import chunk
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -95,14 +95,14 @@ class RunningPage:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + 120
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, (
-                self.output.read_text()
-            )
-            time.sleep(0.2)
+        try:
+            wait_for(self._answers, 120)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def _answers(self) -> bool:
+        assert self.process.poll() is None, self.output.read_text()
         try:
             return httpx.get(self.url).status_code == 200
         except httpx.TransportError:
@@ -801,6 +801,26 @@ def test_clients_lose_their_own_oldest_files_only(
     monkeypatch.setattr(uploads, "KEPT_S", 0.0)
     send("d", "12", 100)
     assert not other.exists(), "it expired"
+
+
+def test_a_proxy_on_this_machine_names_the_clients_that_have_a_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else does: one client could take the quotas of many."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(uploads, "CLIENT_BYTES", 1500)  # one upload and its headers
+    config = PageServer(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None), []).config
+    config.load()
+
+    def send(sender: str, forwarded_for: str) -> Path:
+        page = TestClient(config.loaded_app, "http://127.0.0.1", client=(sender, 50000))
+        page.headers["X-Forwarded-For"] = forwarded_for
+        (path,) = upload(page, ("a.png", bytes(1000))).json()
+        return Path(path)
+
+    for sender, has_both in (("127.0.0.1", True), ("192.0.2.1", False)):
+        first = send(sender, "198.51.100.1")
+        assert send(sender, "198.51.100.2").exists() and first.exists() is has_both
 
 
 @pytest.mark.parametrize(

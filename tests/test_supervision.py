@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ import pytest
 from filelock import FileLock
 
 from handlers.launch import hangs, serve
-from handlers.launch.hangs import MAX_UNANSWERED, end_if_it_hangs
+from handlers.launch.hangs import MAX_UNANSWERED, MAX_UNANSWERED_AT_START
 from handlers.launch.parts import Page
 from handlers.launch.run_folder import PREFIX, RunFolder, RunFolderError, find_service, run_folder
 from handlers.launch.supervision import (
@@ -367,59 +368,64 @@ def test_the_reaper_stays_until_there_is_another(
         assert supervisor._reaper is not first and first.poll() is not None
 
 
-# Listens, and answers only some seconds later.
-SLOW_FRONT = """
-import sys, time
-from http.server import HTTPServer, SimpleHTTPRequestHandler
-server = HTTPServer(("127.0.0.1", int(sys.argv[1])), SimpleHTTPRequestHandler)
-time.sleep(float(sys.argv[2]))
-server.serve_forever()
-"""
+def kills(answers: list[bool | None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After how many checks a front is killed that answers them like this.
+
+    It is replaced at once.
+    """
+    found, left = list[int](), list(answers)
+
+    def kill() -> None:
+        found.append(len(answers) - len(left))
+        front.process = SimpleNamespace(kill=kill)
+
+    class Service:
+        is_closed = property(lambda self: not left)
+
+    front: Any = SimpleNamespace(name="front", process=SimpleNamespace(kill=kill))
+    service: Any = Service()
+    monkeypatch.setattr(hangs, "_answers", lambda port: left.pop(0))
+    monkeypatch.setattr(hangs, "time", SimpleNamespace(sleep=lambda seconds: None))
+    hangs._watch(front, 0, service)
+    return found
 
 
-@pytest.fixture
-def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Supervisor, Child]]:
-    """A front that takes longer to start than it may hang, and is checked often."""
-    monkeypatch.setattr(hangs, "CHECK_TIMEOUT_S", 0.4)
-    monkeypatch.setattr(hangs, "PAUSE_S", 0.1)
-    (port,) = free_ports(1)
-    start_s = 0.4 * (MAX_UNANSWERED + 2)
-    command = [sys.executable, "-c", SLOW_FRONT, str(port), str(start_s)]
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("front", command, dict(os.environ), restarts=True)
-        end_if_it_hangs(child, port, supervisor)
-        assert until(lambda: '"GET / HTTP/1.1" 200' in child.output.read_text(), 30)
-        time.sleep(1)  # the first answers are to checks that waited in vain
-        assert not supervisor.tend(), "it was killed while it started"
-        yield supervisor, child
+STARTS, RUNS = [False] * MAX_UNANSWERED_AT_START, [False] * MAX_UNANSWERED
 
 
-def test_a_front_that_hangs_is_replaced(
-    front: tuple[Supervisor, Child], capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "answers, killed_after",
+    [
+        ([True, *RUNS[1:]], []),
+        ([True, *RUNS], [7]),
+        # What was missed before an answer, or before a refusal, does not count.
+        ([True, *RUNS[1:], True, *RUNS[1:], None, *RUNS[1:]], []),
+        (STARTS[1:], []),
+        (STARTS, [30]),
+        # So does a new front have the time to start.
+        ([True, *RUNS, *STARTS[1:]], [7]),
+        ([True, *RUNS, *STARTS], [7, 37]),
+    ],
+)
+def test_a_front_that_hangs_is_killed(
+    answers: list[bool | None],
+    killed_after: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    supervisor, child = front
-    first = child.process.pid
-    os.kill(first, signal.SIGSTOP)
-    assert until(supervisor.tend, 30)
-    assert child.process.pid != first and is_running(child.process.pid)
-    text = capfd.readouterr().err
-    assert text.count("front hangs, it left 6 checks in a row unanswered for 0.4 s each") == 1
-    assert text.endswith("killing it\nfront ended with -9: restarting it\n")
+    assert kills(answers, monkeypatch) == killed_after
+    said = capfd.readouterr().err
+    assert said.count(" in a row unanswered for 20 s each: killing it\n") == len(killed_after)
 
 
-def test_a_front_that_is_stopped_for_a_moment_stays(
-    front: tuple[Supervisor, Child], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Twice for most of the permitted time: what was missed before an answer does not count."""
-    supervisor, child = front
-    for _ in range(2):
-        answered = child.output.read_text().count("200")
-        os.kill(child.process.pid, signal.SIGSTOP)
-        time.sleep(0.4 * (MAX_UNANSWERED - 2))
-        os.kill(child.process.pid, signal.SIGCONT)
-        assert until(lambda n=answered: child.output.read_text().count("200") > n)
-        time.sleep(1)
-    assert not supervisor.tend() and capfd.readouterr().err == ""
+def test_a_check_of_a_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(server.handle_request)
+            assert hangs._answers(server.server_port) is True
+        monkeypatch.setattr(hangs, "CHECK_TIMEOUT_S", 0.1)
+        assert hangs._answers(server.server_port) is False  # it listens and accepts nothing
+    assert hangs._answers(server.server_port) is None
 
 
 class QuickPages(Supervisor):

@@ -80,22 +80,30 @@ def test_swaps_under_load_fail_no_request(
     expected[own[0].calibration["version"]] = [d.p_value for d in own]
     assert len({tuple(values) for values in expected.values()}) == 3
     stop, seen, wrong = threading.Event(), Counter[str](), list[object]()
+    answers = Counter[int]()  # by client
 
     def load(number: int) -> None:
+        try:
+            ask(number)
+        except Exception as error:
+            wrong.append(error)
+
+    def ask(number: int) -> None:
         name = ("night", "day", "default")[number % 3]
-        with AdeClient(service.url) as client:
+        with AdeClient(service.url, retries=0) as client:
             while not stop.is_set():
                 try:
                     found = client.score(images, alpha=0.1, calibration=name, explain=False)
                 except AdeError as error:
                     if (error.status, error.code, name) != (422, "unknown_calibration", "day"):
-                        wrong.append(error)
+                        raise
                     seen["unknown"] += 1
-                    continue
-                label = found[0].calibration  # type: ignore[union-attr]
-                if label.name != name or expected[label.version] != [r.p_value for r in found]:
-                    wrong.append((label, found))
-                seen[f"{name} {label.version}"] += 1
+                else:
+                    label = found[0].calibration  # type: ignore[union-attr]
+                    if label.name != name or expected[label.version] != [r.p_value for r in found]:
+                        wrong.append((label, found))
+                    seen[f"{name} {label.version}"] += 1
+                answers[number] += 1
 
     threads = [threading.Thread(target=load, args=(i,)) for i in range(CLIENTS)]
     for thread in threads:
@@ -106,19 +114,23 @@ def test_swaps_under_load_fail_no_request(
         kinds = Counter(key.split()[0] for key in seen)
         return kinds["night"] == 2 and kinds["day"] > 0 and seen["unknown"] > 0
 
-    while time.monotonic() - started < LEAST_S or (
-        not all_seen() and time.monotonic() - started < MOST_S
-    ):
-        put(files[turn % 2], bundle, "night")
-        if turn % 3 == 2:
-            path_of(bundle, "day").unlink()
-        elif turn % 3 == 0:
-            put(files[turn % 2], bundle, "day")
-        turn += 1
-        time.sleep(1.3)  # longer than the time between two readings of the folder
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        while time.monotonic() - started < LEAST_S or (
+            not all_seen() and time.monotonic() - started < MOST_S
+        ):
+            put(files[turn % 2], bundle, "night")
+            if turn % 3 == 2:
+                path_of(bundle, "day").unlink()
+            elif turn % 3 == 0:
+                put(files[turn % 2], bundle, "day")
+            turn += 1
+            time.sleep(1.3)  # longer than the time between two readings of the folder
+        before = answers.copy()
+        wait_for(lambda: wrong or all(answers[i] > before[i] for i in range(CLIENTS)), 120)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert not wrong, wrong[:3]
     assert all_seen(), seen
 
@@ -151,8 +163,14 @@ def test_a_damaged_file_is_reported_and_what_was_read_stays(
                 return False
             return found.calibration.version == version  # type: ignore[union-attr]
 
+        def every_worker_has_read_it() -> bool:
+            text = httpx.get(f"{service.metrics}/metrics").text
+            found = re.findall(r'calibration_version\{[^}]*="night"[^}]*\} (\S+)', text)
+            num_workers = text.count('ade_info{model_name="score",')
+            return len(found) == num_workers and set(map(float, found)) == {int(version, 16)}
+
         wait_for(is_current)
-        time.sleep(2.5)  # every worker has read it
+        wait_for(every_worker_has_read_it)
         path_of(bundle, "night").write_bytes(b"damaged")
 
         def broken() -> set[str]:

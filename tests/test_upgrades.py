@@ -19,7 +19,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +46,7 @@ from handlers.front.admission import Limits
 from handlers.front.releases import Release, Releases
 from handlers.launch.channel import ChannelError, Listener, ask
 from handlers.launch.engines import SWITCHED, UpgradableEngine
+from handlers.launch.supervision import LaunchError
 from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, check_contract
 from serving.client import AdeClient, AdeError
 from serving.engine.bundle import (
@@ -54,7 +61,7 @@ from serving.engine.bundle import (
 from serving.page.served import Served
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER, write_calibrations
-from tests.helpers import PRETRAINED, ROOT, wait_for
+from tests.helpers import PRETRAINED, ROOT, suspended, wait_for, with_calibrations
 from tests.service import RunningService
 from tests.test_asgi import RunningApplication, is_running, release_of
 from tests.test_security import as_nobody
@@ -163,11 +170,11 @@ def model_of(url: str) -> str:
 
 @pytest.fixture
 def app(tmp_path: Path) -> Iterator[RunningApplication]:
-    made = RunningApplication(tmp_path)
-    made.wait()
-    yield made
-    made.process.terminate()
-    made.process.wait(60)
+    with RunningApplication(tmp_path) as made:
+        made.wait()
+        yield made
+        made.process.terminate()
+        made.process.wait(60)
 
 
 def change(app: RunningApplication, *releases: Release) -> list[str]:
@@ -241,11 +248,9 @@ def test_a_release_returns_while_it_still_answers(app: RunningApplication, secon
     def numbers() -> list[int]:
         return [one["number"] for one in ask(app.control, {"do": DESCRIBE})["releases"]]
 
-    worker = app.worker("score")
-    worker.suspend()
     with ThreadPoolExecutor() as pool:
-        accepted = pool.submit(model_of, app.url)
-        try:
+        with suspended(app.worker("score")):
+            accepted = pool.submit(model_of, app.url)
             wait_for(lambda: app.in_flight() == 1)
             message = {"do": CHANGE, "releases": [dataclasses.asdict(new)]}
             upgraded = pool.submit(ask, app.control, message)
@@ -254,8 +259,6 @@ def test_a_release_returns_while_it_still_answers(app: RunningApplication, secon
             change(app, dataclasses.replace(old, number=3))
             assert model_of(app.url) == old.models[0]
             assert not accepted.done() and not upgraded.done()
-        finally:
-            worker.resume()
         assert accepted.result() == old.models[0]
         assert [one["number"] for one in upgraded.result()["releases"]] == [3]
     wait_for(lambda: len(psutil.Process(app.process.pid).children()) == 4)
@@ -289,8 +292,7 @@ def test_a_worker_does_not_take_what_was_put_into_its_folder(
     """A release is of one model and one calibration, also when a worker is replaced."""
     folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
     other = changed_copy(tmp_path / "other", changed)
-    app = RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(folder)),))
-    try:
+    with RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(folder)),)) as app:
         app.wait()
         model = model_of(app.url)
         shutil.rmtree(folder)
@@ -298,9 +300,6 @@ def test_a_worker_does_not_take_what_was_put_into_its_folder(
         app.worker("sample").kill()
         wait_for(lambda: "has become another bundle" in app.output.read_text(), 60)
         assert model_of(app.url) == model
-    finally:
-        app.process.kill()
-        app.process.wait()
 
 
 @pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
@@ -460,12 +459,24 @@ class SwitchingEngine(UpgradableEngine):
         return [{"number": one.number} for one in self.changes[-1]] if self.changes else []
 
 
+def at_once(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]]:
+    """The page of other bundles, in the place of :meth:`handlers.launch.parts.Page.prepared`."""
+    return nullcontext(lambda: None)
+
+
+def upgrades_of(engine: Any, *folders: Path, prepared: Callable[..., Any] = at_once) -> Upgrades:
+    """The upgrades of a service of these bundles."""
+    plan: Any = SimpleNamespace(
+        bundles=[open_bundle(folder) for folder in folders], release=release_of(*folders)
+    )
+    page: Any = SimpleNamespace(prepared=prepared)
+    return Upgrades(plan, engine, page, lambda: None)
+
+
 def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: Path) -> None:
     """The next upgrade may move the link; a rollback does not follow it either."""
-    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=release_of(PRETRAINED))
-    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
     engine = SwitchingEngine()
-    upgrades = Upgrades(plan, engine, page, lambda: None)
+    upgrades = upgrades_of(engine, PRETRAINED)
     link = tmp_path / "link"
     for folder in (second, PRETRAINED):
         link.unlink(missing_ok=True)
@@ -480,10 +491,62 @@ def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: 
     ]
 
 
+def test_of_several_bundles_the_one_of_the_same_name_is_replaced(
+    second: Path, tmp_path: Path
+) -> None:
+    other, third = (
+        with_calibrations(PRETRAINED, tmp_path / name, lambda its: its, name)
+        for name in ("other", "third")
+    )
+    engine = SwitchingEngine()
+    upgrades = upgrades_of(engine, other, PRETRAINED)
+    names = "other, cifar10-av-ade, got third"
+    with pytest.raises(UpgradeError, match=f"must have the name of one of them, {names}"):
+        upgrades.handle({"do": UPGRADE, "bundle": str(third)}, lambda text: None)
+    assert engine.changes == []
+    found = upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
+    ((release,),) = engine.changes
+    assert release.bundles == (str(other), str(second))
+    assert found["current"] == release.models == release_of(other, second).models
+
+
+def test_a_canary_of_the_model_that_is_served_is_refused(tmp_path: Path) -> None:
+    """Nothing would tell its figures from those of the other."""
+    engine = SwitchingEngine()
+    upgrades = upgrades_of(engine, PRETRAINED)
+    same = changed_copy(tmp_path / "same", calibrate_otherwise)
+    message = {"do": UPGRADE, "bundle": str(same), "canary": 0.05}
+    with pytest.raises(UpgradeError, match=r"is served already: .* could not be distinguished"):
+        upgrades.handle(message, lambda text: None)
+    assert engine.changes == [] and upgrades.describe()["canary"] is None
+
+
+def test_an_engine_that_cannot_upgrade_says_which_can(second: Path) -> None:
+    upgrades = upgrades_of(SimpleNamespace(), PRETRAINED)
+    with pytest.raises(UpgradeError, match="use ade serve --engine asgi, or start a second"):
+        upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
+    assert upgrades.describe()["current"] == release_of(PRETRAINED).models
+
+
+def test_a_page_that_cannot_start_leaves_the_old_bundle(second: Path) -> None:
+    starts = iter([LaunchError("the page of the new bundle does not start"), None])
+
+    def prepared(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]]:
+        if (error := next(starts)) is not None:
+            raise error
+        return at_once(bundles)
+
+    engine, message = SwitchingEngine(), {"do": UPGRADE, "bundle": str(second)}
+    upgrades = upgrades_of(engine, PRETRAINED, prepared=prepared)
+    with pytest.raises(LaunchError, match="the page of the new bundle"):
+        upgrades.handle(message, lambda text: None)
+    assert engine.changes == [] and upgrades.describe()["commands"][-1]["state"] == "failed"
+    assert upgrades.describe()["current"] == release_of(PRETRAINED).models
+    assert upgrades.handle(message, lambda text: None)["current"] == release_of(second).models
+
+
 def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Path) -> None:
     old, new = release_of(PRETRAINED), release_of(second)
-    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=old)
-    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
     may_start, may_end = threading.Event(), threading.Event()
 
     class DrainingEngine(SwitchingEngine):
@@ -497,7 +560,7 @@ def test_a_rollback_does_not_wait_for_requests_of_the_former_release(second: Pat
                 raise ChannelError("the front ended, and was started again with other releases")
 
     engine, said = DrainingEngine(), list[str]()
-    upgrades = Upgrades(plan, engine, page, lambda: None)
+    upgrades = upgrades_of(engine, PRETRAINED)
     message = {"do": UPGRADE, "bundle": str(second)}
     with ThreadPoolExecutor() as pool:
         upgraded = pool.submit(upgrades.handle, message, said.append)
@@ -569,10 +632,8 @@ def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) ->
     shutil.copytree(PRETRAINED, old)
     changed_copy(new, disturb)
     a, b = open_bundle(old), open_bundle(new)
-    plan: Any = SimpleNamespace(bundles=[a], release=release_of(old))
-    page: Any = SimpleNamespace(prepared=lambda bundles: nullcontext(lambda: None))
     engine = SwitchingEngine()
-    upgrades, said = Upgrades(plan, engine, page, lambda: None), list[str]()
+    upgrades, said = upgrades_of(engine, old), list[str]()
 
     def do(what: str, **arguments: Any) -> dict[str, Any]:
         return upgrades.handle({"do": what, **arguments}, said.append)
@@ -585,7 +646,7 @@ def test_the_contract_is_checked_whenever_a_bundle_takes_over(tmp_path: Path) ->
 
     assert do("upgrade", bundle=str(new), canary=0.5)["canary"] == (b.model_id,)
     assert do("describe")["canary_is_lost"] is False
-    engine.changes.append([plan.release])  # the front was started again, without it
+    engine.changes.append([release_of(old)])  # the front was started again, without it
     assert do("describe")["canary_is_lost"] is True
     engine.changes.pop()
     calibrate(a, "night")
