@@ -133,6 +133,8 @@ class Releases(Generic[B]):
         self._drain_s = limits.waiting_s + limits.upstream_s + SPARE_S
         self._running: list[Running[B]] = []
         self._changing = asyncio.Lock()
+        self._joining: asyncio.Task[None]
+        self._others: Sequence[Release] = ()  # that join
 
     @property
     def backends(self) -> list[tuple[Release, B]]:
@@ -150,12 +152,13 @@ class Releases(Generic[B]):
             Exception: the first cannot be started.
         """
         self._running = [await self._start(releases[0])]
-        joining = asyncio.create_task(self._join(releases[1:]))
+        self._others = releases[1:]
+        self._joining = asyncio.create_task(self._join(self._others))
         try:
             yield
         finally:
-            joining.cancel()
-            await asyncio.gather(joining, return_exceptions=True)
+            self._joining.cancel()
+            await asyncio.gather(self._joining, return_exceptions=True)
             await asyncio.gather(*(one.stack.aclose() for one in self._running))
 
     async def _join(self, releases: Sequence[Release]) -> None:
@@ -174,6 +177,9 @@ class Releases(Generic[B]):
     async def change(self, releases: Sequence[Release]) -> list[Running[B]]:
         """Start the new ones of a list and route requests by it from then on.
 
+        If another one is still being started since :meth:`run`, it is given up at once: it may
+        hang.
+
         Args:
             releases: those of a number that runs already get their new share.
 
@@ -182,8 +188,10 @@ class Releases(Generic[B]):
 
         Raises:
             Exception: a release cannot be started, or the first cannot answer although it runs
-                already. Nothing has changed.
+                already. What answers has not changed.
         """
+        if not {one.number for one in self._others} <= {one.number for one in releases}:
+            self._joining.cancel()
         async with self._changing:
             known = {one.release.number: one for one in self._running}
             started: list[Running[B]] = []
