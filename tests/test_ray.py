@@ -35,6 +35,7 @@ from benchmarks.ray_cluster import Cluster, ray_cluster
 from handlers.front.front import Request
 from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
+from handlers.limits import MAX_BATCH
 from handlers.ray_serve import driver
 from handlers.ray_serve.environment import (
     MARK,
@@ -341,6 +342,7 @@ def names(all_namespaces):
     return [{"name": "SERVE_CONTROLLER_ACTOR"}] if is_in_use else []
 
 def init(**options):
+    os.getcwd()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     if os.environ.get("STOP_IN_INIT"):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -355,7 +357,8 @@ exceptions = SimpleNamespace(RayError=RayError)
 util = SimpleNamespace(list_named_actors=names)
 serve = SimpleNamespace(shutdown=shut_down)
 """
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+# `ade serve` removes the folder of a process that was killed.
+KILL = "(os.rmdir(os.getcwd()), os.kill(os.getpid(), signal.SIGKILL))"
 SCORE = f"""
 import os, signal
 from handlers.ray_serve.instance import ray_instance
@@ -400,9 +403,11 @@ def run_on_stand_in(
 ) -> tuple[subprocess.CompletedProcess[str], bool]:
     """Run a script until its guard has ended, too; returns whether Serve was shut down."""
     (folder / "ray.py").write_text(STAND_IN)
+    (folder / "own").mkdir()
     note = folder / "note"
     done = subprocess.run(
         [sys.executable, "-c", script, folder],
+        cwd=folder / "own",
         env={
             **os.environ,
             "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}",
@@ -580,19 +585,26 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(
         text = httpx.get(f"{service.metrics}/metrics", timeout=60).text
         assert 'ade_requests_total{model_name="score"' in text
         if sign == signal.SIGTERM:
-            with ThreadPoolExecutor(1) as pool:
-                accepted = pool.submit(
-                    httpx.post,
-                    f"{url}/predictions/score",
-                    files={f"image{i}": CAT for i in range(16)},
-                    data={"samples": "64"},
-                    headers=headers,
-                    timeout=60,
-                )
-                time.sleep(0.5)
-                assert not accepted.done(), accepted.result().text
+            count = 2 * MAX_BATCH + 36  # more than the front has replicas compute at a time
+            with ThreadPoolExecutor(count) as pool:
+                accepted = [
+                    pool.submit(
+                        httpx.post,
+                        f"{url}/predictions/score",
+                        files={"image": CAT},
+                        data={"samples": "32"},
+                        headers=headers,
+                        timeout=60,
+                    )
+                    for _ in range(count)
+                ]
+                wait_for(lambda: any(one.done() for one in accepted), 30)
                 service.process.send_signal(sign)
-                assert accepted.result().status_code == 200
+                answers = Counter(
+                    (answer.status_code, answer.json().get("error", {}).get("code"))
+                    for answer in (one.result() for one in accepted)
+                )
+            assert answers.keys() <= {(200, None), (503, "stopping")}, answers
     finally:
         service.process.send_signal(sign)
         service.process.wait(90)
@@ -723,6 +735,7 @@ def test_a_replica_a_node_and_the_proxy_die_under_load(
                 seconds[kill.__name__] = load.wait_for_answers(50)
     finally:
         service.stop()
+    wait_for(lambda: not named(processes(), "ray::Serve"), 20)
     assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
     with capsys.disabled():
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})

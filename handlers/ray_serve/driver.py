@@ -5,6 +5,7 @@ It starts a Ray instance on this machine, or joins a cluster, and stops all that
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -30,6 +31,7 @@ from serving.ports import LOOPBACK, local_address
 logger = logging.getLogger(__name__)
 APP = "ade"
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+FINISH_TIMEOUT_S = 30.0  # more than the front needs for the requests that it accepted
 UNUSED_S = 60.0  # that the guard of a killed driver may take to shut Serve down
 
 
@@ -84,9 +86,7 @@ def run(settings: DriverSettings) -> None:
                 _serve_metrics(serve, settings)
             finally:
                 try:
-                    # Replicas answer what they accepted. A shutdown alone ends the proxies first.
-                    serve.delete(APP)
-                    serve.shutdown()
+                    serve.shutdown()  # unless that is done
                     instance.has_stopped_serving()
                 except Exception:  # Ray has no error of its own for it
                     logger.exception("Ray Serve was not shut down; trying again")
@@ -152,6 +152,7 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
     from handlers.ray_serve.app import METRICS
 
     handle, limits = serve.get_deployment_handle(METRICS, APP), Limits()
+    front = serve.get_app_handle(APP)
     refusals = Counter[str]()
 
     async def text(request: Request) -> Answer:
@@ -164,12 +165,28 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
     async def build() -> AsyncIterator[listen.Built]:
         metrics = Endpoint(text)
         find = functools.partial(only_metrics, metrics)  # its own server has the API's port
-        yield listen.built(settings, limits, find, metrics, refusals)
+        try:
+            yield listen.built(settings, limits, find, metrics, refusals)
+        finally:
+            await _stop(serve, front)
 
     sockets: list[socket.socket] = [
         listen.open_socket(host, settings.metrics_port) for host in settings.metrics_hosts
     ]
     listen.run_on(sockets, limits, build)
+
+
+async def _stop(serve: Any, front: Any) -> None:
+    """Let the front, of which there is one, answer what it accepted, and shut Serve down.
+
+    In the event loop that the handles were used in: without it they cannot be closed.
+    """
+    try:
+        async with asyncio.timeout(FINISH_TIMEOUT_S):
+            await front.finish.remote()
+    except Exception:  # Ray's, if the front has died
+        logger.exception("requests may have been left without an answer")
+    await serve.shutdown_async()
 
 
 if __name__ == "__main__":

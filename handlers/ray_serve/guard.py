@@ -40,6 +40,7 @@ def start_guard(mark: str, folder: Path, address: str | None) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-m", __name__, mark, str(folder), *([address] if address else [])],
         stdin=subprocess.PIPE,
+        cwd="/",  # `ade serve` removes this process's, without which Ray does not start
         # Without the mark, or it would find itself. In a session of its own, or whoever kills this
         # process's group would kill it too.
         env={name: value for name, value in os.environ.items() if name != MARK},

@@ -24,6 +24,7 @@ from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import Answer, Endpoint, Front, Request, other_model
 from handlers.ray_serve.calls import Asked, Calls
+from handlers.ray_serve.environment import DRAINING_S
 from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
 from handlers.ray_serve.settings import Access, ServeSettings
@@ -38,6 +39,7 @@ REQUEST_ID = "x-request-id"  # given by Ray's proxy, or by the client
 MAX_ID = 128
 LOOK_S = 2.0  # between two looks at which models have replicas
 LOOK_TIMEOUT_S = 10.0  # longer than a full queue takes
+FINISH_S = 25.0  # for accepted requests after a stop is requested
 
 
 class RemoteModel:
@@ -163,8 +165,22 @@ class Ingress:
         hosts = settings.allowed_hosts
         self._guarded = Guard(front, hosts, access.token, self._refusals)
         self._open = Guard(front, hosts, None, self._refusals)
+        self._answering: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
         self._looking: asyncio.Task[None]
         self._reporter: Reporter
+
+    async def finish(self) -> None:
+        """Answer what was accepted, and 503 to further requests and to those that take too long.
+
+        To be called before Serve is shut down, which ends the proxies and the replicas at once.
+        """
+        self._is_stopping = True
+        if self._answering:
+            _, late = await asyncio.wait(self._answering, timeout=FINISH_S)
+            for task in late:
+                task.cancel()  # of which the front makes a 503
+        await asyncio.sleep(DRAINING_S)  # until proxies have passed on the last answers
 
     def __serve_build_asgi_app__(self) -> App:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:  # not a method: uvicorn
@@ -188,7 +204,10 @@ class Ingress:
             await send(message)
 
         app = self._open if scope["path"] in OPEN else self._guarded
-        await app(scope, receive, send_bytes)
+        answering = asyncio.create_task(app(scope, receive, send_bytes))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+        await answering
 
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
@@ -204,6 +223,8 @@ class Ingress:
                 return
 
     def _endpoint(self, path: str) -> Endpoint:
+        if self._is_stopping:
+            raise stopping()
         if path == "/metrics" and self._exposes_metrics:
             return Endpoint(self._metrics_text)
         return self._find(path)
