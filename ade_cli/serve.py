@@ -9,7 +9,7 @@ from ade_cli.paths import given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch import serve
 from handlers.launch.engines import DEFAULT, ENGINES
-from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS, PROFILE_S
+from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS
 from handlers.launch.supervision import LaunchError
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.ports import LOOPBACK, VARIABLES
@@ -84,11 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         metavar="DIR",
         help="folder for logs, such as one JSON line per request (default: a temporary folder)",
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help=f"print every {PROFILE_S:.0f} seconds how requests spent their time",
     )
     parser.add_argument(
         "--cuda-graphs",

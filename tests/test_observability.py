@@ -1,4 +1,4 @@
-"""The profile of request times, the logs and the dashboard."""
+"""The metrics of TorchServe, the logs and the dashboard."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import pytest
 
 from handlers.asgi.metrics import QUEUE_SECONDS
 from handlers.front.exposition import REFUSALS, START
-from handlers.launch.profile import profile_table, read_totals
 from handlers.torchserve.exposition import by_convention
-from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
@@ -39,31 +37,6 @@ ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
 """.replace("TS_LABELS", 'model_version="default",uuid="u",hostname="h",').replace(
     "HOST", 'hostname="h",'
 )
-
-
-def test_a_profile_is_what_is_new() -> None:
-    totals = read_totals(by_convention(METRICS_TEXT, {}), TorchServe.timers)
-    assert set(totals) == {"score"}
-    assert totals["score"] == pytest.approx(
-        {"requests": 4, "images": 8, "compute": 0.04, "whole": 0.08, "queue": 0.02}
-    )
-    head, line = profile_table({}, totals).splitlines()
-    values = dict(zip(head.split()[3:], line.split()[1:], strict=True))
-    assert values == {
-        "requests": "4",
-        "images": "8",
-        "queue": "5.00",
-        "parse": "0.00",
-        "decode": "0.00",
-        "compute": "10.00",
-        "encode": "0.00",
-        "carry": "5.00",
-        "whole": "20.00",
-    }
-    assert profile_table(totals, totals) == ""
-    # After an upgrade the counters begin again.
-    more = {"score": {key: 3 * value for key, value in totals["score"].items()}}
-    assert profile_table(more, totals) == profile_table({}, totals)
 
 
 def test_metrics_follow_the_conventions() -> None:

@@ -111,7 +111,7 @@ def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
             full.close()
 
 
-def test_a_service_whose_addresses_and_profile_cannot_be_printed_keeps_running(
+def test_a_service_whose_addresses_cannot_be_printed_keeps_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan: Any = SimpleNamespace(
@@ -194,6 +194,7 @@ def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
         from handlers.launch import serve
         serve.engine_class = lambda name: sys.exit(10 + socket.socket().fileno())
         options = dict(workers=None, address=None, engine="asgi", backend="onnxruntime")
+        options |= dict(host="127.0.0.1")
         serve.run(argparse.Namespace(**options, cuda_graphs=False))
     """
     shell = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
@@ -959,9 +960,8 @@ def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next
 
 
 @pytest.mark.slow
-def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> None:
-    """The queues are read from one socket, the metrics of the profile from another."""
-    running = RunningService(PRETRAINED, options=("--workers", "1", "--profile"))
+def test_a_stop_answers_what_was_accepted() -> None:
+    running = RunningService(PRETRAINED, options=("--workers", "1"))
     body = EXAMPLE.read_bytes()
     results: list[int | str] = []
 
@@ -987,12 +987,7 @@ def test_a_stop_answers_what_was_accepted_and_a_profile_is_printed_before() -> N
     for thread in threads:
         thread.start()
     try:
-        assert until(
-            lambda: (
-                "ms per request" in "".join(running.output) and "score " in "".join(running.output)
-            ),
-            30,
-        )
+        assert until(lambda: results.count(200) > 30, 60)
     finally:
         assert running.stop() == [] and running.process.returncode == 0
     for thread in threads:

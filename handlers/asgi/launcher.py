@@ -8,7 +8,6 @@ from typing import Any
 
 from handlers.asgi.application import STOP_S, ApplicationSettings
 from handlers.asgi.control import CHANGE, DESCRIBE
-from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.front.releases import Release
 from handlers.launch.channel import DESCRIBE_S, ChannelError, RefusedError, Say, ask
 from handlers.launch.engines import SWITCHED, Plan
@@ -21,7 +20,6 @@ from handlers.launch.supervision import Supervisor
 class Asgi(OneProcess):
     """An :class:`handlers.launch.engines.UpgradableEngine`."""
 
-    timers = {ANSWER_SECONDS.name: "whole", QUEUE_SECONDS.name: "queue"}
     drain_s = STOP_S + 5
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:

@@ -9,11 +9,10 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from handlers.launch.channel import Say
 from handlers.launch.options import ServingOptions
-from handlers.launch.profile import Timers
 from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
@@ -101,10 +100,7 @@ class Engine(Protocol):
     """The API's part of a service: the processes that compute, and their front.
 
     Attributes:
-        timers: names of its counters of the time that requests take.
     """
-
-    timers: ClassVar[Timers]
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None: ...
 

@@ -14,7 +14,7 @@ from handlers.launch.supervision import DEATHS_WITHIN_S, Child, Supervisor
 
 
 class OneProcess:
-    """An :class:`handlers.launch.engines.Engine`, except for ``start`` and ``timers``.
+    """An :class:`handlers.launch.engines.Engine`, except for ``start``.
 
     Attributes:
         drain_s: seconds that the process may take to end once it is asked to.

@@ -15,14 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import httpx
-
 from handlers.front.settings import ANY_ADDRESS, TokenError, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
-from handlers.launch.profile import Totals, profile_table, read_totals
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
@@ -37,7 +34,6 @@ from serving.verdict.calibration_file import Calibrations
 ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
 UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
-PROFILE_S = 10.0
 WATCH_S = 0.5
 PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # required by each backend
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
@@ -119,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
             Listener(folder.control_socket, upgrades.handle, UPGRADE_ERRORS)
             _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
-            _watch(supervisor, folder, engine, describe, ports if args.profile else None)
+            _watch(supervisor, folder, engine, describe)
         except (KeyboardInterrupt, SystemExit):
             _ignore_signals()
             tell("stopping")
@@ -193,15 +189,12 @@ def _watch(
     folder: RunFolder,
     engine: Engine,
     describe: Callable[[], None],
-    profiled: Ports | None,
 ) -> NoReturn:
-    """Watch the children until an exception, and print the profile if ``profiled`` is given.
+    """Watch the children until an exception.
 
     Raises:
         LaunchError: a child cannot be kept running, or the working folder is gone.
     """
-    totals: Totals = {}
-    next_profile = time.monotonic() + PROFILE_S
     while True:
         if not (folder.is_held() and engine.is_whole()):
             raise LaunchError(
@@ -210,19 +203,6 @@ def _watch(
         if supervisor.tend():
             describe()
         time.sleep(WATCH_S)
-        if profiled is not None and time.monotonic() > next_profile:
-            next_profile += PROFILE_S
-            address = f"http://127.0.0.1:{profiled.metrics}/metrics"
-            try:
-                answer = httpx.get(address, timeout=PROFILE_S, trust_env=False)
-                answer.raise_for_status()
-            except httpx.HTTPError:  # the service is busy: try again later
-                continue
-            now = read_totals(answer.text, engine.timers)
-            table = profile_table(totals, now)
-            totals = now
-            if table:
-                tell(f"{table}\n", on_output=True)
 
 
 def _warn_of_another_coder(bundle: Bundle) -> None:

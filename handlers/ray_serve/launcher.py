@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import os
 
-from handlers.asgi.metrics import ANSWER_SECONDS, QUEUE_SECONDS
 from handlers.launch.one_process import OneProcess
 from handlers.ray_serve.driver import DriverSettings
 from handlers.ray_serve.environment import of_cluster
@@ -18,7 +17,6 @@ if importlib.util.find_spec("ray") is None:  # it takes a second to import
 class RayServe(OneProcess):
     """An :class:`handlers.launch.engines.Engine`. A guard ends what a killed driver had started."""
 
-    timers = {ANSWER_SECONDS.name: "whole", QUEUE_SECONDS.name: "queue"}
     drain_s = 40  # of the front and then of the replicas
     deaths_within_s = 600.0  # a driver may wait a minute for what the one before had deployed
 

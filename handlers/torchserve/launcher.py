@@ -14,7 +14,6 @@ from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Child, Supervisor
 from handlers.torchserve.archives import write_archives
 from handlers.torchserve.configuration import write_configuration
-from handlers.torchserve.exposition import LATENCY, QUEUE
 from handlers.torchserve.front import ServerSettings
 from handlers.torchserve.status import queued_requests
 
@@ -24,8 +23,6 @@ EMPTY_TIMES = 5  # that the queues are found empty before workers reject request
 
 class TorchServe:
     """An :class:`handlers.launch.engines.Engine`."""
-
-    timers = {LATENCY.name: "whole", QUEUE.name: "queue"}
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
         self._plan = plan
