@@ -76,7 +76,7 @@ def _text(found: dict[str, Any]) -> str:
     ]
     if found["models"] is None:
         reason = (
-            "its engine does not answer, or does not report them"
+            "its engine does not answer, or is Ray, which does not report them here"
             if found["is_own"]
             else "no service of this user is on these ports"
         )

@@ -26,7 +26,7 @@ from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
-from serving.api.telemetry import METRICS, VERSION
+from serving.api.telemetry import EXPECTED_FLAGS, METRICS, OBSERVED_FLAGS, VERSION
 from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
 from serving.page import sweep, uploads
@@ -67,7 +67,8 @@ def test_alarms_are_about_metrics_that_exist() -> None:
     known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES, START)}
     known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
     known["up"] = set()
-    known[VERSION.name].add(MODEL)  # with the engines asgi and ray
+    for metric in (VERSION, EXPECTED_FLAGS, OBSERVED_FLAGS):
+        known[metric.name].add(MODEL)  # with the engines asgi and ray
     rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
         names = re.findall(r"\b((?:ade|ts|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])

@@ -15,7 +15,15 @@ from handlers.front.exposition import REFUSALS, START
 from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
-from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
+from serving.api.telemetry import (
+    EXPECTED_FLAGS,
+    FAMILIES,
+    METRICS,
+    OBSERVED_FLAGS,
+    HistogramMetric,
+    Metric,
+    Stopwatch,
+)
 from serving.brand import NAME, STYLE
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
@@ -144,6 +152,8 @@ def test_the_dashboard_uses_existing_metrics() -> None:
     ]
     known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
     known[QUEUE_SECONDS.name] = {"model_name"}  # without TorchServe
+    for metric in (EXPECTED_FLAGS, OBSERVED_FLAGS):
+        known[metric.name].add("bundle")  # without TorchServe
     of_front = {metric.name: set(metric.labels) for metric in (REFUSALS, START)}
     known |= of_front
     used = set()

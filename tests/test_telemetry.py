@@ -52,7 +52,7 @@ def score(
 
 
 def started() -> Telemetry:
-    telemetry = Telemetry("model@1", "onnxruntime/CPU")
+    telemetry = Telemetry("model@1", "onnxruntime/CPU", judges=True)
     assert {(m.metric, m.labels) for m in telemetry.collect()} == {
         (STARTS, ()),
         (INFO, ("model@1", "onnxruntime/CPU")),
@@ -109,31 +109,40 @@ def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found[DRIFT_IMAGES, "default"], found[DRIFT_IMAGES, "night"]) == (4, 1)
     # At an alpha that so few images cannot decide on, nothing is expected.
     telemetry.observe_scores([(score(4.0, 0.01)[0], 0.001)])
-    assert (EXPECTED_FLAGS, "default") not in values(telemetry)
+    assert not values(telemetry).get((EXPECTED_FLAGS, "default"))
     # A replaced calibration starts again, and a removed one raises no more alarms.
     telemetry.observe_scores([score(4.0, 1e-4, "night", "2")])
     assert values(telemetry)[DRIFT_IMAGES, "night"] == 1
     telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
     found = values(telemetry)
     assert found[VERSION, "default"] == 0xAC12
+    # From 0: Prometheus does not count what its first sample has.
+    assert found[EXPECTED_FLAGS, "default"] == found[OBSERVED_FLAGS, "default"] == 0
     assert found[DRIFT_UNUSUAL, "night"] == 0
     assert found[BROKEN, "day"] == found[MISSING, "day"] == 1
     # The worker before may have reported that these were broken.
     assert found[BROKEN, "default"] == found[BROKEN, "/"] == found[MISSING, "default"] == 0
     telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
     assert telemetry.collect() == []
-    # A new release that did not come to serve may have written over it meanwhile.
+    # A new release that did not come to serve may have written over it meanwhile, or what sums it
+    # up was replaced.
+    telemetry.observe_scores([score(4.0, 0.5)])
+    drift = {key: value for key, value in values(telemetry).items() if "drift" in key[0].name}
     monkeypatch.setattr(time, "monotonic", lambda: math.inf)
     telemetry.observe_calibrations({"default": "ac12"}, {"day": "damaged"}, ["day"])
-    assert values(telemetry) == {
+    found = values(telemetry)
+    histogram = {key: found.pop(key) for key in list(found) if key[0] in BPD.series}
+    assert len(histogram) == len(BPD.bounds) + 2 and not any(histogram.values())
+    assert found == {
         (metric, name): name == "day"
         for metric in (BROKEN, MISSING)
         for name in ("default", "day", "/")
-    } | {(VERSION, "default"): 0xAC12}
+    } | {(VERSION, "default"): 0xAC12, (INFO, "model@1", "onnxruntime/CPU"): 1, **drift}
     monkeypatch.undo()
     telemetry.observe_calibrations({"default": "ac12", "day": "f0"}, {}, [])
     repaired = {(BROKEN, "day"): 0, (MISSING, "day"): 0}
-    assert values(telemetry) == {**repaired, (VERSION, "day"): 0xF0}
+    new = {(EXPECTED_FLAGS, "day"): 0, (OBSERVED_FLAGS, "day"): 0}
+    assert values(telemetry) == {**repaired, **new, (VERSION, "day"): 0xF0}
     telemetry.observe_calibrations({"default": ""}, {}, [])
     assert values(telemetry) == {(VERSION, "day"): 0, (VERSION, "default"): 0}
 

@@ -312,6 +312,8 @@ class _Worker:
                         self._update(STARTS.name, {}, 1.0)  # which no worker reports
         finally:
             await process.end()
+            # A worker of another release that has the same labels reports its own again.
+            self._pool.metrics.drop_gauges(self._labels({}))
 
     async def _next_batch(self, process: _Process) -> list[Job]:
         """The next batch for the process; empty if no request came for a while.

@@ -123,10 +123,8 @@ def answer_batch(
 ) -> list[Response]:
     """Answer requests, each as :mod:`handlers.asgi.wire` describes it in the head."""
     return service.answer(
-        [
-            _read(service, model, about, body)
-            for about, body in zip(head["requests"], bodies, strict=True)
-        ]
+        _read(service, model, about, body)
+        for about, body in zip(head["requests"], bodies, strict=True)
     )
 
 

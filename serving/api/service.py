@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,16 +61,23 @@ class Service:
     ) -> None:
         self.operation = OPERATIONS[operation]
         self.engine = engine
-        self.telemetry = Telemetry(engine.bundle.model_id, engine.backend.name)
+        self.telemetry = Telemetry(
+            engine.bundle.model_id, engine.backend.name, operation == "score"
+        )
         self.is_exhausted = False
         self._journal = journal
         self._each: Each = ThreadPoolExecutor(threads, "decode").map if threads > 1 else map
 
-    def answer(self, requests: Sequence[RawRequest]) -> list[Response]:
-        """Answer each request, in order. Never raises, whatever a client sent."""
+    def answer(self, requests: Iterable[RawRequest]) -> list[Response]:
+        """Answer each request, in order. Never raises, whatever a client sent.
+
+        Args:
+            requests: the time that an iterator takes to read them counts as parsing.
+        """
         watch = Stopwatch()
         deadline = time.monotonic() + MAX_BATCH_S
         with watch("parse"):
+            requests = list(requests)
             parsed = [self._parse(request) for request in requests]
         with watch("decode"):
             decoded = self._decode(_within(MAX_BATCH_PIXELS, parsed))

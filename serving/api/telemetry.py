@@ -25,7 +25,7 @@ from serving.verdict.store import ALL
 
 STAGES = ("parse", "decode", "compute", "encode")
 MAX_BPD = 1000.0
-TELL_S = 5.0  # after which all calibrations are reported again
+TELL_S = 5.0  # after which everything that lasts is reported again
 INFINITY = float("inf")
 
 
@@ -213,15 +213,18 @@ class _Histogram:
             if value <= bound:
                 self._buckets[i] += times
 
-    def collect(self) -> list[Measurement]:
-        if not self._buckets[-1]:
+    def collect(self, again: bool) -> list[Measurement]:
+        """What is new; if ``again``, all buckets, unless there was never a value.
+
+        So it is the first time: a histogram without its lowest buckets, even if they are empty, has
+        other quantiles.
+        """
+        if not self._buckets[-1] and not (again and self._told):
             return []
-        # All buckets the first time: a histogram without its lowest buckets, even if they are
-        # empty, has other quantiles.
         found = [
             Measurement(self.metric.bucket, count, (_le(bound),))
             for bound, count in zip(self.metric.bounds, self._buckets, strict=True)
-            if count or not self._told
+            if count or again or not self._told
         ]
         found += [
             Measurement(self.metric.sum, self._sum),
@@ -261,19 +264,21 @@ class Telemetry:
     Args:
         model_id: name and hash of the bundle.
         backend: name of the backend.
+        judges: whether its operation gives verdicts.
     """
 
-    def __init__(self, model_id: str, backend: str) -> None:
+    def __init__(self, model_id: str, backend: str, judges: bool) -> None:
         self._lock = threading.Lock()
+        self._judges = judges
+        self._info = (INFO, (model_id, backend))
         self._streams: dict[str, _Stream] = {}
         self._affected: dict[Metric, set[str]] = {BROKEN: set(), MISSING: set()}
         self._versions: Mapping[str, str] = {}
-        self._tell_all = -math.inf  # when all calibrations are reported again
+        self._tell_all = -math.inf  # when everything that lasts is reported again
+        self._tells_all = False
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
         self._counts[STARTS, ()] = 1
-        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {
-            (INFO, (model_id, backend)): 1.0
-        }
+        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {self._info: 1.0}
         self._seconds, self._batch, self._bpd = map(_Histogram, (SECONDS, BATCH, BPD))
 
     def observe_batch(
@@ -329,8 +334,8 @@ class Telemetry:
         """Update the list of calibrations.
 
         The first call reports all of them, because the worker before may have reported another
-        state; later calls report changes, and from time to time all of them, because a release that
-        did not come to serve may have written over them.
+        state; later calls report changes, and from time to time all that lasts, because a release
+        that did not come to serve may have written over it, or what sums it up was replaced.
 
         Args:
             versions: of all calibrations, by name; measurements of others are dropped.
@@ -345,7 +350,14 @@ class Telemetry:
             now = time.monotonic()
             tells_all = now >= self._tell_all
             if tells_all:
-                self._tell_all = now + TELL_S
+                self._tell_all, self._tells_all = now + TELL_S, True
+                self._gauges[self._info] = 1.0
+                for stream in self._streams.values():
+                    stream.has_moved = True
+            if self._judges:  # from 0, or Prometheus would not count what its first sample has
+                for name in versions.keys() - self._versions.keys():
+                    self._counts[EXPECTED_FLAGS, (name,)] += 0
+                    self._counts[OBSERVED_FLAGS, (name,)] += 0
             for metric, affected in ((BROKEN, set(broken)), (MISSING, set(missing))):
                 before = self._affected[metric]
                 told = {*versions, *affected, *before, ALL} if tells_all else affected ^ before
@@ -364,17 +376,18 @@ class Telemetry:
             found = [
                 Measurement(metric, value, labels)
                 for (metric, labels), value in self._counts.items()
-                if value or metric is OBSERVED_FLAGS
+                if value or metric in (EXPECTED_FLAGS, OBSERVED_FLAGS)
             ]
             found += [
                 Measurement(metric, value, labels)
                 for (metric, labels), value in self._gauges.items()
             ]
             for histogram in (self._seconds, self._batch, self._bpd):
-                found += histogram.collect()
+                found += histogram.collect(self._tells_all)
             for name, stream in self._streams.items():
                 if stream.has_moved:
                     found += stream.collect(name)
             self._counts.clear()
             self._gauges.clear()
+            self._tells_all = False
             return found
