@@ -1070,7 +1070,8 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
                 raise WorkerError("its connection ended")
             if rest == "late":
                 await asyncio.sleep(60)
-            return {"measurements": [], "leaving": True}, []
+            missing = ["ade_gate_calibration_missing", {"calibration": "cam"}, 1.0]
+            return {"measurements": [missing], "leaving": True}, []
 
         async def end(self) -> int:
             self.is_ended = True
@@ -1096,6 +1097,8 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
                 assert not place.is_ready
             await pool.stop()
         assert process.is_ended
+        # Another release may have the same labels, and does not know this calibration.
+        assert "missing" not in pool.metrics.text()
 
     asyncio.run(answer())
 
