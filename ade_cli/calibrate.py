@@ -88,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features-preprocess",
         metavar="HOW",
-        help=f"{FORMAT}: what the graph does not specify; SCALE is one of {', '.join(SCALES)}, or "
-        "mean and standard deviation of values between 0 and 1, such as "
-        "'0.5 0.5 0.5/0.25 0.25 0.25'",
+        help=f"{FORMAT}: what the graph does not specify; SCALE, which only a float input needs, "
+        f"is one of {', '.join(SCALES)}, or mean and standard deviation of values between 0 and 1, "
+        "such as '0.5 0.5 0.5/0.25 0.25 0.25'",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = "scale=SCALE[,size=PIXELS][,layout=nchw|nhwc][,order=rgb|bgr]"
+FORMAT = "scale=SCALE,size=PIXELS,layout=nchw|nhwc,order=rgb|bgr, or some of these"
 # Normalisations of the channels: mean and standard deviation of values between 0 and 1.
 SCALES = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -31,7 +31,8 @@ class FeatureSource:
             or the input of the linear layer in which the graph ends (its result is the logits), or
             the only output.
         preprocess: see :data:`FORMAT`; ``SCALE`` is one of :data:`SCALES`, or mean and standard
-            deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``.
+            deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``. A float input needs it;
+            one of uint8 takes pixels as they are.
     """
 
     path: Path

@@ -145,7 +145,7 @@ def _read(path: Path) -> ModelProto:
         model = onnx.load(str(path))
         if _opset(model) < MIN_OPSET:
             model = onnx.version_converter.convert_version(model, OPSET)
-    except (FeaturesError, DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
+    except (ValueError, DecodeError, onnx.checker.ValidationError, RuntimeError) as error:
         raise FeaturesError(f"{path} is not a usable ONNX graph: {error}") from error
     return model
 
@@ -212,11 +212,16 @@ def _preprocessing(
     size = (int(given["size"]),) * 2 if "size" in given else own
     if (height or size[0], width or size[1]) != size:
         raise FeaturesError(f"the network takes {height}x{width} pixels, not size={given['size']}")
-    as_is = tensor.elem_type == TensorProto.UINT8 and "scale" not in given
+    as_is = tensor.elem_type == TensorProto.UINT8
+    if as_is and given.get("scale", "raw") != "raw":
+        raise FeaturesError(
+            f"input {value.name} is of uint8 and takes pixels as they are: leave out "
+            f"scale={given['scale']}"
+        )
     if not as_is and "scale" not in given:
         raise FeaturesError(
             f"a graph with an input of {_TYPES[tensor.elem_type]} does not say how pixels are "
-            f"scaled: give the preprocessing {FORMAT}, SCALE one of {', '.join(SCALES)} or "
+            f"scaled: give the preprocessing scale=SCALE, SCALE one of {', '.join(SCALES)} or "
             "mean/std by channel"
         )
     mean, std = ((0.0,), (1.0,)) if as_is else _scale(given["scale"], channels)

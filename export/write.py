@@ -150,8 +150,12 @@ def export_bundle(
         write_manifest(folder, fields)
         report("testing parity")
         bundle = open_bundle(folder)
-        backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
-        table = check_parity(model, backends, images, operations)
+        threads = torch.get_num_threads()
+        try:
+            backends = {b: load_backend(bundle, names, b, "cpu") for b in BACKENDS}
+            table = check_parity(model, backends, images, operations)
+        finally:
+            torch.set_num_threads(threads)  # TorchScript's backend takes one
         write_manifest(folder, {**fields, "parity": list(map(asdict, table))})
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.images import digests_of, others
 from export.verdict.what_if import corruptions_of, rejected
 from fitting.encoder import ENCODER_ABOUT, recognised_share
 from fitting.held_out import held_out_images, rows_of
@@ -57,7 +59,8 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
     engine = InferenceEngine(opened, device="cpu")
     folder = Path(plan.folder)
     p_values: dict[bool, list[float]] = {False: [], True: []}
-    tested = rows_of(dataset, found, "test")[:TEST_IMAGES]
+    calibrations = Calibrations.load(bundle / CALIBRATION_NAME)
+    tested = _tested(dataset, rows_of(dataset, found, "test"), calibrations)
     for _, is_resized, score in _scores(engine, dataset, "test", tested, folder):
         if score.verdict is not None:
             p_values[is_resized].append(score.verdict.p_value)
@@ -84,7 +87,7 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         engine.sample([0] * SAMPLES, range(SAMPLES)),
         held_out,
         engine.reconstruct(held_out),
-        false_alarms(p_values, Calibrations.load(bundle / CALIBRATION_NAME)),
+        false_alarms(p_values, calibrations),
         len(scanned),
         outliers,
         len(pixels),
@@ -92,6 +95,14 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         _encoder_findings(engine, dataset, found, out),
     )
     write_report(findings, out / "report.html")
+
+
+def _tested(dataset: Dataset, rows: Sequence[int], calibrations: Calibrations) -> list[int]:
+    """The first rows of test images that are not copies of those that made a calibration."""
+    pixels = dataset.parts["test"].images
+    images = ((str(row), InputImage(pixels[row], [])) for row in rows)
+    unknown = others("test", images, digests_of(calibrations), lambda line: None)
+    return [int(row) for row, _ in islice(unknown, TEST_IMAGES)]
 
 
 def _scores(

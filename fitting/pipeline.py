@@ -9,12 +9,14 @@ verdict's encoder (``encoder.onnx``), the bundle before and after its calibratio
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on
 from fitting.held_out import held_out_images
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
-from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from fitting.survey import Sizes, Survey, as_dict, broken_in, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
 from training.data import CHANNELS, DataError, Dataset, Report
 from training.datasets.files import few_names_hint, unusable_hint
@@ -45,6 +47,7 @@ MEASURED_IMAGES = 1000
 DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
+SURVEY_NAME = "survey.json"
 GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
 
 
@@ -98,12 +101,16 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
         )
     folder = Path(plan.folder)
     step(f"reading {folder}")
-    dataset = load_files(folder, files, plan.image_size, out / "cache", read)
+    # What was left out stays so even if it can be read by now: the parts must not change.
+    left_out = broken_in(_survey_before(out))
+    dataset = load_files(folder, files, plan.image_size, out / "cache", read, left_out=left_out)
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
         step(line)
     encoder = fit_encoder(plan, found, dataset, out, step)
     guide = fit_guide(plan, dataset, out, step)
+    if guide is None:
+        plan = plan.without_guide()
     runs = _train(plan, dataset, guide, out, step)
     bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
     if not (out / "report.html").exists():
@@ -153,12 +160,19 @@ def _check_unused(out: Path) -> None:
     try:
         Plan.load(out / "plan.json")  # of a fitting that ended before it trained anything
     except (PlanError, OSError):
-        names += ["plan.json", "survey.json", "stage-0", ENCODER_ABOUT, GUIDE_NAME]
+        names += ["plan.json", SURVEY_NAME, "stage-0", ENCODER_ABOUT, GUIDE_NAME]
     if found := [name for name in names if os.path.lexists(out / name)]:
         raise PlanError(
             f"{out} holds {', '.join(found)}, but no fitting that can be resumed: choose another "
             "output folder"
         )
+
+
+def _survey_before(out: Path) -> dict[str, Any]:
+    """The survey of a fitting that has trained something; empty without one."""
+    path = out / SURVEY_NAME
+    found: dict[str, Any] = read_json(path) if path.exists() and has_begun(out) else {}
+    return found
 
 
 def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out: Path) -> Survey:
@@ -176,13 +190,12 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
                 + ", not counting copies of each other and of those in calibrate" * is_fitted
                 + few_names_hint([file.name for file in files])
             )
-    path = out / "survey.json"
-    if path.exists() and has_begun(out) and (change := found.change_since(read_json(path))):
+    if (before := _survey_before(out)) and (change := found.change_since(before)):
         raise PlanError(
             f"{folder} has changed since {out} was begun ({change}): "
             "restore it, or choose another output folder"
         )
-    write_json(path, as_dict(found))
+    write_json(out / SURVEY_NAME, as_dict(found))
     return found
 
 
@@ -202,10 +215,7 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             break
         if not (run / "report.md").exists():
             guided = "" if its_guide is None else " with the guide"
-            minutes = stage.minutes
-            if before is not None and guide is None:
-                minutes += plan.guide_minutes  # of a guide that was planned and could not be made
-            step(f"training {stage.recipe}{guided}, {minutes_text(minutes)} minutes")
+            step(f"training {stage.recipe}{guided}, {minutes_text(stage.minutes)} minutes")
             config = recipe(
                 stage.recipe,
                 dataset.image_size,
@@ -216,7 +226,7 @@ def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Re
             )
             options = RunOptions(
                 images=NO_LIMIT,
-                minutes=minutes,
+                minutes=stage.minutes,
                 seed=seed,
                 device=plan.device,
                 checkpoint_minutes=2.0,
@@ -253,6 +263,9 @@ def _bundle(
     A model whose graphs differ from it is given up for that of the stage before.
     """
     exported, bundle = out / "exported", out / "bundle"
+    for name in (exported.name, bundle.name):
+        for unfinished in out.glob(f".{name}.*.tmp"):  # of a process that was killed
+            shutil.rmtree(unfinished)
     for run in runs:
         if exported.exists():
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ class Plan:
         if self.size == "tiny" and stage is self.stages[0]:
             changes["batch_size"] = FIRST_BATCH_SIZE
         return changes
+
+    def without_guide(self) -> Plan:
+        """The plan if there is no guide: its minutes go to the stage that it would have helped."""
+        *before, last = self.stages
+        last = replace(last, minutes=last.minutes + self.guide_minutes)
+        return replace(self, stages=(*before, last), guide_minutes=0.0)
 
     def check_resumes(self, begun: Plan) -> None:
         """Check that this plan continues one that a fitting was begun with.

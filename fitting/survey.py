@@ -24,6 +24,7 @@ STEP = 8  # networks halve the size three times
 FEW_NAMES = 20  # of the files of a part, if names are repeated
 NAMED = 3  # of the files that have changed
 FEW = 1000  # training images, below which little can be learned
+CHUNK = 1000  # files whose sizes are read together
 # Files by width and height, or None if unreadable.
 Sizes = Counter[tuple[int, int] | None]
 
@@ -39,7 +40,7 @@ class Survey:
         twice: groups of files with the same pixels at the model's size.
         leaking: held-out files with the pixels of a training file; they are left out, unless there
             are so many of a picture that it will repeat in use.
-        content: SHA-256 of the parts, names and pixels of all files.
+        content: SHA-256 of the parts, names and pixels of all usable files.
         parts: number of usable files in each part, without those of ``leaking``.
         fitted: number of pictures that the verdict's density will be fitted to: calibration leaves
             out copies of each other and of those that calibrate.
@@ -48,7 +49,7 @@ class Survey:
 
     files: int
     sizes: dict[str, int]
-    broken: list[str]
+    broken: dict[str, str]
     twice: list[list[str]]
     leaking: list[str]
     content: str
@@ -61,22 +62,22 @@ class Survey:
 
         Empty if it holds the same files.
         """
-        now = as_dict(self)
-        files, broken = before.get("files"), before.get("broken") or []
-        if now["files"] != files:
-            return f"{files} files then, {now['files']} now"
-        if unusable := [line for line in now["broken"] if line not in broken]:
-            return f"files that could be used then: {'; '.join(unusable[:NAMED])}"
-        if usable := [line for line in broken if line not in now["broken"]]:
-            return f"files that could not be used then: {'; '.join(usable[:NAMED])}"
-        same = all(now[name] == before.get(name) for name in ("sizes", "twice", "content"))
-        return "" if same else "names or pixels differ"
+        files, broken = before.get("files"), broken_in(before)
+        if self.files != files:
+            return f"{files} files then, {self.files} now"
+        new = [f"{name}: {why}" for name, why in self.broken.items() if name not in broken]
+        if new:
+            return f"files that could be used then: {'; '.join(new[:NAMED])}"
+        return "" if self.content == before.get("content") else "names or pixels differ"
 
 
 def picture_sizes(files: Sequence[Path]) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
+    sizes: Sizes = Counter()
     with ThreadPoolExecutor(available_cores()) as pool:
-        return Counter(pool.map(size_of, files))
+        for first in range(0, len(files), CHUNK):  # the pool keeps what it is given in memory
+            sizes.update(pool.map(size_of, files[first : first + CHUNK]))
+    return sizes
 
 
 def size_of(path: Path) -> tuple[int, int] | None:
@@ -156,7 +157,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
             "unreadable" if size is None else f"{size[0]} x {size[1]}": n
             for size, n in sizes.most_common()
         },
-        [f"{name}: {why}" for name, why in dataset.skipped.items()],
+        dataset.skipped,
         twice,
         [name for _, name in leaking],
         content.hexdigest(),
@@ -180,3 +181,10 @@ def summary_lines(found: Survey) -> list[str]:
 def as_dict(found: Survey) -> dict[str, Any]:
     """Plain values for JSON."""
     return dict(vars(found))
+
+
+def broken_in(before: dict[str, Any]) -> dict[str, str]:
+    """The attribute ``broken`` of a survey before, as :func:`as_dict` gave it."""
+    broken = before.get("broken") or {}
+    # Earlier versions wrote lines.
+    return broken if isinstance(broken, dict) else dict(line.split(": ", 1) for line in broken)

@@ -34,6 +34,7 @@ from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.verdict.choice import choose_files, choose_rows
 from export.verdict.feedback import _report_unusual, give_feedback
 from export.verdict.images import digests_of
+from export.verdict.ood_bench import bench
 from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
@@ -809,6 +810,22 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
         _parts(opened, small_images[:30], small_images[:30], (), told.append)
     with pytest.raises(CalibrationError, match="calibration: all of 10 images are copies"):
         _parts(opened, fit, small_images[100:110], trained, told.append)
+
+
+def test_reading_training_images_is_reported(
+    tiny_bundle: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """There may be many more than those that calibrate or are tested."""
+    monkeypatch.setattr("export.verdict.images.REPORT_S", -1)
+    trained, others = small_images[:3], small_images[100:200]
+    told: list[str] = []
+    _parts(open_bundle(tiny_bundle), others[:50], others[50:], trained, told.append)
+    engine = InferenceEngine(tiny_bundle, device="cpu")
+    bench(engine, "inverted", 255 - others, {}, 2, False, tmp_path, told.append, trained)
+    assert told.count("training: read 3 images") == 2
 
 
 def test_a_picture_that_repeats_is_not_rejected_for_it(

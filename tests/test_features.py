@@ -215,6 +215,17 @@ def test_uint8_pixels_need_no_preprocessing(small_images: np.ndarray, tmp_path: 
     np.testing.assert_allclose(found["features"], 2 * small_images[:5].mean((1, 2)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("elem_type", [TensorProto.UINT8, TensorProto.FLOAT])
+def test_raw_pixels_of_either_type_and_order(
+    elem_type: int, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx", "nhwc", size=None, elem_type=elem_type)
+    source = FeatureSource(path, preprocess="scale=raw,size=8,layout=nhwc,order=bgr")
+    found = run(feature_graph(source, small_images).content, small_images[:5])
+    means = small_images[:5, :, :, ::-1].mean((1, 2))
+    np.testing.assert_allclose(found["features"], 2 * means, rtol=1e-4)
+
+
 def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx")
     source = FeatureSource(path, output="means", preprocess=SCALE)
@@ -252,6 +263,7 @@ def test_maps_are_pooled_whatever_they_are_called(small_images: np.ndarray, tmp_
         ({}, "scale=unit", "nothing", "the graph has no value 'nothing'"),
         ({"batch": 4}, "scale=unit", None, "has a fixed batch of 4"),
         ({"elem_type": TensorProto.INT64}, "scale=unit", None, "must be of float"),
+        ({"elem_type": TensorProto.UINT8}, SCALE, None, "as they are: leave out scale=0.5 0.4"),
     ],
 )
 def test_what_a_graph_lacks_is_named(
@@ -294,6 +306,19 @@ def test_a_file_without_operators_of_onnx_is_refused(
         path.write_bytes(content)
         with pytest.raises(FeaturesError, match="net.onnx .* imports no operators of ONNX"):
             feature_graph(FeatureSource(path), small_images)
+
+
+def test_weights_that_were_cut_off_are_no_traceback(
+    small_images: np.ndarray, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx")
+    onnx.save(
+        onnx.load(path), str(path), save_as_external_data=True, location="w", size_threshold=0
+    )
+    feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
+    os.truncate(tmp_path / "w", 9)
+    with pytest.raises(FeaturesError, match="net.onnx is not a usable ONNX graph"):
+        feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
 
 
 def test_the_graph_of_a_bundle_is_a_network_like_any_other(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,8 @@ from ade_cli.main import main
 from export.features import data_of
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from fitting.encoder import fit_encoder, fit_guide
-from fitting.findings import _caught
+from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
+from fitting.findings import _caught, _tested
 from fitting.held_out import held_out_images
 from fitting.pipeline import _bundle, _keep_plan, _survey, _train, fit_folder
 from fitting.plan import (
@@ -51,6 +52,8 @@ from fitting.report import (
 from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, survey
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
+from serving.engine.noise import short_digest
+from serving.images import ImageError, read_image
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder
@@ -248,7 +251,7 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     sizes = picture_sizes(files)
     found = survey(sizes, dataset)
     assert found.files == 375 and found.sizes == {"8 x 8": 372, "unreadable": 2, "40 x 20": 1}
-    assert len(found.broken) == 2 and any(line.startswith("broken.png: ") for line in found.broken)
+    assert len(found.broken) == 2 and "broken.png" in found.broken
     often, seldom = sorted(found.twice, key=len, reverse=True)
     assert (len(often), len(seldom)) == (61, 13) and "class0/0000.png" in often
     held_out = {name for part in ("select", "calibrate", "test") for name in names[part]}
@@ -267,10 +270,11 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     assert not again.change_since(before)
     moved = dataclasses.replace(survey(sizes, renamed), twice=found.twice)
     assert moved.change_since(as_dict(found)) == "names or pixels differ"
-    unread = dataclasses.replace(again, broken=[*again.broken, "a.png: Input/output error"])
-    could = "files that could{} be used then: a.png: Input/output error"
-    assert unread.change_since(as_dict(found)) == could.format("")
-    assert again.change_since(as_dict(unread)) == could.format(" not")
+    unread = dataclasses.replace(again, broken={**again.broken, "a.png": "Input/output error"})
+    could = "files that could be used then: a.png: Input/output error"
+    assert unread.change_since(as_dict(found)) == could
+    before["broken"] = [f"{name}: {why}" for name, why in found.broken.items()]  # of an earlier one
+    assert unread.change_since(before) == could and not again.change_since(before)
     fewer = dataclasses.replace(again, files=374)
     assert fewer.change_since(as_dict(found)) == "375 files then, 374 now"
     assert [line.split(":")[0] for line in found.warnings[1:]] == [
@@ -302,6 +306,50 @@ def test_pictures_that_calibration_leaves_out_count_for_too_few(
     rows["select"] += [1] * (REPEATS - 1)  # now 1 will repeat in use, and is fitted to once
     found = surveyed()
     assert (found.parts["select"], found.fitted) == (len(rows["select"]), 20)
+
+
+def test_a_file_that_could_not_be_read_at_the_start_stays_left_out(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other parts, the training could not be resumed."""
+    folder = make_folder(tmp_path / "images", small_images)
+    files = image_files(folder)
+    plan = make_plan(str(folder), "images", 8, 20, False, None, len(files))
+    late, trained_on = (folder / "class1" / "0001.png").read_bytes(), []
+
+    def busy(content: bytes) -> Any:
+        if content == late:
+            raise ImageError("too_large", "the image was not decoded in time", may_pass=True)
+        return read_image(content)
+
+    def fit_encoder(plan: Any, found: Any, dataset: Dataset, out: Path, step: Any) -> None:
+        trained_on.append((dataset.files, dataset.skipped))
+        (out / ENCODER_ABOUT).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fitting.pipeline.MIN_IMAGES", {})
+    monkeypatch.setattr("fitting.pipeline.fit_encoder", fit_encoder)
+    for read, sizes in ((busy, Counter({None: len(files)})), (read_image, picture_sizes(files))):
+        monkeypatch.setattr("training.datasets.files.read_image", read)
+        with pytest.raises(KeyboardInterrupt):
+            fit_folder(plan, files, sizes, tmp_path / "fit", lambda line: None)
+    assert trained_on[0] == trained_on[1] and "class1/0001.png" in trained_on[1][1]
+
+
+def test_sizes_are_read_by_the_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool holds all that it is given in memory."""
+    given: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def map(self, function: Any, files: Any) -> Any:  # type: ignore[override]
+            given.append(len(files))
+            return super().map(function, files)
+
+    monkeypatch.setattr("fitting.survey.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("fitting.survey.CHUNK", 2)
+    Image.new("L", (5, 4)).save(tmp_path / "0.png")
+    assert picture_sizes([tmp_path / f"{i}.png" for i in range(5)]) == {(5, 4): 1, None: 4}
+    assert given == [2, 2, 1]
 
 
 def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
@@ -438,7 +486,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     found = Survey(
         300,
         {"8 x 8": 300},
-        [],
+        {},
         [],
         [],
         "a digest",
@@ -543,7 +591,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         assert words in (tmp_path / "report.html").read_text()
     hostile = '<script>alert("x")</script>.png'  # anybody may have chosen a file's name
     outlier = Outlier(hostile, 0.01, 9.0, held_out[0])
-    surveyed = dataclasses.replace(found, broken=[f"{hostile}: broken"], twice=[[hostile, "b.png"]])
+    surveyed = dataclasses.replace(found, broken={hostile: "broken"}, twice=[[hostile, "b.png"]])
     findings = dataclasses.replace(good, outliers=[outlier], survey=surveyed)
     write_report(findings, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
@@ -589,6 +637,20 @@ def test_no_more_test_images_are_read_than_are_used() -> None:
     surveyed: Any = SimpleNamespace(leaking=["7.png"])
     assert len(held_out_images(dataset, surveyed, 10)) == 10 == len(read[0])
     assert len(held_out_images(dataset, surveyed, 100)) == 49
+
+
+def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(
+    small_images: np.ndarray,
+) -> None:
+    """They look more usual than they are; a picture that repeats in use is tested, too."""
+    shipped = Calibrations.load(PRETRAINED / "calibration.npz").exact
+    assert shipped is not None
+    digests = np.array([short_digest(image) for image in small_images[:2]], np.uint64)
+    calibration = dataclasses.replace(shipped, fitted_digests=digests)
+    rows = [5, 0, 6, *[1] * REPEATS, 7]
+    dataset = Dataset("d", {"test": ImageSet(small_images[rows])}, {})
+    tested = _tested(dataset, range(len(rows)), Calibrations(calibration, calibration))
+    assert [rows[row] for row in tested] == [5, 6, 1, 7]
 
 
 def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
@@ -738,13 +800,32 @@ def test_a_guide_joins_the_adversarial_stage(
     plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
     path = tmp_path / "guide.onnx"
     for number, guide in enumerate((path, None)):
-        _train(plan, dataset, guide, tmp_path / str(number), lines.append)
+        its = plan if guide else plan.without_guide()
+        _train(its, dataset, guide, tmp_path / str(number), lines.append)
     assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(path))
     assert trained[0] == trained[2] == ("v-ade", 0, None)
     assert trained[3] == ("av-ade-pd", 0, None)
     # The time of a guide that could not be made goes to the stage that it would have helped.
     assert minutes[3] == minutes[1] + plan.guide_minutes > minutes[1] and minutes[2] == minutes[0]
     assert ["guide" in line for line in lines] == [False, True, False, False]
+
+
+def test_minutes_of_a_guide_that_cannot_be_made_are_reported_where_they_went(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[Plan] = []
+    for step in ("load_files", "_survey", "fit_encoder", "fit_guide", "_bundle"):
+        monkeypatch.setattr(f"fitting.pipeline.{step}", lambda *given, **options: None)
+    monkeypatch.setattr("fitting.pipeline.summary_lines", lambda found: [])
+    for step in ("_train", "report_on"):
+        monkeypatch.setattr(f"fitting.pipeline.{step}", lambda plan, *others: given.append(plan))
+    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
+    fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
+    trained, reported = given
+    assert trained == reported and plan.guide_minutes
+    minutes = sum(stage.minutes for stage in plan.stages) + plan.guide_minutes
+    assert sum(stage.minutes for stage in reported.stages) == pytest.approx(minutes)
+    assert Plan.load(tmp_path / "plan.json") == plan
 
 
 @pytest.mark.parametrize("unfit", [1, 2])
@@ -770,6 +851,14 @@ def test_a_model_that_cannot_be_exported_is_given_up_for_the_stage_before(
     else:
         assert _bundle(*given) == tmp_path / "bundle"
     assert tried == runs
+
+
+def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path: Path) -> None:
+    for name in ("exported", "bundle", ".exported.0a.tmp", ".bundle.0b.tmp"):
+        (tmp_path / name).mkdir()
+    given: Any = (None, None, None, [], None, tmp_path, lambda line: None)
+    _bundle(*given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "exported"]
 
 
 def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(

@@ -36,7 +36,7 @@ from ade_model.checkpoint import load_model, read_config, save_model
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import Evidence
 from benchmarks.training import _compiled
-from export.write import ExportError, evaluation_of
+from export.write import ExportError, evaluation_of, export_bundle
 from serving.engine.bundle import verify_bundle
 from serving.files import LOCK
 from serving.ports import free_ports
@@ -55,6 +55,7 @@ from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, Dataset, ImageSet
 from training.datasets import load_dataset
 from training.datasets.files import part_of
+from training.device import choose_device
 from training.discriminator import Discriminator, DiscriminatorConfig
 from training.loop import _check_alike, _with_others, train
 from training.losses import (
@@ -796,6 +797,32 @@ def test_processes_draw_one_batch_of_noise() -> None:
         assert torch.equal(
             getattr(whole, draw)(6, 2), torch.cat([getattr(share, draw)(3, 2) for share in shares])
         )
+
+
+def test_pytorch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not know the CPU limit of a container."""
+    before = torch.get_num_threads()
+    try:
+        for cores, threads in ((4, 3), (2, 2)):
+            torch.set_num_threads(3)
+            monkeypatch.setattr("training.device.available_cores", lambda cores=cores: cores)
+            choose_device("cpu")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("traced_before")
+def test_an_export_leaves_the_number_of_threads_as_it_was(
+    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        export_bundle(tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_losses() -> None:

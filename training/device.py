@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from serving.cores import available_cores
 from training.runs import RunError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -11,6 +12,8 @@ DEVICES = ("auto", "cpu", "cuda")
 
 def choose_device(name: str) -> torch.device:
     """Choose the device, and turn TF32 off so that float32 is float32 on it.
+
+    PyTorch gets no more threads than this process has cores: it does not know a container's limit.
 
     Args:
         name: one of :data:`DEVICES`; ``auto`` is a GPU where there is one.
@@ -22,6 +25,7 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not has_gpu:
         raise RunError("device cuda: PyTorch finds no CUDA device on this machine")
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     return torch.device("cuda" if name != "cpu" and has_gpu else "cpu")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.verdict.detector import MIN_IMAGES
-from export.verdict.images import Images, none_usable, prepared, usable
+from export.verdict.images import Images, counting, none_usable, prepared, usable
 from export.verdict.kinds import Parts, exact_calibration, resized_calibration
 from export.verdict.network_checks import knows_classes, warn_if_seen
 from serving.api.requests import InputImage
@@ -229,7 +229,7 @@ def _parts(
         return found
 
     given = read("fitting", fit), read("calibration", calibrate)
-    trained_on = _digests(trained, bundle.image_shape)
+    trained_on = _digests(trained, bundle.image_shape, report)
     # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
     # it counts as often as it occurs, and does not also fit the density.
     counts = Counter(image_digest(image.pixels) for image in given[1])
@@ -318,11 +318,12 @@ def _own_calibration(bundle: Bundle) -> Calibration | None:
         return None
 
 
-def _digests(images: Images, image_shape: tuple[int, int, int]) -> set[bytes]:
-    """The digests of images at the model's size."""
+def _digests(trained: Images, image_shape: tuple[int, int, int], report: Report) -> set[bytes]:
+    """The digests of training images at the model's size."""
+    images = prepared(trained, image_shape, resize=True)
     return {
         image_digest(image.pixels)
-        for _, image in prepared(images, image_shape, resize=True)
+        for _, image in counting("training", images, report)
         if isinstance(image, InputImage)
     }
 

@@ -80,6 +80,16 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
             yield from threads.map(prepare, few)
 
 
+def counting(name: str, images: Iterable[Prepared], report: Report) -> Iterator[Prepared]:
+    """Yield the same images, and report their number while reading them takes long."""
+    reported = time.monotonic()
+    for count, item in enumerate(images, 1):
+        yield item
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            report(f"{name}: read {count:,} images")
+
+
 def usable(
     name: str,
     images: Images,
@@ -101,15 +111,11 @@ def usable(
     """
     found: list[InputImage] = []
     errors: list[tuple[str, str]] = []
-    reported = time.monotonic()
-    for its, image in prepared(images, image_shape, resize=True):
+    for its, image in counting(name, prepared(images, image_shape, resize=True), report):
         if isinstance(image, InputImage):
             found.append(image)
         else:
             errors.append((its, image.message))
-        if time.monotonic() - reported > REPORT_S:
-            reported = time.monotonic()
-            report(f"{name}: read {len(found) + len(errors):,} images")
     report_left_out(name, errors, report)
     if not found and (errors or not may_be_empty):
         raise none_usable(name, errors)

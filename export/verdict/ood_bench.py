@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.images import Images, Prepared, digests_of, others, prepared
+from export.verdict.images import Images, Prepared, counting, digests_of, others, prepared
 from export.verdict.measuring import measured
 from export.verdict.ood_bench_report import write_report
 from serving.api.requests import InputImage
@@ -57,7 +57,7 @@ def bench(
     calibrations, shape = engine.store.usable(), engine.image_shape
     known = digests_of(calibrations) | {
         short_digest(image.pixels)
-        for _, image in prepared(trained, shape, resize=True)
+        for _, image in counting("training", prepared(trained, shape, resize=True), report)
         if isinstance(image, InputImage)
     }
 

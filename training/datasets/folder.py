@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +36,13 @@ def load_files(
     cache: Path | None,
     report: Report,
     fits: Callable[[int], object] = lambda side: None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Load those image files of a folder that :func:`image_files` found."""
+    """Load those image files of a folder that :func:`image_files` found.
+
+    Arguments are those of :func:`training.datasets.load_dataset`, and ``left_out``: files to leave
+    out even if they can be read, relative to the folder, each with the reason.
+    """
     size = image_size or first_size(files)
     fits(size)
     if image_size is None:
@@ -54,6 +59,8 @@ def load_files(
 
     shape = (len(files), size, size, 3)
     pixels, skipped = cached_pixels(source, version, lambda: shape, cache, fill)
+    known = left_out or {}
+    skipped |= {row: known[name] for row, name in enumerate(names) if name in known}
     dataset = split_by_name(folder.resolve().name, names, pixels, skipped, report)
     return replace(dataset, folder=folder)
 
