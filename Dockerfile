@@ -34,8 +34,8 @@ ARG ENGINE=serve
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini $(if [ "$ENGINE" = ray ]; then echo wget; fi) \
     && rm -rf /var/lib/apt/lists/*
-# A named volume takes the owner of the folder in its place.
-RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade/.cache
+# A named volume takes the owner of the folder in its place. Everybody may write to one of Kubernetes: nobody else may reach it.
+RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade /home/ade/.cache
 COPY --from=build /opt/venv /opt/venv
 COPY pretrained /bundles
 # Whatever the umask of the checkout was.

@@ -171,10 +171,14 @@ class ChunkCoder:
         blobs = _split(initial, rest, table["sizes"], table["paid"])
         grey = set(table["grey"])
         digest = hashlib.sha256()
+        size = 0
         for i, kind in enumerate(kinds):
+            if size >= MAX_BYTES:  # an encoder would have begun another chunk
+                raise Damaged("a chunk has too many pixels")
             picture = (
                 Picture(decoded.pop()) if kind == "m" else read_stored(kind, next(blobs), i in grey)
             )
+            size += picture.num_bytes
             update_digest(digest, picture, kind == "f")
             yield (None if table["names"] is None else table["names"][i]), picture
         if digest.digest() != expected:

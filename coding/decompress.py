@@ -22,6 +22,7 @@ from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture, write_picture
 from serving.engine.bundle import Bundle
 from serving.files import new_folder
+from serving.messages import show
 
 
 @dataclass
@@ -161,13 +162,14 @@ class _Files:
             if str(safe) in self._names or isinstance(error, NotADirectoryError):
                 raise Damaged("two images have the same name") from error
             raise NotDecoded(
-                f"here {safe} is the name of another image, too, perhaps in other letters: repeat "
-                "the command on another file system"
+                f"here {show(safe)} is the name of another image, too, perhaps in other letters: "
+                "repeat the command on another file system"
             ) from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise NotDecoded(
-                    f"the name {safe} is too long here: repeat the command on another file system"
+                    f"the name {show(safe)} is too long here: repeat the command on another file "
+                    "system"
                 ) from error
             raise
         self._names.add(str(safe))
@@ -281,7 +283,7 @@ def _check_bundle(contents: Contents, bundle: Bundle, archive: Path) -> None:
     made_with = contents.header["bundle"]
     if made_with.get("codec") != codec_digest(bundle):
         raise CodingError(
-            f"{archive} was made with the model {str(made_with.get('model')):.80}, and "
+            f"{archive} was made with the model {show(made_with.get('model'))}, and "
             f"{bundle.folder} is {bundle.model_id} or has another codec: only the bundle that "
             "compressed the images can restore them"
         )
@@ -294,7 +296,7 @@ def _differences(encoder: dict[str, Any]) -> list[str]:
     if not different:
         return []
     listed = "; ".join(
-        f"{name}: {str(encoder.get(name)):.60}, here {here[name]:.60}" for name in different
+        f"{name}: {show(encoder.get(name))}, here {show(here[name])}" for name in different
     )
     return [
         f"the archive was made with another processor or other software ({listed}). The model's "

@@ -14,12 +14,11 @@ from collections.abc import Callable, Collection, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError, malformed, unusable
-from serving.api.forms import multipart_names
+from serving.api.forms import check_charset, multipart_names
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
 from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
 from serving.gate import Decision, Gate
@@ -31,7 +30,6 @@ Action = Literal["reject", "flag"]
 MAX_BODY_S = 120.0  # for a body to arrive
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies together, above which only small ones are read
 SMALL_BODY_BYTES = 2**20
-CHARSETS = (b"utf-8", b"us-ascii")  # of a form
 _IMAGE_TYPE = re.compile(r"image/[a-z0-9.+-]+")
 
 
@@ -267,7 +265,7 @@ async def _images(
     if _IMAGE_TYPE.fullmatch(kind):
         return [body]
     if kind == MULTIPART:
-        _check_charset(types[0])
+        check_charset(types[0])
         multipart_names(types[0], body)
         try:
             async with request.form(max_files=MAX_IMAGES) as form:
@@ -298,13 +296,6 @@ async def _images(
         "no_image",
         "send an image as the body (Content-Type: image/...) or as a file of a form",
     )
-
-
-def _check_charset(content_type: str) -> None:
-    """Refuse codecs with which Starlette would take minutes to read a text field."""
-    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
-    if charset.lower() not in CHARSETS:
-        raise malformed("the charset of a form must be utf-8")
 
 
 def _without_body(receive: Receive) -> Receive:

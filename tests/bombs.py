@@ -187,6 +187,27 @@ def tiff_tile() -> bytes:
     )
 
 
+def tiff_of_tiles(width: int, height: int, across: int, down: int) -> bytes:
+    """A black TIFF in tiles that are all the same bytes."""
+    packed = zlib.compress(bytes(across * down), 9)
+    count = -(-width // across) * -(-height // down)
+    offsets = 134  # after ten tags
+    places = struct.pack("<I", offsets + 8 * count) * count
+    lengths = struct.pack("<I", len(packed)) * count
+    return tiff(
+        {
+            256: (4, 1, width),
+            257: (4, 1, height),
+            259: (3, 1, 8),
+            322: (4, 1, across),
+            323: (4, 1, down),
+            324: (4, count, offsets),
+            325: (4, count, offsets + 4 * count),
+        },
+        places + lengths + packed,
+    )
+
+
 def tiff_of_strips(count: int = 2_000_000) -> bytes:
     """A TIFF with a strip of no rows for every four bytes."""
     return tiff({273: (4, count, 300), 278: (4, 1, 1), 279: (4, 1, 32)}, bytes(300 + 4 * count))
@@ -216,6 +237,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "tiff-loop": loop_of_directories,
     "tiff-tile": tiff_tile,
+    "tiff-tiles-beyond": lambda: tiff_of_tiles(8000, 1, 16, 2**16),
     "tiff-strips": tiff_of_strips,
     "tiff-strips-of-1x16M": lambda: tiff(
         {

@@ -565,7 +565,7 @@ def test_another_bundle_is_refused(archived: Path, bundle: Bundle, tmp_path: Pat
     try:
         codec.write_text(before + "\n")
         other.manifest["files"]["codec.json"] = hashlib.sha256(codec.read_bytes()).hexdigest()
-        with pytest.raises(CodingError, match=r"made with the model av-ade@.* other@"):
+        with pytest.raises(CodingError, match=r"made with the model 'av-ade@.* other@"):
             decompress.decompress(archived, tmp_path / "back.npy", other)
     finally:
         codec.write_text(before)
@@ -955,6 +955,48 @@ def test_hostile_chunks_are_damaged_chunks(bundle: Bundle, small_images: np.ndar
         except Damaged:
             refused += 1
     assert refused == 40
+
+
+def test_a_chunk_has_no_more_pixels_than_an_encoder_puts_into_it(
+    bundle: Bundle, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes of WebP may hold hundreds of large images."""
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    pictures = [Picture(image) for image in small_images[:2]]
+    payload, _, kinds = coder.encode(None, pictures, use_model=False)
+    assert kinds == "ww"
+    size = pictures[0].num_bytes
+    monkeypatch.setattr(chunks, "MAX_BYTES", size + 1)
+    assert len(list(coder.decode(payload, 2))) == 2
+    monkeypatch.setattr(chunks, "MAX_BYTES", size)
+    decoded = coder.decode(payload, 2)
+    next(decoded)
+    with pytest.raises(Damaged, match="too many pixels"):
+        next(decoded)
+
+
+def test_text_of_an_archive_does_not_control_the_terminal(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    evil, path, said = "\x1b[2J", tmp_path / "evil.ade", []
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    chunk, *_ = coder.encode([100 * evil], [Picture(None, b"a file with too long a name")])
+    made_here = header(bundle, 1)
+    for changed, reason in (
+        ({"fingerprint": {**made_here["fingerprint"], "cpu": evil}}, "is too long here"),
+        ({"bundle": {"model": evil, "codec": ""}}, "was made with the model"),
+    ):
+        with open(path, "w+b") as file:
+            archives.write_header(file, {**made_here, **changed})
+            archives.write_chunk(file, 0, 1, chunk)
+            archives.write_end(file, 1)
+        with pytest.raises(CodingError, match=reason) as refused:
+            decompress.decompress(path, tmp_path / "back", bundle, said.append)
+        said.append(str(refused.value))
+    assert "cpu: '\\x1b" in said[0] and len(said) == 4
+    assert all(line.isprintable() for line in said)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from serving.decode.structure import read_structure
 from serving.decode.worker import decode
 from serving.engine.engine import InferenceEngine
 from serving.images import ImageError, file_size, read_image, write_png
-from tests.bombs import BOMBS, HARMLESS
+from tests.bombs import BOMBS, HARMLESS, tiff_of_tiles
 from tests.helpers import ROOT, encode, suspended
 from tests.service import RunningService
 
@@ -48,6 +48,7 @@ REASONS = {
     "gif-comment": "bytes of comments",
     "jpeg-scans": "100 scans",
     "tiff-tile": "tiles not larger than the image",
+    "tiff-tiles-beyond": "pixels in tiles",
     "tiff-strips": "strips or tiles",
     "tiff-strips-of-1x64K": "strips or tiles",
     "png-iccps": "colour profiles",
@@ -109,6 +110,21 @@ def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], n
         and row["header_cpu_seconds"] < 0.2
         and row["MiB"] < 286
     )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (257, 30, 256, 256),
+        (300, 70, 256, 256),
+        (1000, 1000, 512, 512),
+        (4000, 100, 256, 256),
+        (1030, 1030, 1024, 1024),
+    ],
+)
+def test_a_tiff_in_usual_tiles_is_decoded(sizes: tuple[int, int, int, int]) -> None:
+    width, height, _, _ = sizes
+    assert read_image(tiff_of_tiles(*sizes)).pixels.shape == (height, width, 3)
 
 
 @pytest.mark.slow

@@ -8,14 +8,16 @@ import json
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from serving.api.operations.registry import OPERATIONS
-from serving.api.requests import FilesRequest, RawRequest, decode_images
-from serving.api.service import Service
+from serving.api.requests import FilesRequest, RawRequest, decode_images, prepare_image
+from serving.api.service import MAX_DECODE_S, Service
 from serving.engine.engine import InferenceEngine
 from serving.images import write_png
 from tests.service import RunningService
@@ -122,6 +124,24 @@ def test_a_batch_is_computed_until_its_time_is_over(
     assert [a.status for a in late] == [200, 503, 503] and late[0].headers["X-Ade-Batch"] == "2"
     monkeypatch.setattr("serving.api.service.PASS_ROWS", 16)
     assert [a.status for a in Service("score", engine).answer(requests)] == [200, 200, 503]
+
+
+def test_images_are_decoded_until_the_time_is_over(
+    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def prepare_slowly(*args: Any) -> Any:
+        nonlocal now
+        now += 0.6 * MAX_DECODE_S
+        return prepare_image(*args)
+
+    monkeypatch.setattr("serving.api.requests.prepare_image", prepare_slowly)
+    monkeypatch.setattr("serving.api.service.time", SimpleNamespace(monotonic=lambda: now))
+    requests = [request(real_images[:1]), request(real_images[:2]), request(real_images[:1])]
+    answers = Service("score", engine).answer(requests)
+    assert [answer.status for answer in answers] == [200, 503, 503]
+    assert now == 1.2 * MAX_DECODE_S, "the others are not decoded"
 
 
 def test_noise_counts_as_another_row(

@@ -585,6 +585,59 @@ def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
     assert call(client, about, ["cifar10-av-ade"])[0], "another session is not affected"
 
 
+def test_what_all_sessions_leave_unread_is_bounded(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may name as many sessions as it likes, or none."""
+    monkeypatch.setattr(page_app, "MAX_MESSAGES", 40)
+    app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
+    queue = gradio_of(app).get_blocks()._queue
+    config = PageServer(app, []).config
+    config.load()
+    with TestClient(config.loaded_app, "http://127.0.0.1") as client:
+        function = next(
+            f for f in client.get("/config").json()["dependencies"] if f["api_name"] == "about"
+        )["id"]
+
+        def join(session: str | None) -> None:
+            body = {"fn_index": function, "data": ["cifar10-av-ade"], "session_hash": session}
+            path = "call/about" if session is None else "queue/join"
+            assert client.post(f"/gradio_api/{path}", json=body).status_code == 200
+            wait_for(lambda: not queue.event_ids_to_events)
+
+        for session in ("first", *map(str, range(20)), *[None] * 20):
+            join(session)
+            join("used")
+            client.get("/gradio_api/queue/data", params={"session_hash": "used"})
+        for kept in (queue.pending_event_ids_session, queue.pending_messages_per_session):
+            assert "used" in kept and "first" not in kept and len(kept) <= 21
+
+
+def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
+    client = page.client()
+    for route in ("queue/join", "call/about", "run/about", "cancel"):
+        for name in ("a" * 100_000, 7, ["a"]):
+            answer = client.post(
+                f"/gradio_api/{route}", json={"data": [], "fn_index": 0, "session_hash": name}
+            )
+            assert answer.status_code == 400 and "64 characters" in answer.text, route
+
+
+def test_the_form_of_a_login_is_small_and_plain(page: RunningPage) -> None:
+    """Gradio reads it in the event loop, by the codec that the client names: in minutes."""
+    client = page.client()
+    for size, status, reason in ((2**16, 413, "At most 8 KiB"), (100, 400, "must be utf-8")):
+        form = b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n'
+        form += b"a" * size + b"\r\n--b--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=b; charset=punycode"}
+        for path in ("/login", "/login/"):
+            answer = client.post(path, content=form, headers=kind)
+            assert answer.status_code == status and reason in answer.text
+    if page.token is not None:  # as the page's own form sends it
+        fields = {"username": (None, "ade"), "password": (None, page.token)}
+        assert client.post("/login", files=fields).status_code == 200
+
+
 def test_bodies_are_bounded(page: RunningPage) -> None:
     client = page.client()
     for path in (

@@ -14,6 +14,7 @@ from serving.api.requests import MAX_IMAGES
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
 MAX_SEMICOLONS = 32  # of a part's header, which takes long to parse with many
+CHARSETS = (b"utf-8", b"us-ascii")
 
 
 def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
@@ -109,6 +110,17 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
     if not is_complete or after.strip():  # parts after the end would be ignored
         raise not_a_form()
     return names
+
+
+def check_charset(content_type: str) -> None:
+    """Refuse codecs with which Starlette would take minutes to read a text field.
+
+    Raises:
+        ApiError: 400.
+    """
+    charset = parse_options_header(content_type)[1].get(b"charset", b"utf-8")
+    if charset.lower() not in CHARSETS:
+        raise malformed("the charset of a form must be utf-8")
 
 
 def not_a_form() -> ApiError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,10 +31,11 @@ from serving.decode.pool import DecoderError
 from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
-# Limits of one batch of requests, well within those of the server for a worker. No single request
-# reaches them.
+# Limits of one batch of requests, well within those of the server for a worker. A single request
+# reaches none but that of decoding, and only with files that were made to be slow.
 MAX_BATCH_PIXELS = 4 * MAX_REQUEST_PIXELS  # of images before resizing
 MAX_BATCH_BYTES = MAX_ANSWER_BYTES  # of all answers together, which the server takes in one message
+MAX_DECODE_S = 20.0  # after which no further image is decoded
 MAX_BATCH_S = 20.0  # after which no further pass is started
 PASS_ROWS = 256  # of a graph, computed before the clock is read again
 
@@ -208,11 +209,22 @@ class Service:
             return internal_error()
 
     def _decode(self, parsed: list[Any]) -> list[Any]:
-        """Decode the images of parsed requests."""
+        """Decode the images of parsed requests, in order, while there is time.
+
+        Requests whose images are not all decoded are answered 503.
+        """
+        deadline, late = time.monotonic() + MAX_DECODE_S, _busy()
+
+        def each(prepare: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+            return self._each(
+                lambda task: prepare(task) if time.monotonic() < deadline else late, tasks
+            )
+
         files = [p for p in parsed if isinstance(p, FilesRequest)]
         decoded: Iterator[ImagesRequest[Any] | ApiError]
         try:
-            decoded = iter(decode_images(files, self.engine.image_shape, self._each))
+            made = decode_images(files, self.engine.image_shape, each)
+            decoded = iter([late if late in request.images else request for request in made])
         except Exception:  # one request must not fail the others: decode each alone
             logger.exception(
                 "%s: pictures of %d requests could not be decoded", self._name, len(files)

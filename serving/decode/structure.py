@@ -25,7 +25,7 @@ MAX_TAGS = 500  # of a directory
 MAX_STRIPS = 2**16
 # Pillow sorts out uncompressed strips in Python: they may be short only in a large image.
 UNCOMPRESSED_STRIPS, PIXELS_A_STRIP = 4096, 256
-MAX_TILE_PIXELS = 2**20  # of a TIFF whose image is smaller than a tile
+MAX_TILE_PIXELS = 2**20  # of a TIFF whose image is smaller than its tiles
 MAX_EXIF_PREFIXES = 8  # Pillow strips them one by one, in quadratic time
 MAX_EXIF_SEGMENTS = 100  # of a JPEG, also joined in quadratic time; 4 MiB need 65
 MAX_DIRECTORIES = 8  # of a TIFF image: its own, Exif, GPS and interoperability
@@ -412,6 +412,10 @@ def _tiff(data: bytes) -> Structure:
                     f"tiles not larger than the image, {width} x {height}", f"{across} x {down}"
                 )
             needed = -(-width // across) * -(-height // down) * planes
+            # One tile may be decoded for a single column of the image, and all may be the same.
+            limit = planes * max(4 * width * height, MAX_TILE_PIXELS)
+            if needed * across * down > limit:
+                raise _too_large("pixels in tiles", needed * across * down, limit)
         else:
             needed = -(-height // max(1, min(height, number(278, height)))) * planes
         most = min(needed, MAX_STRIPS)

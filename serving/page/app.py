@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from serving.ports import USER
 
 MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
+# Unread ones of all sessions, each of which counts as another. Those of an event take 35 kB.
+MAX_MESSAGES = 2_000
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
 GATE_S = 0.02  # between two checks of the gate
 IDLE_S = 0.1  # between two checks whether a stopping page still computes something
@@ -212,6 +215,26 @@ def gradio_of(app: FastAPI) -> Any:
     return next(route.app for route in app.routes if isinstance(route, Mount))
 
 
+def count_unread(queue: Any, session: str | None) -> int:
+    """Count the answers that a session has requested and not read.
+
+    A client may name as many sessions as it likes, and Gradio forgets none: if there are too many,
+    or too much that nobody reads, those that were used least recently are forgotten here, except
+    for those whose events are not computed yet.
+    """
+    events, messages = queue.pending_event_ids_session, queue.pending_messages_per_session
+    if session in events:
+        events[session] = events.pop(session)  # now the last
+    sizes = {name: 1 + (messages[name].qsize() if name in messages else 0) for name in events}
+    excess = sum(sizes.values()) - MAX_MESSAGES
+    for name, size in sizes.items():
+        if excess > 0 and events[name].isdisjoint(queue.event_ids_to_events):
+            del events[name]
+            messages.pop(name, None)
+            excess -= size
+    return len(events.get(session, ()))
+
+
 class PageServer(uvicorn.Server):
     """Serves the page behind a guard; the token is required by the page's login.
 
@@ -227,8 +250,7 @@ class PageServer(uvicorn.Server):
     def __init__(self, app: FastAPI, allowed_hosts: list[str], **address: Any) -> None:
         self._gradio = gradio_of(app)
         self._queue = self._gradio.get_blocks()._queue
-        waiting = self._queue.pending_event_ids_session
-        routes = OpenRoutes(app, lambda session: len(waiting.get(session, ())))
+        routes = OpenRoutes(app, partial(count_unread, self._queue))
         super().__init__(
             uvicorn.Config(
                 Guard(routes, allowed_hosts),

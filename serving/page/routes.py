@@ -16,8 +16,11 @@ from urllib.parse import unquote_to_bytes
 import orjson
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api.errors import ApiError
+from serving.api.forms import check_charset
 from serving.api.guard import replay
 from serving.page.files import FileRefused, own_path
 from serving.page.uploads import CLIENT_FILES
@@ -67,8 +70,10 @@ STALL_S = 30.0
 MAX_UNREAD = 64  # as many as may wait for computation
 # Of all but uploads: enough to name 2,000 files; 4 MiB of empty objects took 208 MB.
 MAX_BODY = 2 * 2**20
+MAX_LOGIN = 8 * 2**10  # which everybody may send
 # Lists and objects in a body. 4,000 files have two each; empty ones take 25 times their text.
 MAX_LISTS = 20_000
+MAX_SESSION = 64  # characters of a session's name; those that Gradio makes have up to 36
 
 
 def route_of(method: str, path: str) -> str | None:
@@ -124,11 +129,11 @@ class OpenRoutes:
 
     Args:
         app: the page's application, which mounts Gradio's.
-        unread: counts the answers that a session has requested and not read, which Gradio keeps
-            without a limit.
+        unread: counts the answers that a session, or ``None`` for a new one, has requested and not
+            read, which Gradio keeps without a limit.
     """
 
-    def __init__(self, app: ASGIApp, unread: Callable[[str], int]) -> None:
+    def __init__(self, app: ASGIApp, unread: Callable[[str | None], int]) -> None:
         self.app = app
         self.unread = unread
 
@@ -161,18 +166,22 @@ class OpenRoutes:
             if route == FILE:
                 own_path(path.removeprefix(FILE))
             if method == "POST" and path != UPLOAD:
+                is_login = path.startswith("/login")
+                most = MAX_LOGIN if is_login else MAX_BODY
                 try:
                     async with asyncio.timeout(STALL_S):
-                        body = await _body(receive)
+                        body = await _body(receive, most)
                 except TimeoutError:
                     return await PlainTextResponse(
                         f"The body did not come within {STALL_S:.0f} s.", 408
                     )(scope, receive, send)
                 if body is None:
-                    return await PlainTextResponse(f"At most {MAX_BODY >> 20} MiB.", 413)(
+                    return await PlainTextResponse(f"At most {most >> 10:,} KiB.", 413)(
                         scope, receive, send
                     )
-                if not path.startswith("/login"):
+                if is_login:
+                    check_charset(Headers(scope=scope).get("content-type", ""))
+                else:
                     if body.count(b"[") + body.count(b"{") > MAX_LISTS:
                         return await PlainTextResponse(
                             f"At most {MAX_LISTS:,} lists and objects.", 413
@@ -186,7 +195,14 @@ class OpenRoutes:
                     # Thousands take a part of a second, which other requests must not wait.
                     await run_in_threadpool(lambda: [own_path(path) for path in named])
                     session = value.get("session_hash") if isinstance(value, dict) else None
-                    if isinstance(session, str) and self.unread(session) >= MAX_UNREAD:
+                    if session is not None and not (
+                        isinstance(session, str) and len(session) <= MAX_SESSION
+                    ):
+                        return await PlainTextResponse(
+                            f"session_hash must be a string of at most {MAX_SESSION} characters.",
+                            400,
+                        )(scope, receive, send)
+                    if self.unread(session) >= MAX_UNREAD:
                         return await PlainTextResponse(
                             f"{MAX_UNREAD} answers wait to be read.", 429
                         )(scope, receive, send)
@@ -195,6 +211,8 @@ class OpenRoutes:
         except FileRefused as error:
             # As JSON, whose detail the page shows.
             await JSONResponse({"detail": str(error)}, 403)(scope, receive, send)
+        except ApiError as error:
+            await PlainTextResponse(error.message, error.status)(scope, receive, send)
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
         except Exception as error:
@@ -206,13 +224,13 @@ class OpenRoutes:
                     await send({"type": "http.response.body", "body": b""})
 
 
-async def _body(receive: Receive) -> bytes | None:
+async def _body(receive: Receive, most: int) -> bytes | None:
     """Read a whole body; ``None`` if it is too long or the client is gone."""
     body, more = bytearray(), True
     while more:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > MAX_BODY or message["type"] == "http.disconnect":
+        if len(body) > most or message["type"] == "http.disconnect":
             return None
     return bytes(body)
