@@ -1006,7 +1006,8 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
         (
             ask([{**image, "parameters": {"calibration": "night"}}]),
             422,
-            "parameters of the tensor 'images' has no 'calibration'; it may have binary_data_size",
+            "parameters of the tensor 'images' has no 'calibration'; it may have binary_data_size, "
+            "content_type",
         ),
         (
             ask([image], outputs=[{"name": "bpd", "parameters": {"classification": 2}}]),
@@ -1021,7 +1022,9 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
     ):
         assert answer.status_code == status and message in answer.json()["error"], answer.text
     assert ask([in_bytes], b"\t" * 3072).json()["outputs"] == ask([image]).json()["outputs"]
-    assert ask([image], parameters={"alpha": None, "resize": None}).status_code == 200
+    for parameters in ({"alpha": None, "resize": None}, {"map": False, "explain": "false"}):
+        assert ask([image], parameters=parameters).status_code == 200
+    assert ask([{**image, "parameters": {"content_type": "np"}}]).status_code == 200
 
 
 def test_v2_takes_as_many_values_as_the_api() -> None:

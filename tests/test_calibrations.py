@@ -526,6 +526,10 @@ def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     (bundle / "default.npz").rename(bundle / FOLDER / "default.npz")
     engine.store.refresh()
     assert engine.store.get().version == version and not engine.store.broken
+    with monkeypatch.context() as patch:  # mounted again, by another number
+        patch.setattr(store_module, "_device", lambda folder: -1)
+        engine.store.refresh()
+    engine.store.refresh()
     (bundle / FOLDER / "default.npz").unlink()  # on the same disk: the operator removed it
     engine.store.refresh()
     assert engine.store.get().version != version and not engine.store.broken

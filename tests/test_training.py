@@ -68,7 +68,7 @@ from training.losses import (
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
-from training.run_start import WRITTEN, last_options, open_run, read_started
+from training.run_start import WRITTEN, check_folder, last_options, open_run, read_started
 from training.runs import (
     Progress,
     RunError,
@@ -735,12 +735,25 @@ def test_a_run_replaces_no_file_of_another_program(
 ) -> None:
     out, guide = tmp_path / "out", tmp_path / "encoder.onnx"
     out.mkdir()
-    for path in (out / name, guide):
-        path.write_text("mine")
+    guide.write_text("another")
+    (out / name).write_text("mine")
     words = ["train", "vae", "--data", str(folder), "--image-size", "8", "--out", str(out)]
     assert main([*words, "--guide", str(guide)]) == 2
     assert f"{out} holds {name}, but no run that can be resumed" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
+def test_a_start_that_failed_can_be_repeated(tmp_path: Path) -> None:
+    """Such as on a full disk, before run.json was written."""
+    guide, run = tmp_path / "encoder.onnx", tmp_path / "run"
+    run.mkdir()
+    for path in (guide, run / "guide.onnx"):
+        path.write_bytes(b"a network")
+    write_json(run / "data.json", {"data": "photos"})
+    check_folder(run, False, str(guide))
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(RunError, match="holds metrics.jsonl, but no run"):
+        check_folder(run, False, str(guide))
 
 
 def test_a_resumed_run_keeps_its_image_size(
@@ -1321,6 +1334,10 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
     theirs.discriminator.load_state_dict(trainer(seed=1).discriminator.state_dict())
     with pytest.raises(RunError, match="has other initial weights than process 0"):
         check(theirs, dataset)  # each would keep its own, and only one is saved
+    theirs = trainer()
+    assert theirs.discriminator is not None
+    theirs.discriminator.register_buffer("rounded", torch.ones(1))
+    check(theirs, dataset)  # as spectral norms are, by each processor in its way
 
 
 def start_node(rank: int, port: int, arguments: list[str], out: Path) -> subprocess.Popen[bytes]:

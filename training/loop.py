@@ -170,14 +170,12 @@ def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
     # Not their pixels, which another version of a decoder may give other values.
     names = dataset.files.get("train", dataset.splits["train"])
     images = [names, len(dataset.parts["train"])]
-    networks = [trainer.model, trainer.discriminator]
-    networks += [guide.network for guide in trainer.guides.values()]
-    weights = [
-        value.detach().cpu().numpy().tobytes()
-        for network in networks
-        if network is not None
-        for value in network.state_dict().values()
-    ]
+    values = [*trainer.model.state_dict().values()]
+    if trainer.discriminator is not None:  # not its buffers, which processors may round otherwise
+        values += trainer.discriminator.parameters()
+    for guide in trainer.guides.values():
+        values += guide.network.state_dict().values()
+    weights = [value.detach().cpu().numpy().tobytes() for value in values]
     digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
     with _with_others(fabric):
         every = fabric.all_gather(torch.tensor([list(its.digest()) for its in digests]))

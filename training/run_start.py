@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import logging
 import os
 from pathlib import Path
@@ -19,8 +20,9 @@ from training.run_options import RunOptions
 from training.runs import RunError, check_growth_from, checkpoint_folders, read_json, write_json
 
 logger = logging.getLogger(__name__)
-# What a run writes beside run.json; a start that was interrupted leaves only its lock and cache.
-WRITTEN = ("metrics.jsonl", "data.json", "report.md", "checkpoints", "pictures")
+DATA_NAME = "data.json"
+# What a run writes after run.json, with which it begins.
+WRITTEN = ("metrics.jsonl", "report.md", "checkpoints", "pictures")
 
 
 def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
@@ -137,12 +139,27 @@ def check_folder(run: Path, resume: bool, guide: str | None = None) -> None:
         raise RunError(f"{run} holds no run to resume")
     if resume:
         return
-    is_copied = guide is not None and Path(guide).resolve() != (run / GUIDE_NAME).resolve()
-    names = (*WRITTEN, GUIDE_NAME) if is_copied else WRITTEN
-    if found := [name for name in names if os.path.lexists(run / name)]:
+    found = [name for name in WRITTEN if os.path.lexists(run / name)]
+    # A start that failed, as on a full disk, may have left these.
+    if os.path.lexists(run / DATA_NAME) and not _is_source(run / DATA_NAME):
+        found.append(DATA_NAME)
+    if guide is not None and os.path.lexists(run / GUIDE_NAME):
+        copy = run / GUIDE_NAME
+        if not (copy.is_file() and Path(guide).is_file() and filecmp.cmp(guide, copy, False)):
+            found.append(GUIDE_NAME)
+    if found:
         raise RunError(
             f"{run} holds {', '.join(found)}, but no run that can be resumed: choose another folder"
         )
+
+
+def _is_source(path: Path) -> bool:
+    """Whether a file is the ``data.json`` of a run."""
+    try:
+        read_json(path, "data")
+    except (RunError, OSError):
+        return False
+    return True
 
 
 def last_options(run: Path) -> dict[str, Any]:
@@ -195,7 +212,7 @@ def open_run(
         with replacing(run / GUIDE_NAME) as file:
             file.write(Path(options.guide).read_bytes())
     if source is not None:
-        write_json(run / "data.json", source)
+        write_json(run / DATA_NAME, source)
     write_json(
         run / "run.json",
         {

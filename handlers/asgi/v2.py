@@ -59,7 +59,8 @@ SAMPLE_INPUTS = ("n", "seed")
 # What a request may say, with what KServe's client adds. A name that were ignored might be that of
 # a calibration, in the wrong place.
 REQUEST_KEYS = {"id", "inputs", "outputs", "parameters", "model_name", "model_version"}
-INPUT_PARAMETERS, OUTPUT_PARAMETERS = {"binary_data_size"}, {"binary_data"}
+# MLServer's clients say how they made an array, which changes nothing.
+INPUT_PARAMETERS, OUTPUT_PARAMETERS = {"binary_data_size", "content_type"}, {"binary_data"}
 # Parameters of the API whose answers the tensors of a score do not hold.
 UNANSWERED = ("explain", "fdr", "map")
 FORMATS = {"sample": "npy", "encode": "npz", "reconstruct": "npy", "score": "json"}  # of the API
@@ -154,7 +155,7 @@ def parse(
             "unknown_parameter", "format is not a parameter: the protocol has formats of its own"
         )
     for name in UNANSWERED if operation == "score" else ():
-        if name in parameters:
+        if parameters.pop(name, "false").lower() != "false":
             raise unusable(
                 "unknown_parameter",
                 f"{name} is not a parameter here: no output would hold what it adds",

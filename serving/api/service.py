@@ -229,14 +229,17 @@ class Service:
             logger.exception(
                 "%s: pictures of %d requests could not be decoded", self._name, len(files)
             )
-            decoded = iter([self._decode_alone(f) for f in files])
+            decoded = iter([self._decode_alone(f, each, late) for f in files])
         return [next(decoded) if isinstance(p, FilesRequest) else p for p in parsed]
 
-    def _decode_alone(self, files: FilesRequest[Any]) -> ImagesRequest[Any] | ApiError:
+    def _decode_alone(
+        self, files: FilesRequest[Any], each: Each, late: ApiError
+    ) -> ImagesRequest[Any] | ApiError:
         try:
-            return decode_images([files], self.engine.image_shape)[0]
+            (request,) = decode_images([files], self.engine.image_shape, each)
         except Exception as error:
             return self._failure(error)
+        return late if late in request.images else request
 
     def _alone(self, request: Any, watch: Stopwatch) -> Response:
         try:

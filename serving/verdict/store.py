@@ -255,6 +255,7 @@ class CalibrationStore:
             return
         self._may_hold_files = bool(found)
         if is_unchanged:
+            self._device = device  # the same files may have been mounted again
             return
         current, broken = {DEFAULT: self._own}, {}
         unread: set[str] = set()
