@@ -29,6 +29,8 @@ import gradio as gr
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from gradio.context import LocalContext
+from gradio.queueing import Event
 from gradio.state_holder import SessionState
 from PIL import Image, PngImagePlugin
 from playwright.sync_api import (
@@ -46,7 +48,7 @@ from serving.api.latents import with_level
 from serving.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
-from serving.images import untile, write_png
+from serving.images import MAX_FILE_BYTES, untile, write_png
 from serving.page import charts
 from serving.page.about import PAPER
 from serving.page.app import READY_FOR_S, build_page, make_app
@@ -67,6 +69,7 @@ from serving.page.served import (
     latest_only,
 )
 from serving.page.sweep import start_sweeping, sweep
+from serving.page.uploads import TOO_MANY
 from serving.tables import safe_cell
 from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, ROOT
@@ -490,6 +493,23 @@ def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
     assert runs.failed == runs.latest and "fails" not in runs.error
 
 
+def test_a_run_whose_tab_was_closed_may_end(tiny_bundle: Path) -> None:
+    """Otherwise thousands of files would keep one of four places."""
+    page = build_page(Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)).queue()
+    scoring = next(fn for fn in page.fns.values() if fn.api_name == "score_many")
+    request: Any = None
+    event = Event("closed", scoring, request, None)
+    page._queue.active_jobs = [[event]]
+    page._queue.event_ids_to_events[event._id] = event
+    context = copy_context()
+    context.run(LocalContext.blocks.set, page)
+    context.run(LocalContext.event_id.set, event._id)
+    assert not context.run(is_outdated)
+    with ThreadPoolExecutor(1) as pool:  # Playwright runs a loop in this thread
+        pool.submit(asyncio.run, page._queue.clean_events(session_hash="closed")).result()
+    assert context.run(is_outdated) and not is_outdated()
+
+
 def test_a_run_that_waited_is_of_what_is_chosen(tiny_bundle: Path) -> None:
     """It does not start, and so does not replace the newer run of the present choice.
 
@@ -533,6 +553,24 @@ def test_a_full_queue_does_not_leave_a_former_verdict(page: Page) -> None:
     expect(panel.locator(".ade-verdict")).to_be_visible()
 
 
+def test_refused_files_do_not_leave_former_results(page: Page) -> None:
+    """The browser names all files when they change, and the page may refuse so many."""
+    panel = filled(page, "Score many")
+    refused: list[Route] = []
+
+    def refuse_first(route: Route) -> None:
+        refused.append(route)
+        if len(refused) == 1:
+            route.fulfill(status=413, json={"detail": TOO_MANY})
+        else:
+            route.continue_()
+
+    page.route("**/run/predict*", refuse_first)
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
+    expect(panel.get_by_text(f"The page could not take these files. {TOO_MANY}")).to_be_visible()
+    expect(panel.locator(".ade-results tbody tr")).to_have_count(0)
+
+
 def decibels(panel: Locator) -> float:
     return float((panel.get_by_text("PSNR").text_content() or "").split()[1])
 
@@ -553,7 +591,7 @@ def test_reconstruct(page: Page) -> None:
         np.asarray(strip)[:, -32:], np.asarray(Image.open(EXAMPLE).convert("RGB"))
     )
     unfold(panel, "Technical details")
-    expect(panel.locator("svg[aria-label='bits by latent level']")).to_be_visible()
+    expect(panel.locator("svg[aria-label^='bits by latent level: level 0']")).to_be_visible()
     before = decibels(panel)
     panel.get_by_label("number input for Latent levels kept").fill("1")
     page.get_by_role("button", name="Reconstruct", exact=True).click()
@@ -585,6 +623,43 @@ def test_score(page: Page, tmp_path: Path) -> None:
     drop(panel, tmp_path / "noise.png")
     expect(verdict_on(panel, "Rejected", "1 %")).to_be_visible()
     expect(place).to_have_accessible_name(re.compile("; this image is beyond the level of rej"))
+
+
+def test_the_divider_of_two_images_takes_keys(page: Page) -> None:
+    """It has a name and a value, and the images have alternative texts."""
+    panel = filled(page, "Score")
+    divider = panel.get_by_role("slider", name="Divider: Image and unlikely pixels")
+    right = panel.get_by_alt_text("unlikely pixels")
+    expect(panel.get_by_alt_text("Image", exact=True)).to_be_visible()
+    divider.focus()
+    for key, value in (("Home", 0), ("ArrowRight", 5), ("ArrowLeft", 0), ("End", 100)):
+        page.keyboard.press(key)
+        expect(divider).to_have_attribute("aria-valuenow", f"{value}")
+    expect(right).to_have_css("clip-path", "inset(0px 0px 0px 100%)")
+    page.evaluate("name_parts()")  # which reads the value from the page
+    expect(divider).to_have_attribute("aria-valuenow", "100")
+
+
+def test_the_page_scrolls_over_two_images(page: Page) -> None:
+    """One finger and the wheel scroll; two fingers, and the wheel with Ctrl, zoom."""
+    content = filled(page, "Score").locator(".ade-pair .content")
+    prevented = """(content, fingers) => {
+      const touch = (i) => new Touch({ identifier: i, target: content });
+      const touches = Array.from({ length: fingers }, (_, i) => touch(i));
+      const start = { touches, bubbles: true, cancelable: true };
+      return !content.dispatchEvent(new TouchEvent("touchstart", start));
+    }"""
+    assert [content.evaluate(prevented, fingers) for fingers in (1, 2)] == [False, True]
+    content.scroll_into_view_if_needed()
+    content.hover()
+    before = page.evaluate("scrollY")
+    page.mouse.wheel(0, -100 if before else 100)
+    wait_for(page, lambda: page.evaluate("scrollY") != before)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    expect(content.locator("img").first).to_have_css("transform", re.compile(r"matrix\(1\.05"))
+    panel_of(page).get_by_role("button", name="Undo").click()
 
 
 def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
@@ -951,6 +1026,7 @@ def test_a_folder_with_other_files_and_hostile_names(page: Page, tmp_path: Path)
     shutil.copy(EXAMPLE, folder / "inside" / "cat.png")
     alike = [shutil.copy(EXAMPLE, tmp_path / name) for name in ("=#1.png", "=1.png", "#.png")]
     (folder / "notes.txt").write_text("no image")
+    (folder / "film.mp4").write_bytes(bytes(MAX_FILE_BYTES + 1))  # would have all refused
     with zipfile.ZipFile(tmp_path / "names.zip", "w") as archive:
         archive.write(EXAMPLE, f"{HOSTILE}.png")
         archive.write(EXAMPLE, "=1.png")
@@ -1049,6 +1125,8 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         expect(panel.get_by_role("row", name=Path(name).name)).to_be_visible()
         page.get_by_role("button", name="Make it again").click()
         expect(page.get_by_text(words).first).to_be_visible()
+        if "say" not in words:  # otherwise there is a message
+            expect(panel.locator("[aria-live]").filter(has_text=words)).to_have_count(1)
 
 
 def test_a_picture_that_is_replaced_while_it_is_reproduced(
@@ -1086,6 +1164,16 @@ def test_a_session_that_the_server_does_not_know(tiny_bundle: Path) -> None:
     assert len(failed) >= 4
     for clear in failed:
         assert "The page could not start this." in str(clear(Runs()))
+    due = Runs()
+    due.start()
+    due.is_due = True
+    of_images: list[Any] = [clear for clear in failed if clear.__module__ == "serving.page.served"]
+    assert of_images
+    for clear in of_images:
+        assert "The page could not start this." in str(clear(due))
+    due.failed, due.error = due.latest, "Too small."
+    for clear in of_images:
+        assert "Too small." in str(clear(due))
 
 
 def test_about(page: Page, service: RunningService) -> None:
@@ -1137,6 +1225,16 @@ def test_only_the_last_look_at_levels_is_shown(
     assert levels(*given, Runs(), looks) == (gr.skip(),) * 2
 
 
+def test_an_emptied_number_beside_a_slider_is_the_minimum(tiny_bundle: Path) -> None:
+    page = build_page(Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None))
+    sliders = [block for block in page.blocks.values() if isinstance(block, gr.Slider)]
+    emptied = {one.label: one.preprocess for one in sliders if one.label != "Position"}
+    assert len(emptied) == 7
+    for one in sliders:
+        if one.label in emptied:
+            assert emptied[one.label](None) == one.minimum, one.label  # type: ignore[arg-type]
+
+
 def test_the_names_of_examples_predict_no_verdict() -> None:
     """Another calibration may be installed while the page runs."""
     page = build_page(Served("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None))
@@ -1151,7 +1249,14 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
     changes = {"name": "flat", "latent_shapes": [[3, 8, 8]], "files": files}
     flat = dataclasses.replace(bundle, manifest={**bundle.manifest, **changes})
     for bundles in ([flat], [flat, bundle], [bundle, flat]):
-        build_page(Served("http://127.0.0.1:1", bundles, None))
+        page = build_page(Served("http://127.0.0.1:1", bundles, None))
+        labels = {id_: getattr(block, "label", None) for id_, block in page.blocks.items()}
+        # The first model's number of levels is not that of the one with the most.
+        loaded = [fn for fn in page.fns.values() if "load" in dict(fn.targets).values()]
+        assert ["Latent levels kept"] in [[labels[o._id] for o in fn.outputs] for fn in loaded]
+        # No calibration is of resized images, which a later one may be.
+        boxes = [block for block in page.blocks.values() if isinstance(block, gr.Checkbox)]
+        assert all(box.value for box in boxes if box.label == RESIZE)
 
 
 @pytest.mark.parametrize("count", [1, 2])

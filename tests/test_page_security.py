@@ -45,7 +45,14 @@ from serving.page.reproduce import read_text
 from serving.page.routes import MAX_UNREAD, route_of
 from serving.page.sample import remember
 from serving.page.served import Runs, made_here
-from serving.page.uploads import CLIENT_FILES, Quota, UploadRefused, own_name, safe_name
+from serving.page.uploads import (
+    CLIENT_FILES,
+    TOO_MANY,
+    Quota,
+    UploadRefused,
+    own_name,
+    safe_name,
+)
 from serving.ports import free_ports
 from serving.tables import safe_cell, write_csv
 from tests.bombs import chunk
@@ -651,9 +658,11 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     assert client.post("/gradio_api/call/about", json={"data": [files[1:]]}).status_code == 200
     answer = client.post("/gradio_api/call/about", json={"data": [files]})
     assert answer.status_code == 413
-    assert answer.json() == {"detail": "A request may name 4,000 files."}
+    assert answer.json() == {"detail": TOO_MANY}
     lists = b"[" + b"[]," * 20_000 + b"[]]"
-    assert client.post("/gradio_api/queue/join", content=lists).status_code == 413
+    for body in (lists, bytes(3 * 2**20)):
+        answer = client.post("/gradio_api/queue/join", content=body)
+        assert answer.status_code == 413 and answer.json()["detail"].endswith(TOO_MANY)
     port = int(page.url.rpartition(":")[2])
     before = set((page.inbox / "uploads").iterdir())
     head = (

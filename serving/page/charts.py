@@ -141,7 +141,7 @@ def parts_chart(parts: dict[str, float], bpd: float) -> str:
         f"{bpd:.3f} bits per dimension = {constant:g} for 8-bit pixels of equal probability, plus "
         "these parts; a negative part is what the model saves."
     )
-    chart = _bars(rows, f"parts of the score: {', '.join(parts)}", "+.3f")
+    chart = _bars(rows, "parts of the score", "+.3f")
     return f'<div class="ade-part"><h3>Likelihood</h3><p><small>{caption}</small></p>{chart}</div>'
 
 
@@ -184,7 +184,9 @@ def _bars(rows: Sequence[tuple[str, float]], label: str, form: str) -> str:
             f'<rect x="{x:.1f}" y="{y + 4}" width="{size:.1f}" height="19" rx="3" class="ade-bar"/>'
             f'<text x="{at:.1f}" y="{y + 18}" text-anchor="{anchor}">{value:{form}}</text>'
         )
-    return _svg("".join(bars), len(rows) * row_height, label)
+    # A screen reader reads the label in place of the texts inside.
+    values = "; ".join(f"{name}, {value:{form}}" for name, value in rows)
+    return _svg("".join(bars), len(rows) * row_height, f"{label}: {values}")
 
 
 def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str:

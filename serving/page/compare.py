@@ -47,7 +47,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
             alpha = alpha_input("Compare")
-            resize = resize_input(served, ticked=True)
+            resize = resize_input()
             go = gr.Button("Compare", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             cards = live(charts.empty(EMPTY))

@@ -32,6 +32,7 @@ from serving.page.served import (
     resize_input,
     run_on_new_image,
     seed_input,
+    slider,
 )
 
 FRAME_MS = 120
@@ -178,7 +179,7 @@ def add_tab(shared: Shared) -> None:
 
     photographs = next(iter(shared.examples.values()))
     ends = [shared.inbox.first, shared.inbox.last]
-    steps = gr.Slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
+    steps = slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
@@ -199,7 +200,7 @@ def add_tab(shared: Shared) -> None:
                     seeds.append(seed)
             with gr.Accordion("More settings", open=False):
                 steps.render()
-                resize = resize_input(shared.served)
+                resize = resize_input()
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             with gr.Row():
                 with gr.Column(min_width=200):

@@ -36,22 +36,28 @@ from serving.page.served import (
     read,
     resize_input,
     sentence,
+    slider,
 )
-from serving.page.uploads import is_accepted, own_name
+from serving.page.uploads import MOST_IMAGES, TOO_MANY, is_accepted, own_name
 from serving.tables import write_csv
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
 
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20
-MOST = 2000
 MOST_ENTRIES = 10_000  # in zips, including files that are not images
 MOST_EXTRA = 2**20  # bytes of the extra fields of a zip's entries
 ENTRY_MARK = b"PK\x01\x02"  # signature of an entry in a zip's directory
 MOST_BYTES = 256 * 2**20  # unpacked
 TABLE = Path(__file__).with_name("results.js").read_text()
-EMPTY = "Verdicts appear here: drop images, a zip of them, or a folder, and press Score all."
+EMPTY = (
+    "Verdicts appear here: drop images or a zip of them, or choose a folder, and press Score all."
+)
 UNACCEPTED = AdeError(415, "not_an_image", "this type of file is not accepted")
+NOT_TAKEN = (
+    f"The page could not take these files. {TOO_MANY} If they are fewer, reload the page and "
+    "choose them again."
+)
 CHANGED = "The model or the files were just changed: press Score all again."
 REPLACED = (
     "two versions of the calibration judged these images, because it was replaced meanwhile or an "
@@ -89,10 +95,8 @@ def contents(paths: list[str]) -> Iterator[tuple[str, bytes]]:
         ):
             count += 1
             size += len(data)
-            if count > MOST:
-                raise gr.Error(
-                    f"At most {MOST} images at once: `ade score` takes folders of any size."
-                )
+            if count > MOST_IMAGES:
+                raise gr.Error(TOO_MANY)
             if size > MOST_BYTES:
                 raise gr.Error(
                     f"At most {MOST_BYTES >> 20} MiB at once: `ade score` takes folders of any "
@@ -232,6 +236,11 @@ def add_tab(shared: Shared) -> None:
         runs.chosen = tuple(chosen)
         return charts.empty(EMPTY), [], gr.DownloadButton(interactive=False)
 
+    def forget(runs: Runs) -> tuple[str, list[Any], Any]:
+        """Clear without the files, which the page has refused. Gradio shows no message for it."""
+        runs.start()
+        return charts.problem(NOT_TAKEN), [], gr.DownloadButton(interactive=False)
+
     def clear_if_failed(runs: Runs) -> Any:
         if runs.failed != runs.latest:
             return (gr.skip(),) * 3
@@ -249,9 +258,9 @@ def add_tab(shared: Shared) -> None:
             for given in (files, folder):
                 given.preprocess = _paths  # type: ignore[method-assign]
             alpha = alpha_input("Score all")
-            resize = resize_input(served)
+            resize = resize_input()
             with gr.Accordion("More settings", open=False):
-                fdr = gr.Slider(
+                fdr = slider(
                     0.01,
                     0.5,
                     value=0.1,
@@ -281,7 +290,8 @@ def add_tab(shared: Shared) -> None:
     )
     quiet: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
     chosen: list[Any] = [shared.model, files, folder]
-    gr.on([one.change for one in chosen], clear, [*chosen, runs], results, **quiet)
+    cleared = gr.on([one.change for one in chosen], clear, [*chosen, runs], results, **quiet)
+    cleared.failure(forget, runs, results, **quiet)
     scored.failure(clear_if_failed, runs, results, **quiet)
 
 

@@ -30,6 +30,7 @@ from serving.page.served import (
     read,
     resize_input,
     run_on_new_image,
+    slider,
     usable,
 )
 
@@ -96,9 +97,9 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
             kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
-            resize = resize_input(served)
+            resize = resize_input()
             most = max(2, served.most_levels)  # a slider has two ends
-            levels = gr.Slider(
+            levels = slider(
                 1,
                 most,
                 value=most,
@@ -111,7 +112,7 @@ def add_tab(shared: Shared) -> None:
             go = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             said = live(empty(EMPTY))
-            pair = image_pair("Image and reconstruction")
+            pair = image_pair("Image", "reconstruction")
             gr.Markdown(
                 "Move the slider. Left: what the model sees. Right: its reconstruction.",
                 elem_classes="ade-caption",
@@ -120,10 +121,12 @@ def add_tab(shared: Shared) -> None:
             with gr.Accordion("Technical details", open=False):
                 difference = image_output("Difference, doubled; grey where there is none")
                 bits = html()
-    # Before the run that a new model starts, which then has the new number: the browser calls the
-    # listeners of an event one after another.
+    # When the page is loaded, too: the first model may have fewer levels than another. Before the
+    # run that a new model starts, which then has the new number: the browser calls the listeners of
+    # an event one after another.
     counts = {name: len(bundle.latent_shapes) for name, bundle in served.bundles.items()}
-    model.change(
+    gr.on(
+        None,  # a change of the model, and the load
         None,
         model,
         levels,

@@ -106,7 +106,7 @@ def add_part(shared: Shared) -> None:
             go = gr.Button("Make it again")
         with gr.Column(scale=2, min_width=240):
             again = image_output("Made again", height="min(384px, 80vw)")
-            said = gr.Markdown()
+            said = gr.Markdown(elem_classes="ade-live")
     runs = gr.State(Runs())
     go.click(
         latest_only(reproduce, 2, of=range(2), changed=CHANGED),

@@ -23,7 +23,7 @@ from serving.api.errors import ApiError
 from serving.api.forms import check_charset
 from serving.api.guard import replay
 from serving.page.files import FileRefused, own_path
-from serving.page.uploads import CLIENT_FILES
+from serving.page.uploads import CLIENT_FILES, TOO_MANY
 
 logger = logging.getLogger(__name__)
 
@@ -172,47 +172,40 @@ class OpenRoutes:
                     async with asyncio.timeout(STALL_S):
                         body = await _body(receive, most)
                 except TimeoutError:
-                    return await PlainTextResponse(
-                        f"The body did not come within {STALL_S:.0f} s.", 408
-                    )(scope, receive, send)
+                    text = f"The body did not come within {STALL_S:.0f} s."
+                    return await _refusal(408, text)(scope, receive, send)
                 if body is None:
-                    return await PlainTextResponse(f"At most {most >> 10:,} KiB.", 413)(
-                        scope, receive, send
-                    )
+                    text = f"A request may have at most {most >> 10:,} KiB."
+                    if not is_login:
+                        text = f"{text} {TOO_MANY}"
+                    return await _refusal(413, text)(scope, receive, send)
                 if is_login:
                     check_charset(Headers(scope=scope).get("content-type", ""))
                 else:
                     if body.count(b"[") + body.count(b"{") > MAX_LISTS:
-                        return await PlainTextResponse(
-                            f"At most {MAX_LISTS:,} lists and objects.", 413
-                        )(scope, receive, send)
+                        text = f"A request may have at most {MAX_LISTS:,} lists and objects."
+                        return await _refusal(413, f"{text} {TOO_MANY}")(scope, receive, send)
                     value = orjson.loads(body)
                     named = [*itertools.islice(paths_in(value), CLIENT_FILES + 1)]
                     if len(named) > CLIENT_FILES:
-                        # As JSON, whose detail the page shows.
-                        refusal = f"A request may name {CLIENT_FILES:,} files."
-                        return await JSONResponse({"detail": refusal}, 413)(scope, receive, send)
+                        return await _refusal(413, TOO_MANY)(scope, receive, send)
                     # Thousands take a part of a second, which other requests must not wait.
                     await run_in_threadpool(lambda: [own_path(path) for path in named])
                     session = value.get("session_hash") if isinstance(value, dict) else None
                     if session is not None and not (
                         isinstance(session, str) and len(session) <= MAX_SESSION
                     ):
-                        return await PlainTextResponse(
-                            f"session_hash must be a string of at most {MAX_SESSION} characters.",
-                            400,
-                        )(scope, receive, send)
+                        text = f"session_hash must be a string of at most {MAX_SESSION} characters."
+                        return await _refusal(400, text)(scope, receive, send)
                     if self.unread(session) >= MAX_UNREAD:
-                        return await PlainTextResponse(
-                            f"{MAX_UNREAD} answers wait to be read.", 429
-                        )(scope, receive, send)
+                        text = f"{MAX_UNREAD} answers wait to be read: reload the page."
+                        return await _refusal(429, text)(scope, receive, send)
                 receive = replay(body, receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
-            # As JSON, whose detail the page shows.
-            await JSONResponse({"detail": str(error)}, 403)(scope, receive, send)
+            await _refusal(403, str(error))(scope, receive, send)
         except ApiError as error:
-            await PlainTextResponse(error.message, error.status)(scope, receive, send)
+            await _refusal(error.status, error.message)(scope, receive, send)
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
         except Exception as error:
@@ -222,6 +215,11 @@ class OpenRoutes:
             else:
                 with contextlib.suppress(Exception):  # shorter than announced: close the connection
                     await send({"type": "http.response.body", "body": b""})
+
+
+def _refusal(status: int, text: str) -> JSONResponse:
+    """An answer whose text the page shows as a message, if the event was queued."""
+    return JSONResponse({"detail": text}, status)
 
 
 async def _body(receive: Receive, most: int) -> bytes | None:

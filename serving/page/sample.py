@@ -27,6 +27,7 @@ from serving.page.served import (
     read,
     read_seed,
     seed_input,
+    slider,
 )
 
 MAX_GRID = 64
@@ -169,14 +170,14 @@ def add_tab(shared: Shared) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=280, elem_classes="ade-settings"):
             kind = gr.Radio(KINDS, value="mean", label="Kind", info=KINDS_INFO)
-            n = gr.Slider(1, MAX_GRID, value=16, step=1, label="Images")
+            n = slider(1, MAX_GRID, value=16, step=1, label="Images")
             with gr.Row(equal_height=True):
                 seed = seed_input(
                     7, info="The same seed draws the same images.", scale=3, min_width=120
                 )
                 repeat = gr.Button("Draw this seed", scale=2, min_width=120)
             with gr.Accordion("More settings", open=False):
-                temperature = gr.Slider(
+                temperature = slider(
                     0.1,
                     1.5,
                     value=1.0,

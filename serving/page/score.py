@@ -29,6 +29,7 @@ from serving.page.served import (
     read,
     resize_input,
     run_on_new_image,
+    slider,
     usable,
 )
 from serving.verdict.calibration import Calibration
@@ -67,7 +68,7 @@ def alpha_input(button: str | None = None) -> gr.Slider:
         button: that applies a change; ``None`` if changes apply at once.
     """
     info = "Share of images like the known ones that are rejected by mistake."
-    return gr.Slider(
+    return slider(
         MIN_ALPHA,
         MAX_ALPHA,
         value=ALPHA,
@@ -228,7 +229,7 @@ def add_tab(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
             image.render()
             alpha = alpha_input()
-            resize = resize_input(served)
+            resize = resize_input()
             with gr.Accordion("What if: alarms per day", open=False) as outlooks:
                 per_day = gr.Number(
                     PER_DAY,
@@ -245,7 +246,7 @@ def add_tab(shared: Shared) -> None:
                 )
                 outlook = live(what_if(served, served.first, ALPHA, PER_DAY, False))
             with gr.Accordion("More settings", open=False):
-                samples = gr.Slider(
+                samples = slider(
                     1,
                     64,
                     value=1,
@@ -260,7 +261,7 @@ def add_tab(shared: Shared) -> None:
             place = html()
             with gr.Row():
                 with gr.Column(min_width=260):
-                    pair = image_pair("Image and unlikely pixels")
+                    pair = image_pair("Image", "unlikely pixels")
                     gr.Markdown(
                         "Left: the image at the model's size. Right: how unlikely each pixel is "
                         "for the model. Brighter is less likely.",

@@ -47,8 +47,8 @@ NOT_AN_IMAGE = (
 OTHER_MODEL = "The service has another model by now. Reload the page."
 NOT_STARTED = "The page could not start this. Try again; if that does not help, reload the page."
 UNEXPECTED = (
-    "Something went wrong on the page. Try again. If it happens again, tell the person who runs "
-    "this service."
+    "Something went wrong on the page. Reload it and try again. If it happens again, tell the "
+    "person who runs this service."
 )
 
 
@@ -195,10 +195,16 @@ def seed_input(value: int, label: str = "Seed", **options: Any) -> gr.Number:
     return gr.Number(value=value, precision=0, minimum=0, maximum=2**53 - 1, label=label, **options)
 
 
-def resize_input(served: Served, ticked: bool = False) -> gr.Checkbox:
-    """A checkbox, also ticked if a model has a calibration for resized images."""
-    are_judged = any(served.calibrations_of(model).resized is not None for model in served.bundles)
-    return gr.Checkbox(ticked or are_judged, label=RESIZE, info=RESIZE_INFO)
+def slider(minimum: float, maximum: float, **options: Any) -> gr.Slider:
+    """A slider whose number box counts as the minimum while it is empty."""
+    made = gr.Slider(minimum, maximum, **options)
+    checked = made.preprocess
+    made.preprocess = lambda payload: checked(minimum if payload is None else payload)  # type: ignore[method-assign]
+    return made
+
+
+def resize_input() -> gr.Checkbox:
+    return gr.Checkbox(True, label=RESIZE, info=RESIZE_INFO)
 
 
 def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
@@ -277,10 +283,13 @@ def image_strip(label: str) -> gr.Image:
     return image_output(label, height=None, elem_classes="ade-pixels ade-strip")
 
 
-def image_pair(label: str) -> gr.ImageSlider:
-    """Two images of one size, one over the other, with a slider between them."""
+def image_pair(left: str, right: str) -> gr.ImageSlider:
+    """Two images of one size, one over the other, with a slider between them.
+
+    ``serving.page.theme`` takes their alternative texts from the label.
+    """
     return gr.ImageSlider(
-        label=label,
+        label=f"{left} and {right}",
         type="filepath",
         format="png",
         interactive=False,
@@ -363,8 +372,20 @@ _is_outdated: ContextVar[Callable[[], bool]] = ContextVar("is_outdated", default
 
 
 def is_outdated() -> bool:
-    """Whether a later run than this one has begun: a long run under :func:`latest_only` may end."""
-    return _is_outdated.get()()
+    """Whether nobody will see the results of the present run: a long one may end.
+
+    A later run has begun, for one under :func:`latest_only`, or the tab that asked was closed.
+    """
+    return _is_outdated.get()() or _is_abandoned()
+
+
+def _is_abandoned() -> bool:
+    """Whether Gradio has noticed that the tab that asked for the present run was closed."""
+    blocks, event_id = LocalContext.blocks.get(None), LocalContext.event_id.get(None)
+    if blocks is None or event_id is None:  # not called by Gradio, or not through its queue
+        return False
+    event = blocks._queue.event_ids_to_events.get(event_id)
+    return event is not None and not event.alive
 
 
 def _is_api_call() -> bool:
@@ -493,9 +514,11 @@ def run_on_new_image(
         return runs.latest if runs.is_due else gr.skip()
 
     def clear_if_failed(runs: Runs) -> Any:
-        if runs.failed != runs.latest:
+        has_failed = runs.failed == runs.latest
+        if not has_failed and not runs.is_due:
             return one_or_all((gr.skip(),) * len(blank))
-        said = runs.error or NOT_STARTED  # as after a restart, or by a full queue
+        # The run has not begun after a restart, or by a full queue or an invalid setting.
+        said = (has_failed and runs.error) or NOT_STARTED
         return one_or_all(tuple({**results, pane: problem(said)}.values()))
 
     @functools.wraps(run)

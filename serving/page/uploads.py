@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = IMAGE_SUFFIXES | {".zip"}
 CLIENT_BYTES, CLIENT_FILES = 256 * 2**20, 4000
+MOST_IMAGES = 2000  # that one run scores
+TOO_MANY = f"At most {MOST_IMAGES:,} images at once: `ade score` takes folders of any size."
 ALL_BYTES, ALL_FILES = 2**30, 20_000
 FILES_AT_ONCE = 1000  # as many as Gradio's frontend sends in a request
 HEADER_BYTES = 8192  # of the headers of a part
