@@ -94,7 +94,7 @@ def test_the_fid_uses_as_many_held_out_images_as_requested(
     measurer = Measurer(dataset, torch.device("cpu"), options)
     found = measurer.measure(make_model(), {"operations": ["sample"]})["inception"]["fid"]
     assert [figure["reference"] for figure in found.values()] == [
-        "30 images of test",
+        "40 images of test",
         "40 images of test",
         "90 images of train",
     ]

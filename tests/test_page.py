@@ -1197,8 +1197,10 @@ def test_about(page: Page, service: RunningService) -> None:
     expect(panel.get_by_text("of the values one level apart")).to_be_visible()
     panel.get_by_text("POST /predictions/score").click()
     expect(panel.get_by_text(f"write its address instead of {service.url}")).to_be_visible()
-    expect(panel.get_by_text(f"curl {service.url}/predictions/score -T image.png")).to_be_visible()
-    expect(panel.get_by_role("cell", name="false-alarm rate of ood").first).to_be_visible()
+    expect(
+        panel.get_by_text(f"curl {service.url}/predictions/score -F image=@image.png")
+    ).to_be_visible()
+    expect(panel.get_by_role("cell", name="false-alarm rate: an image is rejected").first).to_be_visible()
     expect(panel.get_by_role("link", name="The paper")).to_have_attribute("href", PAPER)
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
     assert href == "/openapi.json"
@@ -1297,7 +1299,7 @@ def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach() -> None:
 
 
 def test_numbers_that_are_large_or_small(tiny_bundle: Path) -> None:
-    assert "about 200 of 1000 would be" in _said(1000, [0.5] * 1000, 0, 0, 0.2, 0.1, [3000])
+    assert "about 200 of 1000 images would be" in _said(1000, [0.5] * 1000, 0, 0, 0.2, 0.1, [3000])
     assert "No verdict on the file: its notes" in _said(1, [], 0, 0, 0.01, 0.1, [3000])
     assert "off by 0.26 of 255" in in_words(60.0)
     shown = charts.histogram_chart(np.linspace(3, 5, 100), 4000.0)

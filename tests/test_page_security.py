@@ -633,7 +633,7 @@ def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
 def test_the_form_of_a_login_is_small_and_plain(page: RunningPage) -> None:
     """Gradio reads it in the event loop, by the codec that the client names: in minutes."""
     client = page.client()
-    for size, status, reason in ((2**16, 413, "At most 8 KiB"), (100, 400, "must be utf-8")):
+    for size, status, reason in ((2**16, 413, "at most 8 KiB"), (100, 400, "must be utf-8")):
         form = b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n'
         form += b"a" * size + b"\r\n--b--\r\n"
         kind = {"Content-Type": "multipart/form-data; boundary=b; charset=punycode"}

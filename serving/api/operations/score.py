@@ -55,7 +55,8 @@ class ScoreParameters(ImageParameters):
     samples: Annotated[
         int,
         Between(1, MAX_SAMPLES),
-        "draws K: 1 gives the ELBO, more the importance-weighted bound; no draw changes decision",
+        "draws K: 1 gives the ELBO, more the importance-weighted bound; the decision stays the "
+        "same",
     ] = 1
     alpha: Annotated[
         float, Above(0, 1), "false-alarm rate: an image is rejected if its p_value is at most alpha"
