@@ -1200,7 +1200,9 @@ def test_about(page: Page, service: RunningService) -> None:
     expect(
         panel.get_by_text(f"curl {service.url}/predictions/score -F image=@image.png")
     ).to_be_visible()
-    expect(panel.get_by_role("cell", name="false-alarm rate: an image is rejected").first).to_be_visible()
+    expect(
+        panel.get_by_role("cell", name="false-alarm rate: an image is rejected").first
+    ).to_be_visible()
     expect(panel.get_by_role("link", name="The paper")).to_have_attribute("href", PAPER)
     href = panel.get_by_role("link", name="OpenAPI document").get_attribute("href")
     assert href == "/openapi.json"
