@@ -46,7 +46,6 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
-from serving.page.app import build_page
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
 from serving.page.uploads import safe_name
@@ -274,19 +273,6 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     assert main([*arguments, "--resize", "fit"]) == 0
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
-    with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
-    # The page's tabs resize without this parameter.
-    for bundle, ticked in (
-        (tmp_path / "exact", 0),
-        (tmp_path / "any", 4),
-    ):
-        page = build_page(Served("http://127.0.0.1:1", [open_bundle(bundle)], None))
-        boxes = [
-            block
-            for block in page.blocks.values()
-            if getattr(block, "label", "") == "Resize other sizes to fit"
-        ]
-        assert sum(bool(box.value) for box in boxes) == ticked
 
 
 def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(

@@ -569,6 +569,11 @@ def test_refused_files_do_not_leave_former_results(page: Page) -> None:
     panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
     expect(panel.get_by_text(f"The page could not take these files. {TOO_MANY}")).to_be_visible()
     expect(panel.locator(".ade-results tbody tr")).to_have_count(0)
+    # The page is shared: it must know again which files are chosen.
+    panel.locator("input[type=file]").first.set_input_files(EXAMPLE)
+    expect(panel.get_by_text("Verdicts appear here")).to_be_visible()
+    panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
+    wait_for(page, lambda: panel.get_by_role("row").count() == 0)
 
 
 def decibels(panel: Locator) -> float:
