@@ -790,7 +790,7 @@ def test_a_length_with_many_zeros(front: RunningFront, upstream: Upstream) -> No
     with front.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc")
         assert read_answer(connection)[0] == 200
-    assert upstream.seen[0]["body"] == "abc"
+    assert "abc" in [one["body"] for one in upstream.seen]
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
