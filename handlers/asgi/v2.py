@@ -56,8 +56,8 @@ _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 _PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "torchscript": "pytorch_torchscript"}
 IMAGES = "images"
 SAMPLE_INPUTS = ("n", "seed")
-# What a request may say, with what KServe's client adds. A name that were ignored might be that of
-# a calibration, in the wrong place.
+# What a request may say, with what KServe's client adds. Others are refused: one of them may be
+# `calibration`, in the wrong place.
 REQUEST_KEYS = {"id", "inputs", "outputs", "parameters", "model_name", "model_version"}
 # MLServer's clients say how they made an array, which changes nothing.
 INPUT_PARAMETERS, OUTPUT_PARAMETERS = {"binary_data_size", "content_type"}, {"binary_data"}

@@ -119,7 +119,7 @@ def add_tab(shared: Shared) -> None:
             )
             strip = image_strip("From the coarsest level alone to all levels; last, the image")
             with gr.Accordion("Technical details", open=False):
-                difference = image_output("Difference, doubled; grey where there is none")
+                difference = image_output("Difference, doubled (equal pixels are grey)")
                 bits = html()
     # When the page is loaded, too: the first model may have fewer levels than another. Before the
     # run that a new model starts, which then has the new number: the browser calls the listeners of

@@ -113,7 +113,7 @@ document.addEventListener("keydown", (event) => {
   handle.dispatchEvent(new MouseEvent("mousedown", mouse));
   window.dispatchEvent(new MouseEvent("mouseup", mouse));
   handle.ariaValueNow = to;  // at once: the next key may follow before Gradio moves it
-  setTimeout(name_parts, 100);  // something else may have had it read before that
+  setTimeout(name_parts, 100);  // a click or a load may have read the former place meanwhile
 });
 """
 SCRIPT = NAMES + UPLOAD_ICON + DIALOG + FOLDER + SCROLL + KEYS

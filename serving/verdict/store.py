@@ -245,7 +245,7 @@ class CalibrationStore:
             self._keep(f"{self._folder} cannot be read: {error.strerror}")
             return
         is_unchanged = self._was_read and found == self._seen and ALL not in self._broken
-        # That there is no folder says nothing of the bundle.
+        # A missing folder says nothing about the bundle.
         if not (is_unchanged and device is not None) and not self._is_there():
             self._keep(f"{self._folder.parent} no longer holds the bundle that is served")
             return
