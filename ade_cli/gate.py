@@ -112,7 +112,8 @@ def _add_bundle(task: argparse.ArgumentParser) -> None:
         "--calibration",
         default=DEFAULT,
         metavar="NAME",
-        help="which of the bundle's calibrations to use (default: the bundle's own)",
+        help="which of the bundle's calibrations to use (default: the one named default, or "
+        "else the bundle's own)",
     )
 
 

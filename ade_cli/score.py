@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default=DEFAULT,
         metavar="NAME",
-        help="which of the bundle's calibrations decides (default: the bundle's own)",
+        help="which of the bundle's calibrations decides (default: the one named default, or "
+        "else the bundle's own)",
     )
     parser.add_argument(
         "--workers",

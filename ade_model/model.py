@@ -50,7 +50,7 @@ class Dequantized:
 
 @dataclass(frozen=True)
 class Examination:
-    """One pass of :meth:`ADEModel.score` in detail.
+    """What the graph ``score`` computes: the evidence in detail.
 
     Attributes:
         evidence: the terms of the log-weight.
@@ -185,7 +185,7 @@ class ADEModel(nn.Module):
         position, log_det_map = self.dequantizer(images, u)
         return Dequantized(dequantize(images, position), log_det_map)
 
-    def score(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
+    def evidence(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
         """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw.
 
         Args:
@@ -201,7 +201,7 @@ class ADEModel(nn.Module):
         return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
 
     def examine(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
-        """The terms of :meth:`score`, each pixel's share of them, and the residuals."""
+        """The terms of :meth:`evidence`, each pixel's share of them, and the residuals."""
         draws, p_y, y, log_det_map = self._infer(dequantized, eps)
         log_prob_terms = p_y.log_prob_terms(y)
         evidence = Evidence(
@@ -224,7 +224,7 @@ class ADEModel(nn.Module):
     def expected_evidence(
         self, dequantized: Dequantized | Tensor, eps: list[Tensor]
     ) -> tuple[Evidence, Tensor]:
-        """As :meth:`score`, with ``kl`` in closed form where possible.
+        """As :meth:`evidence`, with ``kl`` in closed form where possible.
 
         Its variance is lower, which helps training.
 

@@ -72,6 +72,7 @@ class Graphs(nn.Module):
         return (*means, *log_scales, *encoding.z)
 
     def flow_forward(self, images: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        # The flow alone, so without a learned dequantisation, which `score` has.
         x = dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
         y, log_det_jacobian = self.model.flow(x)
         return y, log_det_jacobian

@@ -166,7 +166,7 @@ def _bpd(model: ADEModel, images: np.ndarray) -> np.ndarray:
     inputs = make_inputs(images, model.config.latent_shapes, names)
     with torch.inference_mode():
         parts = graphs.score(*(torch.from_numpy(inputs[name]) for name in names))[0]
-    return np.asarray(parts.sum(1))
+    return 8 + np.asarray(parts.sum(1))
 
 
 def evaluation_of(folder: Path) -> dict[str, Any] | None:

@@ -103,7 +103,8 @@ class Gate:
             images: a path, the bytes of a file, a PIL image or uint8 ``(H, W, C)``, RGB (OpenCV's
                 are BGR: ``image[:, :, ::-1]``); or a list or tuple of these, or uint8 ``(N, H, W,
                 C)``.
-            calibration: name of the calibration that decides. The default is the bundle's own.
+            calibration: name of the calibration that decides. Default: the one named
+                ``default``, or else the bundle's own.
 
         Raises:
             UnknownCalibration: the bundle has none of this name.

@@ -55,7 +55,8 @@ class GateMiddleware:
         waiting: largest number of requests that wait or are decided on, at least 1; further ones
             are answered 503 at once, before their bodies are read.
         calibration: returns the name of the calibration for a request, given its ASGI scope (path,
-            headers). The default is the bundle's own. A name that the bundle lacks is answered 422.
+            headers). Default: the one named ``default``, or else the bundle's
+            own. A name that the bundle lacks is answered 422.
         text_fields: names of the form fields that the app reads as text. Forms with others are
             refused: an app that takes ``bytes`` finds an image in a text field as well, and the
             gate checks files alone.

@@ -96,7 +96,7 @@ def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
     with torch.no_grad():
         weights = torch.stack(
             [
-                model.score(
+                model.evidence(
                     x, [torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)]
                 ).log_weight
                 for _ in range(draws)
@@ -186,7 +186,7 @@ def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
     )
     weights = torch.stack(
         [
-            model.score(
+            model.evidence(
                 x, [torch.randn(5, 1, 1, 1, generator=generator, dtype=torch.float64)]
             ).log_weight
             for _ in range(16)
@@ -247,7 +247,7 @@ def test_evidence_and_score_differ_in_the_kl_alone() -> None:
     model = make_model().double()
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(4, *shape, dtype=torch.float64) for shape in TINY.latent_shapes]
-    sampled, closed = model.score(x, eps), model.expected_evidence(x, eps)[0]
+    sampled, closed = model.evidence(x, eps), model.expected_evidence(x, eps)[0]
     assert torch.equal(sampled.log_prob_y, closed.log_prob_y)
     assert torch.equal(sampled.log_det_jacobian, closed.log_det_jacobian)
     assert all((kl >= 0).all() for kl in closed.kl)

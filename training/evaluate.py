@@ -62,7 +62,7 @@ def bits_of(
         for _ in range(samples):
             u = torch.rand(pixels.shape, generator=generator, device=device)
             eps = _noise(model, len(u), generator)
-            weights.append(model.score(model.dequantize(pixels, u), eps).log_weight.double())
+            weights.append(model.evidence(model.dequantize(pixels, u), eps).log_weight.double())
         out.append(
             bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims)
         )

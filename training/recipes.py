@@ -26,8 +26,9 @@ class TrainConfig:
         discriminator: configuration of the discriminator; ``None`` for maximum likelihood alone.
         batch_size: images per step, over all processes.
         optimizer: of model and discriminator, ``adam`` or ``adamax``.
-        learning_rate: highest rate of the weights that the likelihood alone trains (flow, encoder,
-            posterior and sigma), and of the whole model if there is no discriminator.
+        learning_rate: highest rate of the weights that the likelihood alone trains (flow,
+            dequantiser, encoder, posterior and sigma), and of the whole model if there is no
+            discriminator.
         beta1: decay per step of the gradient's running mean, for the same weights.
         beta2: decay per step of the squared gradient's running mean, for the same weights.
         g_learning_rate: highest rate of the weights that make samples, if there is a discriminator.

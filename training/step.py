@@ -198,7 +198,7 @@ class Trainer:
         ]
 
     def _inference_parameters(self) -> list[nn.Parameter]:
-        """Weights that a mean sample does not depend on: those of ``q(z | x)``, and sigma.
+        """Weights of ``q(z | x)``, of the dequantiser, and sigma: a mean sample depends on none.
 
         Empty for a flow alone.
         """
@@ -238,7 +238,7 @@ class Trainer:
         return min(1.0, self._age * self.config.batch_size / self.config.kl_warmup)
 
     def begin_inference(self) -> None:
-        """Freeze the averaged generator; train only inference network and sigma (section 5)."""
+        """Freeze the averaged generator; train only what infers, and sigma (section 5)."""
         if self.inferring_since is None:
             self.model.load_state_dict(self.ema.state_dict())
             self.usual_norm["model"] = 0.0

@@ -97,10 +97,7 @@ def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Re
 
 
 class Engine(Protocol):
-    """The API's part of a service: the processes that compute, and their front.
-
-    Attributes:
-    """
+    """The API's part of a service: the processes that compute, and their front."""
 
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None: ...
 

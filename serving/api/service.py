@@ -262,7 +262,7 @@ class Service:
             computed = self.operation.compute(requests, self.engine)
         with watch("encode"):
             answers = [self._respond(r, c) for r, c in zip(requests, computed, strict=True)]
-        # Set here, because the requests of a failed batch are computed again one by one.
+        # Only after all are answered: those of a failed batch are computed again one by one.
         self.operation.observe(requests, computed, self.telemetry)
         return answers
 

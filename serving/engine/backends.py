@@ -55,7 +55,7 @@ def load_backend(
 
     Args:
         bundle: its files are verified before they are loaded.
-        graphs: names from :func:`serving.engine.signatures.graphs_of`.
+        graphs: names of graphs in the bundle.
         backend: one of :data:`BACKENDS`.
         device: one of :data:`DEVICES`. ``auto`` uses a GPU if there is one, ``cuda`` requires it.
         gpu: index of the GPU.

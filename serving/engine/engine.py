@@ -197,7 +197,7 @@ class InferenceEngine:
 
         Args:
             z: one array per level, coarsest first, float32 ``(N, c, h, w)``.
-            seeds: one per image, used by density images.
+            seeds: one per image, used by density images, whose noise also depends on their place.
             kinds: as for :meth:`sample`.
 
         Returns:
@@ -216,7 +216,7 @@ class InferenceEngine:
         Args:
             eps: one array per level, coarsest first, float32 ``(N, c, h, w)``. The prior of a level
                 depends on the coarser levels; zeros give the mean of that prior.
-            seeds: one per image, used by density images.
+            seeds: one per image, used by density images, whose noise also depends on their place.
             kinds: as for :meth:`sample`.
 
         Returns:
@@ -324,7 +324,8 @@ class InferenceEngine:
             maps: whether to return the bits of each pixel, averaged over the draws. Default no.
             resized: whether the image was resized to the model's size. Resized images have a
                 calibration of their own. Default no.
-            calibrations: the calibrations that judge each image. Default: the bundle's own.
+            calibrations: the calibrations that judge each image. Default: the one named
+                ``default``, or else the bundle's own.
 
         Returns:
             One result per image; the error itself where the likelihood is not finite.
@@ -488,14 +489,14 @@ class InferenceEngine:
         draws = 8.0 + parts.sum(1)
         if len(draws) == 1:
             return float(draws[0]), named, None
-        nats_per_bit = math.log(2.0) * math.prod(self.image_shape)
-        log_weights = -draws * nats_per_bit
+        nats_per_bpd = math.log(2.0) * math.prod(self.image_shape)
+        log_weights = -draws * nats_per_bpd
         top = log_weights.max()
         weights = np.exp(log_weights - top)
-        bpd = -(top + math.log(weights.mean())) / nats_per_bit
+        bpd = -(top + math.log(weights.mean())) / nats_per_bpd
         named["iwae_gap"] = float(bpd - draws.mean())
         # Delta method: the error of log(mean(w)) is the error of mean(w) divided by mean(w).
-        error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bit
+        error = weights.std(ddof=1) / (weights.mean() * math.sqrt(len(draws))) / nats_per_bpd
         return float(bpd), named, float(error)
 
     def _run(

@@ -2,15 +2,17 @@
 
 Inputs and outputs, with levels ``i`` counted from the coarsest:
 
-- ``images``: uint8 ``(N, H, W, C)``; ``u``: float32 of the same shape, uniform on [0, 1).
+- ``images``: uint8 ``(N, H, W, C)``; ``u``: float32 of the same shape, uniform on [0, 1). It is the
+  position in each pixel's bin, to which ``score`` first applies a learned dequantisation, if any.
 - ``eps_i``: standard normal noise, and ``z_i``: latents, both float32 ``(N, c, h, w)``. Noise times
   a temperature samples at that temperature.
 - ``y``: features, ``y_eps``: noise of the decoder (zeros give its mean), and ``x``: dequantised
   images, all float32 ``(N, C, H, W)``.
 
-``score`` returns ``parts``, ``(N, 2 + levels)``, named by ``part_names``; ``cost``, ``(N, 3, H,
-W)``, the bits of each pixel, named by ``COSTS``; and the inputs of the verdict: ``y``, ``residual``
-(``y`` standardised by the decoder) and ``surprise_i`` (``z_i`` standardised by its prior).
+``score`` returns ``parts``, ``(N, 2 + levels)``, and ``cost``, ``(N, 3, H, W)``, the bits of each
+pixel, both named in :mod:`serving.verdict.statistics`; and the inputs of the verdict: ``y``,
+``residual`` (``y`` standardised by the decoder) and ``surprise_i`` (``z_i`` standardised by its
+prior, which ``encode`` answers as ``eps``).
 """
 
 from __future__ import annotations

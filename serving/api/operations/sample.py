@@ -305,7 +305,8 @@ def _latents(value: Any, shapes: list[tuple[int, int, int]]) -> tuple[list[np.nd
     """Read latents in the structure of ``encode``'s answer.
 
     There is one entry per image, ``{"levels": [{"z": ...}, ...]}`` or a bare list of levels.
-    Instead of ``z`` there may be ``eps``, in all levels of all images.
+    Instead of ``z`` there may be ``eps``, in all levels of all images. ``value`` may also be the
+    whole answer, or one of its entries.
 
     Returns:
         One array per level, and which of the two they are.
