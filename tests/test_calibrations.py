@@ -535,6 +535,33 @@ def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     assert engine.store.get().version != version and not engine.store.broken
 
 
+def test_a_storage_that_hangs_stops_no_request(
+    bundle: Path, dark: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it answers again, and whatever name a request has."""
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    (before,) = engine.score(dark[:1])
+    answers = threading.Event()
+
+    def hanging(folder: Path) -> dict[str, Any]:
+        answers.wait()
+        return files(folder)
+
+    files = store_module._files
+    monkeypatch.setattr(store_module, "_files", hanging)
+    monkeypatch.setattr(store_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(store_module, "CHECK_S", 0.0)
+    assert engine.score(dark[:1], calibrations=[engine.store.get()]) == [before]
+    with pytest.raises(UnknownCalibration, match="cannot be used"):
+        engine.store.get("other")
+    assert "does not answer" in engine.store.broken["/"]
+    answers.set()
+    monkeypatch.setattr(store_module, "PATIENCE_S", 60.0)
+    engine.store.refresh()  # waits for the reading that hung
+    engine.store.refresh()
+    assert engine.store.broken == {}
+
+
 def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:
     """`ade calibrate` opens it without its own calibration."""
     store = open_calibrations(open_bundle(bundle).uncalibrated(), bundle / FOLDER)

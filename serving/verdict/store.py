@@ -28,6 +28,7 @@ FOLDER = "calibrations"  # of a bundle
 SUFFIX = ".npz"
 ALL = "/"  # key of the folder itself among the broken names, which no file has
 CHECK_S = 1.0  # between two readings of the folder
+PATIENCE_S = 2.0  # for a reading, after which requests are answered by what was read before
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int, int]  # inode, times of the last changes in ns, bytes
 
@@ -146,17 +147,18 @@ class CalibrationStore:
         self._model = model
         self._statistics = statistics
         self._is_there = is_there
-        self._lock = threading.Lock()
+        self._reading: threading.Thread | None = None  # the last reading after the first
+        self._start_lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         # In use for `default` until its file has been read: no verdict.
         self._current = {DEFAULT: own if folder is None else Calibrations(is_broken=True)}
         self._broken: dict[str, str] = {}
-        self._checked = -CHECK_S
+        self._checked = time.monotonic()
         # Whether the last refresh read every file. If not, unchanged files are read again.
         self._was_read = False
         self._may_hold_files = False  # the folder, when it was last there
         self._device: int | None = None  # of the folder when its files were last read
-        self.refresh()
+        self._refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)
 
@@ -194,11 +196,11 @@ class CalibrationStore:
         """
         if time.monotonic() - self._checked >= CHECK_S:
             self.refresh()
+        # A reading that another thread began may have missed a new file.
+        for _ in range(2):
+            if name not in self._current:
+                self.refresh()
         found = self._current.get(name)
-        if found is None:
-            with self._lock:
-                self._refresh()
-            found = self._current.get(name)
         if found is None and (name in self._broken or ALL in self._broken):
             raise UnknownCalibration(f"the file of the calibration {show(name)} cannot be used")
         if found is None:
@@ -221,14 +223,29 @@ class CalibrationStore:
         return self.get(name)
 
     def refresh(self) -> None:
-        """Read what has changed in the folder, unless another thread is doing so."""
-        if not self._lock.acquire(blocking=False):
+        """Read what has changed in the folder.
+
+        In a thread, because a network file system may hang, which nothing can interrupt: the
+        former calibrations then stay in use.
+        """
+        if self._folder is None:
             return
+        with self._start_lock:
+            if self._reading is None or not self._reading.is_alive():
+                self._checked = time.monotonic()
+                self._reading = threading.Thread(target=self._read_changes, daemon=True)
+                self._reading.start()
+            reading = self._reading
+        reading.join(max(0.0, self._checked + PATIENCE_S - time.monotonic()))
+        if reading.is_alive():
+            self._keep(f"{self._folder} does not answer")
+
+    def _read_changes(self) -> None:
         try:
-            self._checked = time.monotonic()
             self._refresh()
-        finally:
-            self._lock.release()
+        except Exception as error:  # nobody sees the errors of a thread
+            logger.exception("the calibrations cannot be read")
+            self._keep(f"{self._folder} cannot be read: {error!r}")
 
     def _refresh(self) -> None:
         if self._folder is None:
