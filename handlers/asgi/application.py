@@ -29,7 +29,7 @@ from handlers.front.exposition import metrics_answer
 from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
-from handlers.launch.options import ServingOptions, served_name
+from handlers.launch.options import ServingOptions, check_names, served_name
 from serving.api.errors import ApiError, malformed
 from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
@@ -247,7 +247,12 @@ def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
 
 
 def served_models(bundles: Sequence[Bundle]) -> list[tuple[str, str, Bundle]]:
-    """Name, operation and bundle of each model that is served."""
+    """Name, operation and bundle of each model that is served.
+
+    Raises:
+        BundleError: two bundles have the same name.
+    """
+    check_names(bundles)
     return [
         (served_name(operation, bundle.name if i else None), operation, bundle)
         for i, bundle in enumerate(bundles)

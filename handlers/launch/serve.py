@@ -18,7 +18,7 @@ from typing import NoReturn
 from handlers.front.settings import ANY_ADDRESS, TokenError, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
-from handlers.launch.options import ServingOptions
+from handlers.launch.options import ServingOptions, check_names
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
@@ -57,12 +57,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
     bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
-    names = [bundle.name for bundle in bundles]
-    if len(set(names)) < len(names):
-        raise BundleError(
-            f"bundles served side by side need different names, got {', '.join(names)}; ade fit "
-            "and ade export have the option --name"
-        )
+    check_names(bundles)
     for bundle in bundles:
         _warn_of_another_coder(bundle)
     allowed_hosts = _allowed_hosts(args.allowed_hosts, args.host)

@@ -53,7 +53,8 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         .bind()
     )
     handles = {}
-    for name, operation, bundle in served_models([open_bundle(Path(b)) for b in settings.bundles]):
+    bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
+    for name, operation, bundle in served_models(bundles):
         worker = WorkerSettings(
             str(bundle.folder),
             bundle.model_id,
@@ -86,7 +87,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             ray_actor_options={"num_cpus": min(settings.cpus, 0.5)},
             **_lifetime(settings.fronts, target_ongoing_requests=QUEUE_SIZE // 4),
         )
-        .bind(settings, access, metrics, handles)
+        .bind(settings, access, metrics, handles, [(b.model_id, b.digest) for b in bundles])
     )
 
 

@@ -26,7 +26,7 @@ from handlers.front.settings import FrontSettings
 from handlers.ray_serve.environment import has_haproxy
 from handlers.ray_serve.instance import LOCAL, ClusterError, ray_instance
 from handlers.ray_serve.settings import LOGS, Access, ServeSettings
-from serving.ports import LOOPBACK, local_address
+from serving.ports import LOOPBACK
 
 logger = logging.getLogger(__name__)
 APP = "ade"
@@ -137,8 +137,7 @@ def _deploy(serve: Any, settings: DriverSettings) -> None:
         },
         logging_config=log,
     )
-    url = f"http://{local_address(settings.host)}:{settings.port}"
-    access = Access(token=settings.token, probe_secret=settings.probe_secret, url=url)
+    access = Access(token=settings.token, probe_secret=settings.probe_secret)
     serve.run(
         application(serve_settings(settings), access),
         name=APP,

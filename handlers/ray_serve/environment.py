@@ -9,17 +9,24 @@ import importlib.util
 import json
 import shlex
 import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from handlers.asgi.pool import VARIABLES
+from handlers.front.admission import Limits
 from serving.api.errors import ApiError
+from serving.api.pipelining import MAX_FIELDS
 from serving.ports import free_ports
 
 MARK = "ADE_RAY_INSTANCE"  # in the environment of every process of an instance
+HAPROXY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 DRAINING_S = 1  # that a front is still reachable after it is asked to stop
 HAPROXY_STOP_S = 30
 SLOW_CLIENT_S = 150
+# For heads as long as the front takes, beside what HAProxy keeps for fields that it adds.
+HAPROXY_BUFFER_BYTES = Limits.head_bytes + 8 * 2**10
+SHORT = "/tmp"  # Unix sockets have short paths, and Ray's folders long names
 
 
 def has_haproxy() -> bool:
@@ -38,6 +45,7 @@ def of_every_node() -> dict[str, str]:
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "0",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SLOW_CLIENT_S),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(HAPROXY_BUFFER_BYTES),
         # With Ray's default of 3 s, detecting a lost node, by five failures in a row, takes most of
         # the outage. A node that hangs still has five timeouts of 10 s.
         "RAY_health_check_period_ms": "1000",
@@ -47,6 +55,21 @@ def of_every_node() -> dict[str, str]:
     if has_haproxy():
         variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
     return variables
+
+
+def of_haproxy(folder: Path) -> dict[str, str]:
+    """Where HAProxy has its files and sockets. By the latter, everyone who reaches them rules it.
+
+    Args:
+        folder: short, of mode 0700.
+    """
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+    }
 
 
 def of_own_instance(
@@ -63,11 +86,12 @@ def of_own_instance(
     metrics, stats, fallback, grpc = free_ports(4)
     if api is not None and has_haproxy():
         haproxy = own_haproxy(folder, *api, metrics, stats)
-        variables = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)}
+        variables = {HAPROXY: str(haproxy)}
     else:
         variables = {}
     return {
         **variables,
+        **of_haproxy(folder),
         MARK: mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
@@ -79,16 +103,11 @@ def of_own_instance(
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(HAPROXY_STOP_S),
         # HAProxy's request log goes to a socket that nobody reads. The default is port 514.
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
     }
 
@@ -126,6 +145,7 @@ def own_haproxy(folder: Path, host: str, port: int, *ports: int) -> Path:
         "".join(f"s/bind [*]*:{one}$/bind 127.0.0.1:{one}/\n" for one in ports)
         + f"s/bind 127[.]0[.]0[.]1:{port}$/bind {socket.gethostbyname(host)}:{port}/\n"
         + f"s|errorfile \\(50[234]\\) .*|errorfile \\1 {answer}|\n"
+        + f"s|^global$|&\\n    tune.http.maxhdr {2 * MAX_FIELDS}|\n"
         + f"s|\\(http-request return status\\) 404 .*|\\1 503 errorfile {answer}|\n"
     )
     command = folder / "haproxy"
@@ -145,5 +165,7 @@ def own_haproxy(folder: Path, host: str, port: int, *ports: int) -> Path:
 
 
 if __name__ == "__main__":
-    for variable, value in of_every_node().items():
+    # Ray's own folder for HAProxy is open to all users of a node.
+    private = of_haproxy(Path(tempfile.mkdtemp(prefix="ade-haproxy-", dir=SHORT)))
+    for variable, value in {**of_every_node(), **(private if has_haproxy() else {})}.items():
         print(f"export {variable}={value}")

@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError
 from handlers.asgi import v2
 from handlers.asgi.application import OPEN, Application, served_models
 from handlers.asgi.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS
+from handlers.asgi.worker import check_same
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import Answer, Endpoint, Front, Request, other_model
@@ -132,6 +133,10 @@ class Ingress:
         access: who may use it; as the cluster's environment says unless given.
         metrics: handle of :class:`handlers.ray_serve.reporter.MetricsReplica`.
         handles: of the deployments, by the name of the model.
+        models: identity and digest of each bundle, which a front that starts later must find.
+
+    Raises:
+        BundleError: a bundle is another one by now, or cannot be read.
     """
 
     def __init__(
@@ -140,12 +145,15 @@ class Ingress:
         access: Access | None,
         metrics: Any,
         handles: dict[str, Any],
+        models: list[tuple[str, str]],
     ) -> None:
         context = serve.get_replica_context()
         open_log(settings.logs, f"{context.deployment}-{context.rank.rank}")
         access = access or Access.of_cluster()
         limits, self._refusals = Limits(), Counter[str]()
         bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
+        for bundle, model in zip(bundles, models, strict=True):
+            check_same(bundle, *model)
         self._models = [
             RemoteModel(
                 name,
@@ -156,7 +164,7 @@ class Ingress:
             )
             for name, operation, bundle in served_models(bundles)
         ]
-        document = openapi_document(access.url, bundles, access.token is not None)
+        document = openapi_document("/", bundles, access.token is not None)
         application = Application(self._models, document, limits)
         self._metrics = metrics
         self._exposes_metrics = settings.exposes_metrics

