@@ -21,9 +21,11 @@ if __name__ == "__main__":
         ANSWER.pack(True, 2, 4, 4) + b"[]" + bytes(20),  # too few pixels
         b"",
     ]
-    if last == len(answers):  # no silence is longer than half a second, and there is no end
-        connection.sendall(ANSWER.pack(True, 2**10, 4, 4))
+    if last >= len(
+        answers
+    ):  # no silence is longer than half a second, or a moment; there is no end
+        connection.sendall(ANSWER.pack(True, 2**16, 4, 4))
         while True:
             connection.sendall(b" ")
-            time.sleep(0.5)
+            time.sleep(0.5 if last == len(answers) else 0.0002)
     connection.sendall(answers[last % len(answers)])

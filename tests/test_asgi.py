@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 
 from ade_cli.status import _text
 from handlers.asgi import v2, wire, worker
-from handlers.asgi.application import READY, Application, ApplicationSettings
+from handlers.asgi.application import READY, Application, ApplicationSettings, served_models
 from handlers.asgi.control import DESCRIBE
 from handlers.asgi.forms import raw_request
 from handlers.asgi.metrics import Metrics
@@ -56,7 +56,7 @@ from serving.api.errors import ApiError, worker_died
 from serving.api.forms import MAX_FIELDS
 from serving.api.journal import last_errors
 from serving.api.responses import Response
-from serving.engine.bundle import open_bundle
+from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports, free_ports
 from tests.helpers import (
@@ -1050,6 +1050,62 @@ def test_v2_tells_a_rejected_image_from_one_without_a_verdict(app: RunningApplic
 
 
 # Overload, start and stop
+
+
+def test_bundles_of_one_name_do_not_take_each_other_s_place() -> None:
+    """On a cluster, whose configuration `ade serve` does not check."""
+    first = open_bundle(PRETRAINED)
+    copies = [dataclasses.replace(first, folder=Path(name)) for name in ("a", "b")]
+    with pytest.raises(BundleError, match="need different names"):
+        served_models([first, *copies])
+
+
+def test_whatever_fails_at_a_worker_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the front has no memory for its answer, or for the next process."""
+    started = 0
+
+    class Failing:
+        """In the place of a worker's process."""
+
+        def __init__(self) -> None:
+            self.gone = asyncio.get_running_loop().create_future()
+
+        async def ask(self, parts: Any, seconds: float) -> Any:
+            raise MemoryError
+
+        async def end(self) -> int:
+            return 70
+
+    async def start(place: Any) -> Any:
+        nonlocal started
+        started += 1
+        if started == 1:
+            raise MemoryError
+        place.is_ready = True
+        return Failing()
+
+    async def answer() -> None:
+        settings = WorkerSettings(
+            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
+            *(str(tmp_path), ServingOptions(device="cpu")),
+        )
+        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        (place,) = pool._workers
+        process: Any = Failing()
+        place.is_ready = True
+        pool._tasks.append(asyncio.create_task(place.keep(process)))
+        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
+        async with asyncio.timeout(20):
+            for _ in range(2):
+                with pytest.raises(ApiError, match="worker"):
+                    await pool.answer(request)
+            await pool.stop()
+
+    monkeypatch.setattr("handlers.asgi.pool._Worker.start", start)
+    asyncio.run(answer())
+    assert started >= 2
 
 
 @pytest.mark.parametrize("rest", ["none", "late", "leaving"])

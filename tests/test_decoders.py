@@ -296,7 +296,7 @@ def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", range(8))
+@pytest.mark.parametrize("kind", range(9))
 def test_an_invalid_answer_is_an_error_of_its_image(
     monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import http.client
 import json
 import os
@@ -13,10 +14,12 @@ import select
 import selectors
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +29,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from handlers.front.admission import Lane, Limits, Memory, read_body
+from handlers.front.connections import BoundedProtocol
 from handlers.front.forms import checked_type
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.listen import open_socket
@@ -35,6 +41,7 @@ from handlers.limits import LARGE_BYTES
 from handlers.torchserve.front import ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
 from serving.api.errors import ApiError
+from serving.api.guard import Receive, Scope, Send
 from serving.api.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
 from serving.ports import free_ports
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
@@ -815,9 +822,50 @@ def test_spaces_after_a_length_that_the_server_keeps() -> None:
         assert asyncio.run(read_body(scope, receive, share, limits)) == b""
 
 
+def test_a_connection_that_is_reset_leaves_nothing_behind() -> None:
+    """As does one whose client reads the answer and is gone; its head may have had 64 KiB."""
+    alive: list[weakref.ref[BoundedProtocol]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(app, interface="asgi3", log_config=None, timeout_keep_alive=1000)
+
+    def make() -> BoundedProtocol:
+        made = BoundedProtocol(Limits(), Counter(), Counter(), config, ServerState(), {})
+        alive.append(weakref.ref(made))
+        return made
+
+    async def connect() -> None:
+        config.load()
+        async with await asyncio.get_running_loop().create_server(make, "127.0.0.1") as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            reset = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.close()
+            async with asyncio.timeout(10):
+                while alive[0]() is not None:
+                    await asyncio.sleep(0.01)
+                    gc.collect()
+
+    asyncio.run(connect())
+
+
 def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
-    """Invalid bytes after a request are not taken for its answer."""
-    with hang(front, b"") as connection:
+    """Nobody takes the error of invalid bytes for the answer to what was sent before them."""
+    with hang(front, b"ab") as connection:
+        wait_for(lambda: upstream.num_waiting == 1)
+        connection.sendall(b"junk\r\n\r\n")
+        connection.sendall(HEAD + b"Content-Length: 2\r\n\r\nno")
+        upstream.release()
+        answer = connection.makefile("rb").read()
+    assert re.findall(rb'"body": "(\w*)"', answer) == [b"ab"]
+    assert answer.count(b"HTTP/1.1 ") == 1
+    with hang(front, b"", HEAD + b"Content-Length: 1\r\n\r\nc") as connection:
         wait_for(lambda: upstream.num_waiting == 1)
         connection.sendall(b"junk\r\n\r\n")
         assert is_closed(connection)

@@ -307,8 +307,8 @@ class _Worker:
                     pause = min(2 * pause, MAX_PAUSE_S)
                     try:
                         process = await self.start()
-                    except (WorkerError, OSError) as error:
-                        logger.error("%s", error)
+                    except Exception as error:  # whatever it is, the next one may start
+                        logger.error("%s", str(error) or repr(error))
                         self._update(STARTS.name, {}, 1.0)  # which no worker reports
         finally:
             await process.end()
@@ -363,10 +363,10 @@ class _Worker:
             rest, _ = await process.next(RESPONSE_TIMEOUT_S)
             self._measure(rest)
             is_leaving = rest["leaving"]
-        except (WorkerError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # an invalid message can raise anything, a large one MemoryError
             for job in batch:
                 job.fail(worker_died())
-            raise WorkerError(str(error)) from None
+            raise WorkerError(str(error) or repr(error)) from None
         except asyncio.CancelledError:  # the pool is stopped
             for job in batch:
                 job.fail(stopping())

@@ -90,6 +90,7 @@ class BoundedProtocol(PipeliningProtocol):
         self._last = b""  # of what was read before, which may begin the end of a head
         self._most_head_bytes = limits.head_bytes
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
+        self._is_ending = False  # whether nothing more is read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -112,6 +113,8 @@ class BoundedProtocol(PipeliningProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_ending:
+            return
         if self._is_idle():
             if self._head_timer is None:
                 self._last = b""
@@ -217,6 +220,10 @@ class BoundedProtocol(PipeliningProtocol):
             and not self.cycle.response_started
             and not self.pipeline
         )
+        is_behind = not (self._is_idle() or self.cycle.more_body or self.pipeline)
+        if is_behind:  # a complete request, whose answer will be the last
+            self._is_ending, self.cycle.keep_alive = True, False
+            return
         if not (self._is_idle() or is_bad_body):  # an earlier request is still unanswered
             self.transport.abort()
         if self.transport.is_closing():

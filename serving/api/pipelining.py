@@ -31,6 +31,11 @@ class PipeliningProtocol(HttpToolsProtocol):
         self.is_in_crumbs = False  # whether a body came in parts that are too small
         self._num_pending = 0  # bytes since the last complete head or part of a body
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        # uvicorn keeps the timer after a reset, and the timer all that the connection sent.
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
         self._num_pending += len(data)
         super().data_received(data)

@@ -242,7 +242,10 @@ def fill(connection: socket.socket, room: memoryview, deadline: float | None = N
     """Fill a buffer with received bytes, as :func:`receive`."""
     while len(room):
         if deadline is not None:
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("it took too long")
+            connection.settimeout(left)
         count = connection.recv_into(room)
         if not count:
             raise EOFError("the connection was closed")
