@@ -9,7 +9,7 @@ DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /usr/lib/ws
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow test-ray coverage check fit bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean FORCE
+.PHONY: serve test test-slow test-ray coverage check fit given bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean FORCE
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -36,9 +36,11 @@ check: $(VENV)/.test  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fit: $(VENV)/.fit  ## train, export and calibrate a model of a folder of images: make fit DATA=DIR BUDGET=1h
-	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
+fit: given $(VENV)/.fit  ## train, export and calibrate a model of a folder of images: make fit DATA=DIR BUDGET=1h
 	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)" $(if $(OUT),--out "$(OUT)")
+
+given:  # before hundreds of megabytes are installed
+	@test -n "$(DATA)" || { echo "make fit needs DATA=DIR, a folder of images" >&2; exit 2; }
 
 bench: $(VENV)/.bench  ## throughput and latency: the engine, the service, other servers with the same engine
 	$(BIN)/python -m benchmarks.serving $(BUNDLE)
@@ -82,9 +84,10 @@ $(BIN)/python -m pip install --editable ".[$(DEVICE),$(1)]"
 @touch $@
 endef
 
-# Changes only with the device, for which packages are then installed again.
+# Changes only with the device and with Python, for which packages are then installed again; a new Python needs its own pip.
 $(VENV)/.device: FORCE | $(BIN)/python
-	@test "$$(cat $@ 2>/dev/null)" = $(DEVICE) || echo $(DEVICE) > $@
+	@now="$(DEVICE), $$($(BIN)/python -V)"; test "$$(cat $@ 2>/dev/null)" = "$$now" || \
+	{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV); echo "$$now" > $@; }
 
 $(VENV)/.serve: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,serve)
