@@ -322,15 +322,6 @@ def test_pipelined_requests_are_answered_in_order(app: RunningApplication) -> No
     assert len(set(re.findall(r"x-request-id: (\S+)", text))) == 3
 
 
-@pytest.mark.parametrize("spelling", ["true", "True", "TRUE", "on", "1"])
-def test_a_form_may_spell_true_in_other_ways(app: RunningApplication, spelling: str) -> None:
-    answer = httpx.post(
-        f"{app.url}/predictions/encode", data={"eps": spelling}, files={"image": IMAGE}, timeout=60
-    )
-    assert answer.status_code == 200
-    assert "eps" in answer.json()["results"][0]["levels"][0]
-
-
 def test_the_guard_is_before_it(app: RunningApplication) -> None:
     for headers, status in (({"Host": "evil.example"}, 421), ({"Origin": "http://a.example"}, 403)):
         assert app.post("score", **headers).status_code == status

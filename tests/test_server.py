@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
@@ -47,7 +46,6 @@ from tests.helpers import (
     narrow,
     needs_data,
     npy,
-    png_header,
     wait_for,
 )
 from tests.service import RunningService, error_of_serve
@@ -245,117 +243,7 @@ def as_json(**values) -> tuple[bytes, str]:
     return json.dumps(values).encode(), "application/json"
 
 
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
 PICTURE = Image.open(EXAMPLE).convert("RGB")
-BAD = {
-    "oversized picture": (
-        (encode(PICTURE.resize((64, 64)), "PNG"), "image/png"),
-        422,
-        "must be 32 x 32 pixels, got 64",
-    ),
-    "1x1": ((encode(PICTURE.resize((1, 1)), "PNG"), "image/png"), 422, "got 1 x 1"),
-    "truncated": ((encode(PICTURE, "PNG")[:300], "image/png"), 415, "damaged"),
-    "bomb": ((png_header(60000, 60000), "image/png"), 413, "may have at most 16000000 pixels"),
-    "text": ((b"hello", "text/plain"), 415, "not an image"),
-    "empty": ((b"", "image/png"), 400, "the request is empty"),
-    "NaN": (
-        (npy(np.full((1, 32, 32, 3), np.nan, np.float32)), "application/x-npy"),
-        422,
-        "values that are not finite",
-    ),
-    "wrong dtype": (
-        (npy(np.zeros((1, 32, 32, 3), np.int64)), "application/x-npy"),
-        422,
-        "must be uint8, got int64",
-    ),
-    "wrong shape": (
-        (npy(np.zeros((32, 32, 3), np.uint8)), "application/x-npy"),
-        422,
-        "must be (N, H, W, C)",
-    ),
-    "objects": (
-        (npy(np.array([print], object), allow_pickle=True), "application/x-npy"),
-        422,
-        "Python objects",
-    ),
-    "nested JSON": ((b"[" * 50_000 + b"]" * 50_000, "application/json"), 400, "JSON"),
-    "broken JSON": ((b'{"images": [', "application/json"), 400, "not JSON"),
-    "many lists": (
-        (b'{"images": [' + b"[]," * 100_001 + b"[]]}", "application/json"),
-        413,
-        "JSON may have at most 100000 lists and objects",
-    ),
-    "unknown parameter": (
-        as_json(images=[b64(encode(PICTURE, "PNG"))], sede=1),
-        422,
-        "has no parameter 'sede'",
-    ),
-    "negative seed": (
-        as_json(images=[b64(encode(PICTURE, "PNG"))], seed=-1),
-        422,
-        "seed must be from 0",
-    ),
-    "float seed": (
-        as_json(images=[b64(encode(PICTURE, "PNG"))], seed=1.5),
-        422,
-        "seed must be a whole number",
-    ),
-    "many draws": (
-        as_json(images=[b64(encode(PICTURE, "PNG"))], samples=65),
-        422,
-        "samples must be from 1 to 64",
-    ),
-    "17 MiB": ((b"\0" * (17 * 2**20), "image/png"), 413, "may have at most 16777216 bytes"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_refused(service: RunningService, name: str) -> None:
-    (data, content_type), status, message = BAD[name]
-    answer = post(service, "score", data, content_type)
-    assert answer.status_code == status, answer.text
-    assert message in error_of(answer)["message"]
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"n": 100_000}, "n must be from 1 to 256, got 100000"),
-        ({"seed": -1}, "seed must be from 0"),
-        ({"seed": 0.5}, "seed must be a whole number"),
-        ({"size": 64}, "has no parameter 'size'"),
-        ({"temperature": 0}, "temperature must be above 0"),
-        ({"kind": "x"}, "kind must be one of"),
-    ],
-)
-def test_sample_refuses(service: RunningService, values: dict, message: str) -> None:
-    answer = post(service, "sample", *as_json(**values))
-    assert answer.status_code == 422 and message in error_of(answer)["message"]
-
-
-ODD = {
-    "animated": (
-        encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)], lossless=True),
-        "several frames",
-    ),
-    "CMYK": (encode(PICTURE.convert("CMYK"), "JPEG"), "CMYK"),
-    "16-bit": (
-        encode(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257), "PNG"),
-        "16-bit",
-    ),
-    "palette": (encode(PICTURE.quantize(32), "PNG"), "from P to RGB"),
-    "alpha": (encode(PICTURE.convert("RGBA"), "PNG"), "alpha composited on white"),
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_converted_images_are_scored_with_notes(service: RunningService, name: str) -> None:
-    data, note = ODD[name]
-    (result,) = post(service, "score", data).json()["results"]
-    assert note in result["notes"][0] and 0 < result["bpd"] < 20
 
 
 def test_rotated_by_exif(service: RunningService) -> None:
@@ -364,13 +252,6 @@ def test_rotated_by_exif(service: RunningService) -> None:
     (turned,) = post(service, "score", encode(PICTURE, "PNG", exif=exif)).json()["results"]
     (plain,) = post(service, "score", encode(PICTURE.rotate(180), "PNG")).json()["results"]
     assert turned.pop("notes") == ["EXIF orientation applied"] and turned == plain
-
-
-def test_get_and_put(service: RunningService) -> None:
-    answer = httpx.get(f"{service.url}/predictions/score")
-    assert answer.status_code == 400 and "empty" in error_of(answer)["message"]
-    put = httpx.put(f"{service.url}/predictions/score", content=EXAMPLE.read_bytes(), timeout=60)
-    assert put.content == post(service, "score", EXAMPLE.read_bytes()).content
 
 
 def test_what_torchserve_answers_itself_is_translated(service: RunningService) -> None:
