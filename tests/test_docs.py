@@ -171,6 +171,7 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
     shutil.copy(committed / "rows.json", tmp_path)
     page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
     assert page == (committed / "report.md").read_text()
+    assert (tmp_path / "rows.json").read_text() == (committed / "rows.json").read_text()
     for picture in re.findall(r"\(pictures/([^)]+)\)", page):
         assert (committed / "pictures" / picture).is_file()
     # A claim is of two systems that learned alike.

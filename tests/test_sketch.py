@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from tests.helpers import narrow
 from training.data import DataError, Dataset
 from training.datasets.files import part_of
 from training.datasets.folder import load_folder
-from training.datasets.sketch import SIZE, record_of
-from training.loop import train
+from training.datasets.sketch import SIZE, VERSION, record_of, version_of
+from training.loop import _sketch_of, train
 from training.run_options import RunOptions
 from training.runs import latest_checkpoint
 
@@ -299,9 +300,13 @@ def test_files_that_are_replaced_under_their_names_join_the_sketch(
     assert after.splits == before.splits
     options = dataclasses.replace(options, images=32)
     train(narrow("vae"), after, tmp_path / "run", options, resume=True)
-    sketch = read_config(latest_checkpoint(tmp_path / "run"))["sketch"]
-    hashes = [set(record_of(data)["sketch"]) for data in (before, after)]
+    about = read_config(latest_checkpoint(tmp_path / "run"))
+    sketch, hashes = about["sketch"], [set(record_of(data)["sketch"]) for data in (before, after)]
     assert sketch == sorted(hashes[0] | hashes[1])[:SIZE] and set(sketch) & hashes[1]
+    for path in photos.rglob("*.png"):
+        os.utime(path, (0, 0))  # as on another node, which must get the same sketch
+    again = load_folder(photos, 8, None, print)
+    assert version_of(again) != about[VERSION] and _sketch_of(again, about) == sketch
 
 
 class Means(nn.Module):

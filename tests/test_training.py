@@ -879,14 +879,6 @@ def test_recipes_are_complete_and_survive_json(name: str, size: str) -> None:
     ) == name.endswith("rd")
 
 
-def test_configurations_of_earlier_runs_are_read() -> None:
-    """Uses the archived rows of a comparison."""
-    rows = json.loads((ROOT / "docs" / "comparison" / "rows.json").read_text())
-    for row in rows:
-        config = TrainConfig.from_dict(row["config"])
-        assert TrainConfig.from_dict(config.to_dict()) == config
-
-
 def test_configurations_that_are_not_ours_are_refused() -> None:
     values = recipe("av-ade", 32, 3).to_dict()
     with pytest.raises(ConfigError, match=r"unknown fields: \['max_grad_norm'\]"):
@@ -1309,7 +1301,7 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
     """Their gradients would be averaged all the same, and their models never become alike."""
     dataset = Dataset("d", {"train": ImageSet(small_images)}, {"train": "all"})
 
-    def check(theirs: Trainer, its: Dataset) -> None:
+    def check(theirs: Trainer, its: Dataset, sketch: str = "same files") -> None:
         sent: list[torch.Tensor] = []
 
         def gather(value: torch.Tensor) -> torch.Tensor:
@@ -1317,8 +1309,8 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
             return torch.stack(sent)
 
         fabric: Any = SimpleNamespace(world_size=2, global_rank=0, all_gather=gather)
-        _check_alike(fabric, dataset, trainer())
-        _check_alike(fabric, its, theirs)
+        _check_alike(fabric, dataset, ["same files"], trainer())
+        _check_alike(fabric, its, [sketch], theirs)
 
     check(trainer(), dataset)
     check(
@@ -1327,6 +1319,8 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
     fewer = {"train": dataset.parts["train"].slice(0, 9)}
     with pytest.raises(RunError, match="process 1 of 2 has other training images than process 0"):
         check(trainer(), dataclasses.replace(dataset, parts=fewer))
+    with pytest.raises(RunError, match="process 1 of 2 has other training images than process 0"):
+        check(trainer(), dataset, "others of the same names")
     with pytest.raises(RunError, match="has other initial weights than process 0"):
         check(trainer(seed=1), dataset)
     theirs = trainer()
@@ -1568,6 +1562,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
 
 
+@pytest.mark.usefixtures("no_decoding")
 @pytest.mark.parametrize(
     "run, option, message",
     [
@@ -1593,23 +1588,35 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(shutil.copytree(made_before, tmp_path / "in"))
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = ["train", "av-ade", "--data", str(folder), "--image-size", "8", "--size", "tiny"]
     assert main([*arguments, "--device", "cpu", "--out", run, *option]) == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "here, nodes, total, message",
+    [
+        (3, 1, 3, "--batch-size must be a multiple of 3, the number of processes, got 16"),
+        (2, 2, 6, "every node needs the same number of processes, got 2 on this one and 6 in"),
+        (4, 2, 6, "every node needs the same number of processes, got 4 on this one and 6 in"),
+    ],
+)
 @pytest.mark.usefixtures("no_decoding")
-def test_images_are_not_decoded_for_processes_that_cannot_share_a_batch(
+def test_images_are_not_decoded_for_processes_that_cannot_train_together(
+    here: int,
+    nodes: int,
+    total: int,
+    message: str,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
+    for name, value in zip(names, (here, nodes, total), strict=True):
+        monkeypatch.setenv(name, str(value))
     arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--device", "cpu"]) == 2
-    assert "--batch-size must be a multiple of 3, the number of pro" in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu"]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])

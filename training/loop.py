@@ -132,7 +132,7 @@ def train(
     # Now, because files may be moved or deleted while the run lasts. By all processes, because it
     # may take longer than the others would wait for one.
     sketch = _sketch_of(dataset, before)
-    _check_alike(fabric, dataset, trainer)
+    _check_alike(fabric, dataset, sketch, trainer)
     if is_main:  # all checks have passed: write to the folder from here on
         open_run(run, config, dataset, options, source)
     about = {
@@ -156,7 +156,9 @@ def train(
     return progress
 
 
-def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
+def _check_alike(
+    fabric: Fabric, dataset: Dataset, sketch: list[str] | None, trainer: Trainer
+) -> None:
     """Check that all processes begin with the same images and weights, and wait for them.
 
     Each reads its own files, and gradients alone are averaged: replicas that differ would never
@@ -167,9 +169,10 @@ def _check_alike(fabric: Fabric, dataset: Dataset, trainer: Trainer) -> None:
     """
     if fabric.world_size == 1:
         return
-    # Not their pixels, which another version of a decoder may give other values.
+    # Not their pixels, which another version of a decoder may give other values. In a resumed run a
+    # node whose files have other times reads them again, but equal files give an equal sketch.
     names = dataset.files.get("train", dataset.splits["train"])
-    images = [names, len(dataset.parts["train"])]
+    images = [names, len(dataset.parts["train"]), sketch]
     values = [*trainer.model.state_dict().values()]
     if trainer.discriminator is not None:  # not its buffers, which processors may round otherwise
         values += trainer.discriminator.parameters()

@@ -75,6 +75,21 @@ def check_shares(config: TrainConfig, processes: int) -> None:
         )
 
 
+def _check_nodes() -> None:
+    """Check that ``torchrun`` started equally many processes on each node, as Lightning assumes.
+
+    Raises:
+        RunError: it did not.
+    """
+    names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
+    here, nodes, total = (int(os.environ.get(name, "1")) for name in names)
+    if here * nodes != total:
+        raise RunError(
+            f"every node needs the same number of processes, got {here} on this one and {total} "
+            f"in total on {nodes} nodes"
+        )
+
+
 def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: bool) -> None:
     """Check what :func:`train` needs beside the images, which may take long to read.
 
@@ -86,11 +101,13 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
 
     Raises:
         RunError: the folder does not suit ``resume``, the run was started with another
-            configuration, the processes that ``torchrun`` started cannot share a batch, or the
-            weights to start from or the guide do not suit the configuration.
+            configuration, the processes that ``torchrun`` started cannot share a batch or are not
+            equally many on each node, or the weights to start from or the guide do not suit the
+            configuration.
         FeatureError: the guide cannot be read.
     """
     check_folder(run, resume, options.guide)
+    _check_nodes()
     check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])

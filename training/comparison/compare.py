@@ -25,7 +25,7 @@ import numpy as np
 from filelock import Timeout
 
 from ade_model.checkpoint import load_model, read_config
-from serving.files import LOCK, locked
+from serving.files import LOCK, locked, write_text
 from training.data import Dataset
 from training.loop import train
 from training.measure import MeasureOptions, Measurer
@@ -335,14 +335,12 @@ def _source_of(run: Path) -> str | None:
 
 
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Archive the rows in ``OUT/rows.json``."""
-    write_json(
-        out / ROWS,
-        [
-            {**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
-            for row in rows
-        ],
-    )
+    """Archive the rows in ``OUT/rows.json``, one per line, so that a diff shows which changed."""
+    kept = [
+        {**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
+        for row in rows
+    ]
+    write_text(out / ROWS, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
 
 
 def _kept_rows(out: Path) -> list[dict[str, Any]]:

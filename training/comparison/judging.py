@@ -23,15 +23,15 @@ SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as
 def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
     """What these runs say about each claim that they can test, and the claim with its figures.
 
-    A claim is undecided if its seeds disagree.
+    Each seed is judged by itself, because seeds may have different budgets. A claim holds, or does
+    not, only if all of them say so.
     """
     found = []
     for claim in claims(tuple(used_spaces(rows))):
         candidates = _comparable([_measured_runs(rows, name) for name in claim.systems])
         if not candidates:
             continue
-        budget = _shared_budget(candidates[0])
-        if budget is None:
+        if _shared_budget(candidates[0]) is None:
             *first, last = (f"{learned(row):,}" for row in candidates[0])
             counts = f"{', '.join(first)} and {last}"
             found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
@@ -46,10 +46,11 @@ def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
             ]
             if shown:
                 findings.add(claim.judge(figures))
-                texts.append(f"{_seeds(chosen)}: {'; '.join(shown)}")
+                budget = _shared_budget(chosen)
+                texts.append(f"after {budget}, {_seeds(chosen)}: {'; '.join(shown)}")
         if findings:
             finding = findings.pop() if len(findings) == 1 else Finding.UNDECIDED
-            found.append((finding, f"{claim.text} (after {budget}, {'; '.join(texts)})"))
+            found.append((finding, f"{claim.text} ({'; '.join(texts)})"))
     return found
 
 
@@ -73,23 +74,17 @@ def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str
 
 
 def _comparable(runs: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], ...]]:
-    """Choose runs, one of each system: among those with equal budgets, the ones that learned most.
+    """Choose runs to judge by, one of each system: those of each seed, if their budgets are equal.
 
-    Of several it is all with the same seed, which were trained together, or else the first. There
-    are none unless one version of the program trained all systems on the same data and at the same
-    size, and measured them alike.
+    Where no seed has all systems, it is those of several seeds that learned most. There are none
+    unless one version of the program trained all systems on the same data and at the same size, and
+    measured them alike.
     """
-    candidates = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
-    candidates = [rows for rows in candidates if _shared_budget(rows)] or candidates
-    most = max((min(map(learned, rows)) for rows in candidates), default=0)
-
-    longest = [
-        rows
-        for rows in candidates
-        if math.isclose(min(map(learned, rows)), most, rel_tol=SAME_BUDGET)
-    ]
-    of_one_seed = [rows for rows in longest if len({row["seed"] for row in rows}) == 1]
-    return of_one_seed or longest[:1]
+    alike = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
+    candidates = [rows for rows in alike if _shared_budget(rows)] or alike
+    candidates.sort(key=lambda rows: min(map(learned, rows)), reverse=True)
+    of_one_seed = [rows for rows in candidates if len({row["seed"] for row in rows}) == 1]
+    return of_one_seed or candidates[:1]
 
 
 def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:

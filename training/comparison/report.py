@@ -327,8 +327,9 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
         f"A difference decides only if it exceeds the spread of seeds: {SEED_SPREAD_BPD} bits "
         f"per dimension, {100 * SEED_SPREAD_DISTANCE:.0f} % of a Fréchet distance (three seeds of "
         "av-ade, size tiny, after 80,000 images), and in bits per dimension two of its standard "
-        "errors. Otherwise, where the feature spaces or the seeds disagree, and after different "
-        "budgets, a claim is undecided. Unreliable distances decide nothing.",
+        "errors. Each seed is judged by itself. Otherwise, where the feature spaces or the seeds "
+        "disagree, and after different budgets, a claim is undecided. Unreliable distances decide "
+        "nothing.",
     ]
 
 
