@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
+        type=given,
         metavar="FILE",
         help=f"file for the scores of a folder: {', '.join(FORMATS)}; with --engine ray, a folder",
     )
@@ -93,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--address",
+        type=given,
         metavar="HOST:PORT",
         help="with --engine ray: a Ray cluster, from one of its nodes (default: this machine)",
     )

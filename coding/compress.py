@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from coding.archive import (
     write_header,
 )
 from coding.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, kinds_if_of
-from coding.errors import CodingError, Damaged
+from coding.errors import CodingError, Damaged, TooLarge
 from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
 from coding.pictures import Picture
@@ -145,14 +145,14 @@ def compress(
             pictures = _read(source, done)
             names = _names(source, done, len(pictures))
             payload, figures, kinds = coder.encode(names, pictures)
-            if verify and not _reproduced(coder, payload, len(pictures)):
+            if verify and not _reproduced(coder, payload, names, len(pictures)):
                 report.not_reproduced += 1
                 payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                if not _reproduced(coder, payload, len(pictures)):
+                if not _reproduced(coder, payload, names, len(pictures)):
                     # Such as a large one, whose WebP takes longer to decode than is allowed.
                     pictures = [Picture(None, p.data) if p.data else p for p in pictures]
                     payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                    if not _reproduced(coder, payload, len(pictures)):
+                    if not _reproduced(coder, payload, names, len(pictures)):
                         raise CodingError("an image cannot be stored: this is a bug")
             started = time.process_time()
             by_kind = list(zip(kinds, pictures, strict=True))
@@ -187,12 +187,16 @@ def _names(source: Source, first: int, count: int) -> list[str] | None:
     return [str(source.name(i)) for i in range(first, first + count)]
 
 
-def _reproduced(coder: ChunkCoder, payload: bytes, count: int) -> bool:
+def _reproduced(coder: ChunkCoder, payload: bytes, names: Sequence[str] | None, count: int) -> bool:
     """Whether a chunk decodes to the images that were encoded, of which it has the digest."""
     try:
         for _ in coder.decode(payload, count):
             pass
     except Damaged:
+        return False
+    except TooLarge:
+        if names is None:  # images of an array are no files, as which they could be stored
+            raise
         return False
     return True
 

@@ -11,6 +11,10 @@ class NotDecoded(CodingError):
     """This machine cannot decode an image now; that is no damage of the archive."""
 
 
+class TooLarge(NotDecoded):
+    """An image takes more time or memory to decode than is allowed, and probably always here."""
+
+
 class NotCoded(ValueError):
     """The model cannot code this image, whose numbers leave the range of the coder."""
 

@@ -13,11 +13,11 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from coding.errors import CodingError, Damaged, NotDecoded
+from coding.errors import CodingError, Damaged, NotDecoded, TooLarge
 from serving.decode.pool import DecoderError
 from serving.decode.structure import read_structure
 from serving.decode.worker import DecodedImage
-from serving.images import MAX_FILE_BYTES, ImageError, read_image
+from serving.images import MAX_FILE_BYTES, MAX_PIXELS, ImageError, read_image
 
 # Formats whose pixels are coded and which are written again from them. Files of other formats, and
 # all whose pixels are not plain 8-bit RGB or grey, are stored byte for byte.
@@ -89,10 +89,13 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     if format is None or not is_whole or has_metadata and keep_metadata:
         return Picture(None, data)
     try:
-        if read_structure(data).format != format:  # such as a JPEG that is called .png
+        structure = read_structure(data)
+        if structure.format != format:  # such as a JPEG that is called .png
+            return Picture(None, data)
+        if structure.width * structure.height > MAX_PIXELS:  # further attempts would be in vain
             return Picture(None, data)
         image = _decode(data)
-    except (ImageError, Damaged):
+    except (ImageError, Damaged, TooLarge):
         return Picture(None, data)
     if image.notes not in ([], _GREY):
         return Picture(None, data)
@@ -105,7 +108,8 @@ def read_stored(kind: str, blob: bytes, is_grey: bool) -> Picture:
 
     Raises:
         Damaged: it cannot be decoded.
-        NotDecoded: it may be intact, but this machine has too little time or memory.
+        NotDecoded: it may be intact, but this machine has too little time or memory; ``TooLarge``
+            if it probably always has.
     """
     if kind == "f":
         return Picture(None, blob)
@@ -146,11 +150,14 @@ def _decode(blob: bytes) -> DecodedImage:
         try:
             return read_image(blob)
         except (ImageError, MemoryError, DecoderError) as error:
-            # It had a size and took a time that were permitted when it was stored.
-            if isinstance(error, ImageError) and not error.may_pass and error.code != "too_large":
-                raise Damaged(f"an image cannot be decoded: {error}") from error
+            kind = NotDecoded
+            if isinstance(error, ImageError) and not error.may_pass:
+                # If it was stored, it had a size and took a time that were permitted then.
+                if error.code != "too_large":
+                    raise Damaged(f"an image cannot be decoded: {error}") from error
+                kind = TooLarge
             reason = str(error) or "no memory"  # the error itself would keep what it could not use
-    raise NotDecoded(
+    raise kind(
         f"an image could not be decoded now ({reason}): repeat the command when this machine has "
         "more time or memory"
     )

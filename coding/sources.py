@@ -98,6 +98,8 @@ class ArraySource:
     kind = "array"
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise CodingError(f"{path} must be a regular file")
         try:
             array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -46,7 +46,7 @@ CHUNK = 64  # files per task
 AHEAD = 3  # tasks submitted per process
 ENDED = "a process ended (was there too little memory?): the same command resumes here"
 ROWS_A_GROUP = 20_000  # of a Parquet file
-TRIED = 8  # files, to know whether any can be read
+TRIED = 16  # files, to know whether any can be read
 RETRY_S = 2.0  # until files are read again whose errors may pass
 
 
@@ -170,38 +170,58 @@ class FileScorer:
     def _read_all(self, paths: list[str]) -> list[InputImage | ApiError]:
         """Read files, and those again whose errors may pass.
 
-        Rows are final. If such an error stays, it is that of one file only if another file can
-        still be read: expired credentials or a lost server would be the error of all that follow.
+        Rows are final. A file that cannot be read has an error of its own only if another one can
+        still be read: expired credentials or a lost server would be the error of all that follow,
+        and the files of a lost mount do not exist.
         """
         images = [self._read(path) for path in paths]
         if _passing(images):
             time.sleep(RETRY_S)
-            for i, _ in _passing(images):
+            for i in _passing(images):
                 images[i] = self._read(paths[i])
-        for path, image in zip(paths, images, strict=True):
-            if isinstance(image, InputImage) or image.code == "wrong_size":
+        failed = {
+            path: image
+            for path, image in zip(paths, images, strict=True)
+            if isinstance(image, ApiError) and image.code == "unreadable"
+        }
+        for path in paths:
+            if path not in failed:
                 self._readable = path
-        if (failed := _passing(images)) and not self._can_read(set(paths)):
-            i, error = failed[0]
+        # Files that are given one by one may be all that there are.
+        knows_others = bool(self._folder or self._others or self._readable)
+        lost = [
+            f"{printable(path)}: {error.message}"
+            for path, error in failed.items()
+            if error.may_pass or knows_others
+        ]
+        if lost and not self._can_read(failed.keys()):
             raise BulkError(
-                f"{printable(paths[i])}: {error.message}, and no other file can be read either: "
-                "call the same command again later"
+                f"{lost[0]}, and no other file can be read either: call the same command again "
+                "when they can be read"
             )
         return images
 
     def _can_read(self, failed: Set[str]) -> bool:
         """Whether a file that was read before, or else one of some others, can be."""
-        tried = [] if self._readable is None else [self._readable]
-        with suppress(OSError):
-            if self._readable is None:
-                others = self._others if self._folder is None else image_paths(self._folder)
-                tried = list(islice((path for path in others if path not in failed), TRIED))
-        for path in tried:
-            with suppress(OSError):
-                self._read_file(path)
-                self._readable = path
-                return True
+        if self._readable is not None and self._is_readable(self._readable):
+            return True
+
+        def others() -> Iterator[str]:
+            known = self._others if self._folder is None else image_paths(self._folder)
+            return (path for path in known if path not in failed)
+
+        with suppress(OSError):  # of a folder that is lost
+            count = sum(1 for _ in others())
+            # Those of one subfolder may all be broken links.
+            for path in islice(others(), 0, None, max(1, -(-count // TRIED))):
+                if self._is_readable(path):
+                    self._readable = path
+                    return True
         return False
+
+    def _is_readable(self, path: str) -> bool:
+        image = self._read(path)
+        return isinstance(image, InputImage) or image.code != "unreadable"
 
     def _read(self, path: str) -> InputImage | ApiError:
         fit = self.options.resize == "fit"
@@ -217,8 +237,8 @@ class FileScorer:
         return scored_row(path, result)
 
 
-def _passing(images: Sequence[InputImage | ApiError]) -> list[tuple[int, ApiError]]:
-    return [(i, e) for i, e in enumerate(images) if isinstance(e, ApiError) and e.may_pass]
+def _passing(images: Sequence[InputImage | ApiError]) -> list[int]:
+    return [i for i, e in enumerate(images) if isinstance(e, ApiError) and e.may_pass]
 
 
 def check_out(out: Path) -> None:

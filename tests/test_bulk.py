@@ -344,11 +344,12 @@ def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
     """Rows are final: the errors of an expired login would be those of all files that follow."""
     monkeypatch.setattr(bulk, "RETRY_S", 0.0)
     paths = [path for path in image_paths(folder) if path.startswith("class")][:4]
-    answers: dict[str, list[Exception]] = {}
+    answers: dict[str, list[Exception | None]] = {}
 
     def read_here(path: str) -> bytes:
-        if answers.get(path):
-            raise answers[path].pop()
+        error = answers[path].pop() if answers.get(path) else None
+        if error is not None:
+            raise error
         return (folder / path).read_bytes()
 
     scores = FileScorer(open_bundle(tiny_bundle), None, BulkOptions(), read_here)
@@ -363,8 +364,15 @@ def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
         answers[path] = [PermissionError("expired")] * 5
     with pytest.raises(BulkError, match=f"{paths[0]}: expired, and no other file can be read"):
         scores(paths)
+    for path in paths:  # as after the mount was lost, also between both attempts
+        answers[path] = [gone] * 4 + [lost]
+    with pytest.raises(BulkError, match="No such file, and no other file can be read"):
+        scores(paths)
     answers.clear()
     assert not any("error" in row for row in scores(paths))
+    answers |= {paths[0]: [gone, None], paths[1]: [gone]}  # in the middle of a chunk
+    with pytest.raises(BulkError, match="No such file, and no other file can be read"):
+        scores(paths[:2])
 
 
 def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
@@ -393,6 +401,23 @@ def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
     for gone in (None, folder / "gone"):
         with pytest.raises(BulkError, match="no other file can be read"):
             scores(gone, {})
+
+
+def test_files_to_try_are_spread_over_the_folder(tiny_bundle: Path, folder: Path) -> None:
+    """Those of its first subfolders may all be broken links, and one that was read be moved."""
+    paths = list(image_paths(folder))
+    gone = {path for path in paths if not path.startswith("class2")}
+
+    def read_here(path: str) -> bytes:
+        if path in gone:
+            raise FileNotFoundError(errno.ENOENT, "No such file")
+        return (folder / path).read_bytes()
+
+    scores = FileScorer(open_bundle(tiny_bundle), folder, BulkOptions(), read_here)
+    assert {row.get("error") for row in scores(paths[:64])} == {"unreadable"}
+    assert "error" not in scores(paths[-1:])[0]
+    gone |= {*paths[-2:]}
+    assert scores(paths[-2:-1])[0]["error"] == "unreadable"
 
 
 def test_all_processes_must_score_with_one_bundle(

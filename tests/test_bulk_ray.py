@@ -221,6 +221,12 @@ def test_a_file_whose_store_fails_is_unreadable(monkeypatch: pytest.MonkeyPatch)
         score.read_any_file("memory://bucket/1.png")
 
 
+def test_a_pipe_behind_a_url_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.png")
+    with pytest.raises(OSError, match="not a regular file"):
+        score.read_any_file(f"file://{tmp_path}/p.png")
+
+
 def test_rows_that_other_processes_write_are_found() -> None:
     """The clients of object stores remember listings, and only this process's writes end them."""
     import fsspec
@@ -305,6 +311,32 @@ def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.M
     # As if that listing had been interrupted, and files removed since.
     assert manifest.write_parts(({"path": path} for path in paths[:4]), out) == 4
     assert parquet.read_table(out)["path"].to_pylist() == paths[:4]
+
+
+@pytest.mark.parametrize("place", ["", "memory://"], ids=["local", "memory"])
+def test_other_files_are_kept(place: str, tmp_path: Path) -> None:
+    """Such as those of Spark, and of a folder below."""
+    out = f"{place}{tmp_path}/out"
+    for name in ("part-00000-x.parquet", "more/part-00000000.parquet", "sorted/a.parquet"):
+        files, theirs = manifest.file_system(f"{out}/{name}/manifest/{name}")
+        files.makedirs(theirs.rpartition("/")[0], exist_ok=True)
+        files.pipe_file(theirs, b"precious")
+        with pytest.raises(BulkError, match=f"has another file, .*{name}: take a new folder"):
+            manifest.write_parts([{"path": "a.png"}], f"{out}/{name}/manifest")
+        assert files.cat_file(theirs) == b"precious"
+
+
+def test_a_source_lies_outside_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for out, inside in (
+        (f"{tmp_path}/out", f"{tmp_path}/out/manifest/part-00000000.parquet"),
+        (f"{tmp_path}/out/", f"file://{tmp_path}/link/images"),
+        ("memory://a/out", "memory://a/out/"),
+    ):
+        with pytest.raises(BulkError, match=f"^{inside} must lie outside of {out}"):
+            score._prepare(inside, out, {})
+    for other in (f"{tmp_path}/output", f"memory://{tmp_path}/out", str(tmp_path)):
+        assert not manifest.is_inside(other, f"{tmp_path}/out")
 
 
 def test_files_to_try_are_spread_over_the_manifest(
@@ -403,6 +435,15 @@ def test_a_worker_tries_other_files_if_its_first_cannot_be_read(
     others = [str(ROOT / "serving" / "examples" / "cat.png")]
     rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions, others)(files)
     assert rows["error"].to_pylist() == ["unreadable"]
+
+
+def test_a_node_without_the_images_ends_the_run() -> None:
+    """Its errors would be the rows of files that the other nodes can read."""
+    versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
+    files = pa.table({"id": [0], "file": [b"/gone/b.png"]})
+    scorer = score.Scorer(str(PRETRAINED), BulkOptions(), versions, ["/gone/b.png", "/gone/a.png"])
+    with pytest.raises(BulkError, match="^/gone/b.png: No such .* no other file can be read"):
+        scorer(files)
 
 
 def refuse(*args: object, **options: object) -> None:

@@ -16,6 +16,7 @@ import time
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from coding.chunks import Figures
 from coding.compress import Report, compress
 from coding.errors import CodingError, Damaged, NotCoded
 from coding.image_coder import ImageCoder
-from coding.pictures import Picture, read_picture, read_stored
+from coding.pictures import Picture, read_picture
 from coding.sources import ArraySource, open_source
 from coding.stack import Stack
 from export.codec import CodecError, add_codec, check_codable, write_codec
@@ -745,22 +746,46 @@ def test_a_picture_that_a_busy_machine_cannot_read_is_no_file(
     assert compress(open_source(folder), tmp_path / "out.ade", bundle).archive_bytes
 
 
+@pytest.mark.parametrize("begin", [b"RIFF", b"\x89PNG"], ids=["WebP", "PNG"])
 def test_pictures_whose_pixels_cannot_be_stored_are_stored_as_files(
-    folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: bytes, folder: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as a large one, whose WebP takes longer to decode than is allowed."""
+    """Such as a large one, which takes longer to decode than is allowed, or whose WebP does."""
 
-    def refuse(kind: str, blob: bytes, is_grey: bool) -> Picture:
-        if kind == "w":
-            raise Damaged("more than 2 seconds to decode")
-        return read_stored(kind, blob, is_grey)
+    def refuse(data: bytes) -> DecodedImage:
+        if data.startswith(begin):
+            raise SLOW
+        return read_image(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "read_stored", refuse)
+        patch.setattr("coding.pictures.read_image", refuse)
         compress(open_source(folder), tmp_path / "out.ade", bundle)
     decompress.decompress(tmp_path / "out.ade", tmp_path / "back", bundle)
     for path in folder.rglob("*.png"):
         assert (tmp_path / "back" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+
+
+def test_a_large_scan_is_stored_as_a_file(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an attempt to decode it."""
+    scan, out = tmp_path / "in" / "scan.png", tmp_path / "out.ade"
+    scan.parent.mkdir()
+    Image.new("L", (4001, 4000)).save(scan)
+    monkeypatch.setattr("coding.pictures.read_image", None)
+    compress(open_source(scan.parent), out, bundle)
+    decompress.decompress(out, tmp_path / "back", bundle)
+    assert (tmp_path / "back" / "scan.png").read_bytes() == scan.read_bytes()
+
+
+def test_an_array_with_a_slow_image_is_no_bug(
+    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no file that could be stored instead."""
+    monkeypatch.setattr("coding.pictures.read_image", mock.Mock(side_effect=SLOW))
+    source = save_array(tmp_path / "in.npy", small_images[:100])
+    with pytest.raises(CodingError, match="more than 2 seconds to decode"):
+        compress(source, tmp_path / "out.ade", bundle)
 
 
 def test_a_calibration_is_not_needed(
@@ -1111,6 +1136,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(CodingError, match="an array of uint8 .*, got several arrays"):
         open_source(tmp_path / "a.npy")
+    os.mkfifo(tmp_path / "pipe.npy")  # opening it would wait for a writer
+    with pytest.raises(CodingError, match=r"pipe.npy must be a regular file"):
+        open_source(tmp_path / "pipe.npy")
 
 
 def test_what_an_archive_cannot_hold_is_refused_before_the_work(

@@ -428,6 +428,8 @@ def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[s
         ["calibrate", "", "O", "--data", "D"],
         ["calibrate", "B", "--into", "", "--name", "N", "--data", "D"],
         ["score", "--bundle", "", "a.png"],
+        ["score", "--bundle", "B", "--engine", "ray", "D", "--out", ""],
+        ["score", "--bundle", "B", "--engine", "ray", "D", "--out", "O", "--address", ""],
         ["fit", ""],
     ):
         with pytest.raises(SystemExit) as raised:

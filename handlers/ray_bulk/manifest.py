@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
     ]
 )
 SUFFIX = ".parquet"
+_PART = re.compile(r"part-\d{8}\.parquet")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated")  # as file systems name it
 
 
@@ -139,6 +140,16 @@ def absolute(path: str) -> str:
     return path if is_absolute else os.path.join(os.getcwd(), path)
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path or URL is that of a folder or below it; links on this machine are followed."""
+
+    def place(of: str) -> str:
+        name = of.removeprefix("file://")
+        return (name if "://" in name else os.path.realpath(name)).rstrip("/") + "/"
+
+    return place(path).startswith(place(folder))
+
+
 def read_manifest(source: str) -> Iterator[dict[str, Any]]:
     """The same from a Parquet file with a column ``path`` and, if known, ``size`` and ``mtime``.
 
@@ -173,12 +184,21 @@ def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:
     """Write rows into the folder ``out``, numbered; returns their number.
 
     Parts that an interrupted listing left there are removed.
+
+    Raises:
+        BulkError: the folder has other files.
     """
     files, folder = file_system(out)
     files.makedirs(folder, exist_ok=True)
-    for name in files.find(folder):
-        if posixpath.basename(name).startswith("part-"):
-            files.rm_file(name)
+    # Some stores list an object that marks the folder.
+    found = [name for name in files.find(folder) if name.rstrip("/") != folder]
+    for name in found:
+        if not _PART.fullmatch(name.removeprefix(f"{folder}/")):
+            raise BulkError(
+                f"{out} has another file, {printable(name)}: take a new folder for the scores"
+            )
+    for name in found:
+        files.rm_file(name)
     rest, count = iter(rows), 0
     while chosen := list(islice(rest, PART_ROWS)):
         numbered = [

@@ -25,6 +25,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 from filelock import Timeout
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import dataset, fs, parquet
 
 from handlers.ray_bulk import manifest
@@ -103,6 +104,8 @@ def read_any_file(path: str) -> bytes:
         return read_file(Path(path))
     try:
         files, name = fsspec.url_to_fs(path)
+        if isinstance(files, LocalFileSystem):  # whose open waits for the writer of a pipe
+            return read_file(Path(name))
         content: bytes = files.cat_file(name, start=0, end=MAX_FILE_BYTES + 1)
     except OSError:
         raise
@@ -204,6 +207,8 @@ def _prepare(source: str, out: str, plan: dict[str, Any]) -> int:
                 f"{out} was started with {found}, this call has {plan}: take another folder"
             )
         return total
+    if manifest.is_inside(source, out):
+        raise BulkError(f"{source} must lie outside of {out}: take a new folder for the scores")
     rows = manifest.read_manifest if manifest.is_manifest(source) else manifest.list_files
     total = manifest.write_parts(rows(source), posixpath.join(out, "manifest"))
     if not total:
