@@ -18,9 +18,10 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
 
     Args:
         calibrated: number of calibration images.
-        has_features: whether the bundle has a network for semantic coordinates.
+        has_features: whether the features of a network count in the verdict.
         rejected: share of corrupted images that is rejected at alpha 0.05, by the names of
-            :mod:`export.verdict.corruptions`; ``None`` without a verdict.
+            :mod:`export.verdict.corruptions`; ``None`` without a verdict. A kind is missing if no
+            such image has a likelihood: then none is accepted.
     """
     found = []
     if calibrated < ENOUGH:
@@ -30,10 +31,11 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
             "images finds 79 % at alpha 0.05, one calibrated on 500 finds 90 % "
             "(docs/ood/measurements.md#few-images)"
         )
-    missed = [name for name in CORRUPTIONS if (rejected.get(name) or 0.0) < MIN_GROSS]
-    subtle = [rejected.get(name) or 0.0 for name in SUBTLE]
-    if missed or sum(subtle) / len(subtle) < MIN_SUBTLE:
-        worst = missed or [name for name in SUBTLE if (rejected.get(name) or 0.0) < MIN_SUBTLE]
+    shares = {name: share or 0.0 for name, share in rejected.items()}
+    missed = [name for name in CORRUPTIONS if shares.get(name, 1.0) < MIN_GROSS]
+    subtle = [shares[name] for name in SUBTLE if name in shares]
+    if missed or (subtle and sum(subtle) / len(subtle) < MIN_SUBTLE):
+        worst = missed or [name for name in SUBTLE if shares.get(name, 1.0) < MIN_SUBTLE]
         found.append(
             f"this model misses too many corrupted images ({'; '.join(worst)}): train one on your "
             "images. ade fit DIR --budget 20m did so for street scenes: AUROC 0.995 against "

@@ -21,7 +21,7 @@ from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_int
 from export.verdict.choice import choose_files, choose_rows
 from export.verdict.images import readable
 from serving.api.requests import InputImage
-from serving.engine.bundle import FEATURES_NAME, Bundle, BundleError, open_bundle, verify_bundle
+from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import images_needed
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         )
     assert made.exact is not None
     _tell(made)
-    _tell_caught(open_bundle(target), made.exact)
+    _tell_caught(made.exact)
     if args.into is None:
         say(f"wrote {target}; serve it: {command('serve', target)}")
     else:
@@ -208,7 +208,7 @@ def _tell_of(calibration: Calibration, what: str) -> None:
         say(f"  alpha {alpha}: {band if high else needs}")
 
 
-def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
+def _tell_caught(calibration: Calibration) -> None:
     """Print the share of corrupted images that the new gate rejects, and the next step."""
     count = max(map(len, calibration.corrupted.values()), default=0)
     say(f"detection: the share of {count} of these images that is rejected once corrupted")
@@ -218,7 +218,7 @@ def _tell_caught(bundle: Bundle, calibration: Calibration) -> None:
         at_first[name] = shares[0]
         cells = [f"{_percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
         say(f"  {name}: {', '.join(cells)}")
-    for line in advice(len(calibration.scores), bundle.has(FEATURES_NAME), at_first):
+    for line in advice(len(calibration.scores), calibration.sees_content, at_first):
         say(f"next step: {line}")
 
 

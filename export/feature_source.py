@@ -28,8 +28,9 @@ class FeatureSource:
     Attributes:
         path: of an ONNX file with one input.
         output: name of the value that holds the features. The default is the output ``features``,
-            or the input of the linear layer in which the graph ends (its result is the logits), or
-            the only output.
+            or the input of the linear layer in which the graph ends, or the only output. The
+            result of that layer is the logits, unless there is only one or a sigmoid follows, whose
+            labels do not exclude each other.
         preprocess: see :data:`FORMAT`; ``SCALE`` is one of :data:`SCALES`, or mean and standard
             deviation by channel such as ``0.49 0.48 0.45/0.25 0.24 0.26``. A float input needs it;
             one of uint8 takes pixels as they are.

@@ -37,7 +37,9 @@ LAYOUTS = ("nchw", "nhwc")
 MIN_OPSET, OPSET = 11, 13  # older graphs are converted
 TOLERANCE = 1e-3
 _PREFIX = "ade_preprocessing_"
-_AFTER_LOGITS = ("Softmax", "LogSoftmax", "Identity", "Cast")
+_PROBABILITIES = ("Softmax", "LogSoftmax", "Sigmoid")
+_AFTER_LOGITS = (*_PROBABILITIES, "Identity", "Cast")
+_SAME_VALUES = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze")
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float",
     TensorProto.FLOAT16: "float16",
@@ -97,7 +99,9 @@ def feature_graph(source: FeatureSource, images: np.ndarray) -> FeatureGraph:
     names = _outputs(model.graph, source.output)
     _prepend(model.graph, found, images.shape[1:])
     tried = _run(model, list(names.values()), images)
-    _append(model.graph, names, {name: tried[source] for name, source in names.items()})
+    if LOGITS in names and tried[names[LOGITS]].shape[1:] == (1,):
+        del names[LOGITS]  # of one class: the energy would be that logit itself
+    _append(model.graph, names, {name: tried[source] for name, source in names.items()}, found)
     result = _run(model, list(names), images)
     _check(model, result, images)
     features = result[FEATURES]
@@ -274,22 +278,43 @@ def _outputs(graph: GraphProto, output: str | None) -> dict[str, str]:
     if output is not None and output not in producers:
         raise FeaturesError(f"the graph has no value {output!r}; its outputs are {', '.join(ends)}")
     linear = [found for end in ends if (found := _linear(graph, producers, end)) is not None]
-    linear = [found for found in linear if found[1] != output]
+    linear = [found for found in linear if output is None or found[1] != output]
     if output is None and len(ends) > 1:
         raise FeaturesError(f"give the features' output, one of {', '.join(ends)} or any value")
     if output is None and not linear:
+        activation = _activation(producers, ends[0])
+        if activation is not None:
+            raise FeaturesError(
+                f"the only output, {ends[0]}, comes from {activation}, so it holds probabilities: "
+                "give the value that holds the features, by the option features-output"
+            )
         return {FEATURES: ends[0]}
     features = output or linear[0][0]
-    return {FEATURES: features, **({LOGITS: linear[0][1]} if linear else {})}
+    logits = [found for _, found in linear if found is not None]
+    return {FEATURES: features, **({LOGITS: logits[0]} if logits else {})}
+
+
+def _activation(producers: dict[str, NodeProto], name: str) -> str | None:
+    """The operator, if it makes probabilities, that an output comes from."""
+    node = producers.get(name)
+    while node is not None and node.op_type in _SAME_VALUES:
+        node = producers.get(node.input[0])
+    return node.op_type if node is not None and node.op_type in _PROBABILITIES else None
 
 
 def _linear(
     graph: GraphProto, producers: dict[str, NodeProto], name: str
-) -> tuple[str, str] | None:
-    """Find the input and the result of the last linear layer before an output or its softmax."""
+) -> tuple[str, str | None] | None:
+    """Find the input and the logits of the last linear layer before an output or its softmax.
+
+    A sigmoid makes a probability of each logit by itself, so these are not logits of classes of
+    which an image has one: the logits are ``None``.
+    """
     constants = {tensor.name for tensor in graph.initializer}
     node = producers.get(name)
+    of_classes = True
     while node is not None and node.op_type in _AFTER_LOGITS:
+        of_classes &= node.op_type != "Sigmoid"
         name = node.input[0]
         node = producers.get(name)
     if node is not None and node.op_type == "Add":
@@ -297,7 +322,9 @@ def _linear(
         node = producers.get(factors[0]) if len(factors) == 1 else None
     if node is None or node.op_type not in ("Gemm", "MatMul"):
         return None
-    return (node.input[0], name) if node.input[1] in constants | set(producers) else None
+    if node.input[1] not in constants | set(producers):
+        return None
+    return node.input[0], name if of_classes else None
 
 
 def _prepend(graph: GraphProto, found: _Preprocessing, image_shape: tuple[int, ...]) -> None:
@@ -388,13 +415,19 @@ def _rename(graph: GraphProto, old: str, new: str) -> None:
             value.name = new
 
 
-def _append(graph: GraphProto, names: dict[str, str], tried: Mapping[str, np.ndarray]) -> None:
+def _append(
+    graph: GraphProto,
+    names: dict[str, str],
+    tried: Mapping[str, np.ndarray],
+    preprocessing: _Preprocessing,
+) -> None:
     """Add nodes that turn the network's values into the outputs ``features`` and ``logits``.
 
     Args:
         graph: of the network.
         names: of these values, by the output.
         tried: what they were for some images, by the output.
+        preprocessing: of the network.
     """
     del graph.output[:]
     for name in names:
@@ -405,18 +438,45 @@ def _append(graph: GraphProto, names: dict[str, str], tried: Mapping[str, np.nda
                 f"{source} has {rank} dimensions: features must be (N, F) or (N, F, H, W), logits "
                 "(N, K)"
             )
+        channels_last = rank == 4 and _channels_last(source, tried[name].shape, preprocessing)
         if source != name or rank == 4 or is_cast:
             other = f"{_PREFIX}other_{name}"
             _rename(graph, name, other)
             names.update({key: other for key, value in names.items() if value == name})
             source = names[name]
             if rank == 4:
+                if channels_last:
+                    maps = f"{_PREFIX}maps"
+                    graph.node.append(
+                        helper.make_node("Transpose", [source], [maps], perm=[0, 3, 1, 2])
+                    )
+                    source = maps
                 pooled, flat = f"{_PREFIX}pooled", f"{_PREFIX}flat"
                 graph.node.append(helper.make_node("GlobalAveragePool", [source], [pooled]))
                 graph.node.append(helper.make_node("Flatten", [pooled], [flat], axis=1))
                 source = flat
             graph.node.append(helper.make_node("Cast", [source], [name], to=TensorProto.FLOAT))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+
+def _channels_last(name: str, shape: tuple[int, ...], network: _Preprocessing) -> bool:
+    """Whether maps are ``(N, H, W, F)``; of square images they are square.
+
+    The layout of the input alone does not tell: converters often change it inside a graph.
+
+    Raises:
+        FeaturesError: it cannot be told.
+    """
+    _, first, second, third = shape
+    is_square = network.size[0] == network.size[1]
+    if is_square and first == second != third:
+        return True
+    if network.layout == "nchw" or is_square and first != second == third:
+        return False
+    raise FeaturesError(
+        f"{name}, of shape (N, {first}, {second}, {third}), may be (N, F, H, W) or (N, H, W, F): "
+        "let the graph average its maps over height and width, so that the features are (N, F)"
+    )
 
 
 def _run(model: ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
@@ -441,6 +501,11 @@ def _check(model: ModelProto, result: dict[str, np.ndarray], images: np.ndarray)
     for name, values in result.items():
         if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(images[:CHECKED]):
             raise FeaturesError(f"{name} must be float32 (N, F), got {values.dtype} {values.shape}")
+        if name == FEATURES and values.shape[1] < 2:
+            raise FeaturesError(
+                f"features must have at least 2 values, got {values.shape[1]}: give another value "
+                "of the graph, by the option features-output"
+            )
         if not np.isfinite(values).all():
             raise FeaturesError(f"{name} of real images are not finite: is the scale right?")
         if len(values) > 1 and (values == values[:1]).all():

@@ -56,9 +56,11 @@ from serving.api.errors import ApiError, worker_died
 from serving.api.forms import MAX_FIELDS
 from serving.api.journal import last_errors
 from serving.api.responses import Response
-from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.bundle import CALIBRATION_NAME, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ports import Ports, free_ports
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.store import write_calibrations
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -575,6 +577,21 @@ def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
     (bundle / "calibrations" / "night.npz").unlink()
     app.worker("score").kill()
     wait_for(lambda: not is_broken.search(httpx.get(app.metrics).text), 60)
+
+
+def test_a_worker_that_restarts_misses_the_calibration_that_the_service_had(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    own = Calibrations.load(bundle / CALIBRATION_NAME)
+    default = dataclasses.replace(own, name="default", model=open_bundle(bundle).networks)
+    write_calibrations(bundle, default)
+    with RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(bundle)),)) as app:
+        app.wait()
+        shutil.rmtree(bundle / "calibrations")
+        app.worker("score").kill()
+        is_missing = re.compile(r'calibration_missing\{[^}]*"default"[^}]*\} 1')
+        wait_for(lambda: is_missing.search(httpx.get(app.metrics).text), 60)
 
 
 def test_starts_that_fail_are_counted(

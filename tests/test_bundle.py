@@ -571,13 +571,17 @@ def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_pat
     from handlers.torchserve.archives import write_archives
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
+    (bundle.folder / "calibrations").mkdir()
+    (bundle.folder / "calibrations" / "default.npz").touch()
     (tmp_path / "store").mkdir()
     write_archives(bundle, tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
     for operation in OPERATIONS:
         with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
             found = {Path(name).name for name in archive.namelist()}
             (text,) = (archive.read(n) for n in archive.namelist() if n.endswith(".yaml"))
-        assert 300 < yaml.safe_load(text)["maxRetryTimeoutInSec"] < 2**31 / 1000
+        config = yaml.safe_load(text)
+        assert 300 < config["maxRetryTimeoutInSec"] < 2**31 / 1000
+        assert config["ade"]["default_disk"] == tmp_path.stat().st_dev
         expected = {MANIFEST_NAME, WEIGHTS_NAME, *(f"{g}.onnx" for g in bundle.graphs([operation]))}
         assert expected < found
 

@@ -58,6 +58,7 @@ from serving.verdict.store import (
     CalibrationStore,
     UnknownCalibration,
     check_name,
+    disk_of_default,
     path_of,
     write_calibrations,
 )
@@ -562,6 +563,39 @@ def test_a_storage_that_hangs_stops_no_request(
     assert engine.store.broken == {}
 
 
+def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its service decides by ``default.npz``, so it must not decide by the bundle's own."""
+    assert disk_of_default(bundle) is None
+    add(bundle, night_file, "default")
+    folder, disk = bundle / FOLDER, disk_of_default(bundle)
+    folder.rename(bundle / "unmounted")
+
+    def start() -> CalibrationStore:
+        return open_calibrations(open_bundle(bundle), folder, disk)
+
+    store = start()
+    assert store.get().exact is None and store.missing == ["default"]
+    assert store.broken == {"/": f"{folder} is gone"}
+    folder.mkdir()
+    with monkeypatch.context() as patch:  # its mount point, on the disk of the bundle
+        patch.setattr(store_module, "_device", lambda folder: -1)
+        store.refresh()
+        reason = f"{folder} is on another disk than before, without default"
+        for one in (store, start()):
+            assert one.get().exact is None and one.missing == ["default"]
+            assert one.broken == {"/": reason}
+    folder.rmdir()
+    (bundle / "unmounted").rename(folder)
+    store.refresh()
+    assert store.get().version == Calibrations.load(night_file).version and not store.broken
+    path_of(bundle, "default").unlink()  # on the same disk: the operator removed it
+    store.refresh()
+    for one in (store, start()):
+        assert one.get().exact is not None and not one.broken and not one.missing
+
+
 def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:
     """`ade calibrate` opens it without its own calibration."""
     store = open_calibrations(open_bundle(bundle).uncalibrated(), bundle / FOLDER)
@@ -832,15 +866,32 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
     repeated = [*files, *small_images[50:60], small_images[101]]
     parts = _parts(opened, fit, repeated, trained, told.append)
     kept = [[image.pixels for image in part] for part in parts]
-    # A picture that repeats in use keeps its weight among those that calibrate.
     assert np.array_equal(kept[0], small_images[:20])
-    assert np.array_equal(kept[1], [*small_images[20:60], *small_images[50:60]])
+    assert np.array_equal(kept[1], small_images[20:60])
     assert "fitting: left out 12 images: copies of others" in told
     assert "calibration: left out 1 image: copies of training images" in told
+    assert "calibration: left out 10 images: copies of others" in told
     with pytest.raises(CalibrationError, match="fitting: all of 30 images are copies"):
         _parts(opened, small_images[:30], small_images[:30], (), told.append)
     with pytest.raises(CalibrationError, match="calibration: all of 10 images are copies"):
         _parts(opened, fit, small_images[100:110], trained, told.append)
+
+
+def test_files_that_were_stored_twice_make_no_band_narrower(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    given = np.repeat(small_images[80:180], 2, axis=0), np.repeat(small_images[:1], REPEATS, axis=0)
+    made = calibrate_bundle(
+        tiny_bundle, tmp_path / "out", small_images[10:80], [*given[0], *given[1]], "c", told.append
+    )
+    assert made.exact is not None and len(made.exact.scores) == 100 + REPEATS
+    assert "calibration: left out 100 images: copies of others" in told
+    often = f"calibration: {REPEATS} images are copies of 1 picture, {REPEATS} or more of each"
+    assert any(line.startswith(often) for line in told)
+    exact = dataclasses.replace(made.exact, digests=np.repeat(made.exact.digests[:1], 2))
+    earlier = dataclasses.replace(made, exact=exact)  # of a version that counted both
+    assert set(exact.digests.tolist()) <= digests_of(earlier)
 
 
 def test_reading_training_images_is_reported(

@@ -21,7 +21,7 @@ from torch import nn
 
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
-from export.features import data_of, feature_graph
+from export.features import check_source, data_of, feature_graph
 from export.to_onnx import export_encoder
 from export.verdict.calibrate import calibrate_bundle, calibrate_into
 from export.verdict.detector import fit_calibration, fit_mixture
@@ -120,6 +120,39 @@ def network(
         [helper.make_tensor_value_info(last, last_type, None)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
+    return save(graph, path)
+
+
+def head(path: Path, labels: int, ends: list[str], projection: np.ndarray | None = None) -> Path:
+    """Twelve features of uint8 pixels, then operators, each named like its result."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "weight": rng.normal(size=(12, labels)).astype(np.float32),
+        "projection": rng.normal(size=(192, 12)).astype(np.float32) / 1000,
+    }
+    if projection is not None:
+        constants["projection"] = projection
+    inputs = [["vectors", "weight"] if ends[0] == "Gemm" else ["vectors"], *([e] for e in ends)]
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "projection"], ["vectors"]),
+        *(
+            helper.make_node(op, its, [op], **({"to": TensorProto.FLOAT} if op == "Cast" else {}))
+            for op, its in zip(ends, inputs, strict=False)
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 8, 8, 3])],
+        [helper.make_tensor_value_info(ends[-1], TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return save(graph, path)
+
+
+def save(graph: onnx.GraphProto, path: Path) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 8
     onnx.save(model, str(path))
@@ -151,6 +184,50 @@ def test_a_classifier_gives_features_and_logits(
     np.testing.assert_allclose(found["features"], expected(small_images[:7]), rtol=1e-4, atol=1e-5)
     assert made.about["features"] == 3 and made.about["classes"] == 5
     assert made.about["source"] == "net.onnx" and layout in made.about["preprocessing"]
+
+
+@pytest.mark.parametrize(
+    "labels, ends",
+    [(1, ["Gemm"]), (1, ["Gemm", "Sigmoid"]), (5, ["Gemm", "Sigmoid", "Cast"])],
+)
+def test_labels_that_do_not_exclude_each_other_are_no_classes(
+    labels: int, ends: list[str], small_images: np.ndarray, tmp_path: Path
+) -> None:
+    path = head(tmp_path / "net.onnx", labels, ends)
+    about = feature_graph(FeatureSource(path), small_images).about
+    assert (about["features"], about["classes"]) == (12, 0)
+
+
+def test_probabilities_are_no_features(small_images: np.ndarray, tmp_path: Path) -> None:
+    path = head(tmp_path / "net.onnx", 5, ["Abs", "Softmax", "Flatten"])
+    with pytest.raises(FeaturesError, match="the only output, Flatten, comes from Softmax, so"):
+        check_source(FeatureSource(path), (8, 8, 3))
+    assert feature_graph(FeatureSource(path, "vectors"), small_images).about["features"] == 12
+    path = head(tmp_path / "one.onnx", 1, ["Gemm"])
+    with pytest.raises(
+        FeaturesError, match="at least 2 values, got 1: .* the option features-output"
+    ):
+        feature_graph(FeatureSource(path, "Gemm"), small_images)
+
+
+def test_features_that_do_not_vary_are_reported(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """They all have one direction, so the gate does not see what images show."""
+    path = head(tmp_path / "net.onnx", 1, ["Gemm"], np.ones((192, 12), np.float32))
+    lines: list[str] = []
+    made = calibrate_bundle(
+        tiny_bundle,
+        tmp_path / "out",
+        small_images[:150],
+        small_images[150:],
+        "c",
+        lines.append,
+        FeatureSource(path),
+    )
+    assert made.exact is not None and not made.exact.sees_content
+    assert any("do not tell these images apart" in line for line in lines)
+    assert not any("the network that sees what images show" in line for line in lines)
 
 
 @pytest.mark.parametrize("ends", ["Gemm", "Cast"])
@@ -236,21 +313,44 @@ def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Pa
     assert "logits" in found
 
 
-def test_maps_are_pooled_whatever_they_are_called(small_images: np.ndarray, tmp_path: Path) -> None:
+def maps(path: Path, shape: list[int], name: str, perm: list[int]) -> FeatureSource:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Abs", ["pixels"], ["absolute"]),
+            helper.make_node("Transpose", ["absolute"], [name], perm=perm),
+        ],
+        "g",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", *shape])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
+    )
+    return FeatureSource(save(graph, path), output=name, preprocess=SCALE)
+
+
+@pytest.mark.parametrize(
+    "shape, perm",
+    [
+        ([3, 8, 8], [0, 1, 2, 3]),
+        ([3, 8, 8], [0, 2, 3, 1]),
+        ([8, 8, 3], [0, 1, 2, 3]),
+        ([8, 8, 3], [0, 3, 1, 2]),
+    ],
+)
+def test_maps_are_pooled_whatever_their_layout_and_name(
+    shape: list[int], perm: list[int], small_images: np.ndarray, tmp_path: Path
+) -> None:
     for name in ("features", "maps"):
-        graph = helper.make_graph(
-            [helper.make_node("Abs", ["pixels"], [name])],
-            "g",
-            [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, 8, 8])],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
-        model.ir_version = 8
-        onnx.save(model, str(tmp_path / "maps.onnx"))
-        source = FeatureSource(tmp_path / "maps.onnx", output=name, preprocess=SCALE)
+        source = maps(tmp_path / "maps.onnx", shape, name, perm)
         found = run(feature_graph(source, small_images).content, small_images[:3])["features"]
         means = np.abs((small_images[:3] / 255 - MEAN) / STD).mean((1, 2))
         np.testing.assert_allclose(found, means, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_unclear_layout_are_refused(small_images: np.ndarray, tmp_path: Path) -> None:
+    source = maps(tmp_path / "maps.onnx", [8, 8, 3], "maps", [0, 1, 3, 2])
+    with pytest.raises(
+        FeaturesError, match=r"maps, of shape \(N, 8, 3, 8\), may be \(N, F, H, W\)"
+    ):
+        feature_graph(source, small_images)
 
 
 @pytest.mark.parametrize(

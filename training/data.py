@@ -1,8 +1,9 @@
 """Data sets and their parts, whatever their source.
 
 The parts are ``train``, ``select`` (to choose checkpoints and fit statistics), ``calibrate`` (used
-by the calibration only) and ``test`` (used for reported figures only). A part is an
-:class:`ImageSet`. The loaders are in :mod:`training.datasets`.
+by the calibration only) and ``test`` (used for reported figures: nothing is fitted to it, but the
+shipped model and its encoder were chosen by such figures, see docs/explanation/trials.md). A part
+is an :class:`ImageSet`. The loaders are in :mod:`training.datasets`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader
 # Held-out copies from which on a picture, such as a camera's black frame, counts as one that will
-# repeat in use. Fewer copies of a training image are an accident, and would look better than use.
+# repeat in use. Fewer copies are an accident: those of a training image would look better than use,
+# and those of each other would make figures look surer than they are.
 REPEATS = 5
 
 Report = Callable[[str], None]  # called with each line of progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ def calibrate_bundle(
     for the first, images of other sizes are resized as requests resize them; for the second, images
     of the model's size go through :func:`export.verdict.kinds.resize_and_back`.
 
-    Images with the pixels of a training image are left out, and so are those to fit to with the
-    pixels of another one of either part. Equal images of those that calibrate all count, and from
-    :data:`training.data.REPEATS` on also if they have the pixels of a training image.
+    Images with the pixels of a training image are left out, and so are those with the pixels of
+    another one, of either part if they are to be fitted to. From :data:`training.data.REPEATS` on,
+    equal images of those that calibrate all count, also with the pixels of a training image.
 
     Args:
         folder: of the bundle.
@@ -231,12 +232,22 @@ def _parts(
     given = read("fitting", fit), read("calibration", calibrate)
     trained_on = _digests(trained, bundle.image_shape, report)
     # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
-    # it counts as often as it occurs, and does not also fit the density.
+    # it counts as often as it occurs, and does not also fit the density. A few copies are files
+    # that were stored twice: they do not make the false-alarm rate any surer.
     counts = Counter(image_digest(image.pixels) for image in given[1])
-    seldom = {digest for digest in trained_on if counts[digest] < REPEATS}
+    often = {digest: count for digest, count in counts.items() if count >= REPEATS}
+    seldom = trained_on - often.keys()
     calibrating = _without(seldom, given[1], "calibration", "training images", report)
+    calibrating = _without(set(), calibrating, "calibration", "others", report, often)
+    if often:
+        report(
+            f"calibration: {sum(often.values())} images are copies of "
+            f"{counted(len(often), 'picture')}, {REPEATS} or more of each, and count as often as "
+            "they occur. If these do not repeat like this in use, remove the copies: otherwise "
+            "more images will be rejected than stated below"
+        )
     known = trained_on | {image_digest(image.pixels) for image in calibrating}
-    parts = _without(known, given[0], "fitting", "others", report, once=True), calibrating
+    parts = _without(known, given[0], "fitting", "others", report, may_repeat=()), calibrating
     height, width, _ = bundle.image_shape
     resized = sum(image.resized for part in parts for image in part)
     report(
@@ -268,10 +279,9 @@ def _add_features(
     graph = feature_graph(features, np.stack([image.pixels for image in parts[0][:CHECKED]]))
     (folder / FEATURES_NAME).write_bytes(graph.content)
     about = graph.about
-    classes = f", {about['classes']} classes" if about["classes"] else ""
     report(
-        f"features of {features.path.name}: {about['features']}{classes}; "
-        f"input {about['preprocessing']}"
+        f"features of {features.path.name}: {about['features']}, "
+        f"{about['classes'] or 'no'} classes; input {about['preprocessing']}"
     )
     return about
 
@@ -334,7 +344,7 @@ def _without(
     name: str,
     originals: str,
     report: Report,
-    once: bool = False,
+    may_repeat: Collection[bytes] | None = None,
 ) -> list[InputImage]:
     """The images whose pixels were not seen before.
 
@@ -344,7 +354,8 @@ def _without(
         name: of the images.
         originals: what those that were seen before are, for messages.
         report: called with a line if images are left out.
-        once: whether of equal images only the first is kept.
+        may_repeat: digests of those of which equal images are all kept, and of others only the
+            first; ``None`` for all.
 
     Raises:
         CalibrationError: all of them were seen before.
@@ -354,7 +365,7 @@ def _without(
         digest = image_digest(image.pixels)
         if digest not in seen:
             kept.append(image)
-            if once:
+            if may_repeat is not None and digest not in may_repeat:
                 seen.add(digest)
     if len(kept) < len(images):
         left_out = counted(len(images) - len(kept), "image")

@@ -152,13 +152,13 @@ def others(
 def digests_of(calibrations: Calibrations) -> set[int]:
     """Short digests of the images that a calibration was made of, as far as its file has them.
 
-    Pictures that repeat among those that calibrate are left out: such as a camera's black frame,
-    they will occur among other images, too.
+    Pictures that occur :data:`training.data.REPEATS` times or more among those that calibrate are
+    left out: such as a camera's black frame, they will occur among other images, too.
     """
     found: set[int] = set()
     for calibration in filter(None, (calibrations.exact, calibrations.resized)):
         digests, counts = np.unique(calibration.digests, return_counts=True)
-        found.update(digests[counts == 1].tolist(), calibration.fitted_digests.tolist())
+        found.update(digests[counts < REPEATS].tolist(), calibration.fitted_digests.tolist())
         if calibration.joined is not None:
             found.update(calibration.joined.digests.tolist())
     return found

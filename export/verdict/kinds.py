@@ -16,7 +16,7 @@ from serving.api.requests import InputImage, prepare_image
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest, short_digest
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.semantic import without_classes
+from serving.verdict.semantic import FEATURES, without_classes
 from training.data import Report
 
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
@@ -99,6 +99,12 @@ def _calibrated(
     )
     known = fitting if has_classes else without_classes(fitting)
     calibration = fit_calibration(known, calibrating, resize=resize or None)
+    if FEATURES in known and not calibration.sees_content:
+        report(
+            f"WARNING: the features of features.onnx do not tell these {kind}images apart, so they "
+            "do not count in the verdict. Is it the right network, and the right value of it "
+            "(the option features-output)?"
+        )
     report(f"corrupting {len(pixels[1][:CORRUPTED])} {kind}images")
     caught = {}
     for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():

@@ -70,7 +70,7 @@ def warn_if_seen(
             :data:`MAX_UNSEEN` of which are used.
         report: called with a note, and with the warning.
     """
-    if calibration.known is None:
+    if calibration.known is None or not calibration.sees_content:
         return
     report(
         "note: features.onnx, the network that sees what images show, must not have been trained "

@@ -269,6 +269,9 @@ def make_pools(
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
+    disks = {
+        bundle.folder: disk for bundle, disk in zip(bundles, release.default_disks, strict=True)
+    }
     for name, operation, bundle in served_models(bundles):
         # Journals of two releases must not have the same name; see remove_journals.
         journal = name if release.number == 1 else f"{name}-release{release.number}"
@@ -282,6 +285,7 @@ def make_pools(
                 f"{journal}-{number}",
                 settings.logs,
                 ServingOptions(**settings.options),
+                disks[bundle.folder],
             )
             for number in range(settings.workers[operation])
         ]

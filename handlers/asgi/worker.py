@@ -45,6 +45,8 @@ class WorkerSettings:
         name: name of the worker in metrics and logs.
         logs: an existing folder.
         options: how it computes.
+        default_disk: see :class:`serving.verdict.store.CalibrationStore`; ``None`` on a machine
+            that may have other disks than the one on which the service was started.
     """
 
     bundle: str
@@ -55,6 +57,7 @@ class WorkerSettings:
     name: str
     logs: str
     options: ServingOptions
+    default_disk: int | None = None
 
 
 def serve(connection: socket.socket) -> int:
@@ -111,6 +114,7 @@ def load_service(settings: WorkerSettings) -> Service:
         options.device,
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
+        default_disk=settings.default_disk,
     )
     check_same(engine.bundle, settings.identity, settings.digest)
     engine.warm_up()

@@ -17,6 +17,7 @@ from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
+from serving.verdict.store import disk_of_default
 
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
     from handlers.front.releases import Release
@@ -92,6 +93,7 @@ def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Re
         tuple(str(bundle.folder) for bundle in bundles),
         tuple(bundle.model_id for bundle in bundles),
         tuple(bundle.digest for bundle in bundles),
+        tuple(disk_of_default(bundle.folder) for bundle in bundles),
         share,
     )
 

@@ -23,7 +23,7 @@ from serving.engine.bundle import (
     Bundle,
 )
 from serving.engine.signatures import OPERATIONS
-from serving.verdict.store import FOLDER
+from serving.verdict.store import FOLDER, disk_of_default
 
 # TorchServe starts a worker again for this long, ever more rarely; after its own default of 300 s
 # an operation would have no worker for good. It computes the milliseconds in 32 bits.
@@ -90,6 +90,7 @@ def write_archives(
                 **dataclasses.asdict(options),
                 "operation": operation,
                 "calibrations": str(bundle.folder.resolve() / FOLDER),
+                "default_disk": disk_of_default(bundle.folder),
             },
         }
         with _temporary_files_in(store) as temporary:

@@ -21,12 +21,15 @@ from serving.verdict.statistics import statistic_names
 from serving.verdict.store import CalibrationStore
 
 
-def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
+def open_calibrations(
+    bundle: Bundle, folder: Path | None, default_disk: int | None = None
+) -> CalibrationStore:
     """Open a bundle's calibrations.
 
     Args:
         bundle: an opened bundle.
         folder: of the named calibrations; ``None`` to use none.
+        default_disk: see :class:`serving.verdict.store.CalibrationStore`.
 
     Raises:
         BundleError: the bundle's own file does not match the manifest.
@@ -55,4 +58,4 @@ def open_calibrations(bundle: Bundle, folder: Path | None) -> CalibrationStore:
         except (BundleError, OSError):
             return False
 
-    return CalibrationStore(own, folder, bundle.networks, names, is_there)
+    return CalibrationStore(own, folder, bundle.networks, names, is_there, default_disk)

@@ -108,6 +108,11 @@ class Calibration:
         return self.reference[:, self.names.index("bpd")]
 
     @property
+    def sees_content(self) -> bool:
+        """Whether the features of a network count, which depend on what images show."""
+        return any(name.startswith(SEMANTIC_PREFIX) for name in self.names)
+
+    @property
     def pixel_columns(self) -> list[int]:
         """Which of the statistics need no model."""
         return [i for i, name in enumerate(self.names) if name.startswith(PIXEL_PREFIX)]
@@ -303,7 +308,8 @@ class Calibration:
     def false_alarm_rate(self, alpha: float) -> float:
         """The false-alarm rate to expect at ``alpha``; 0 if nothing can be rejected.
 
-        Of equal scores at the threshold none is rejected.
+        Of equal scores at the threshold none is rejected. A picture that repeats among the
+        calibration images must repeat as often in use: otherwise the rate is higher.
         """
         n = len(self.scores)
         k = flagging_rank(n, alpha)
@@ -317,7 +323,7 @@ class Calibration:
         """The band of the realised rate, see :func:`serving.verdict.false_alarms.false_alarm_band`.
 
         If a picture that repeats is at the threshold, the rate may be any smaller one, and the band
-        begins at 0.
+        begins at 0. It must repeat as often in use, as for :meth:`false_alarm_rate`.
         """
         n = len(self.scores)
         low, high = false_alarm_band(n, alpha, level, tested)

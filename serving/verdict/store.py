@@ -31,6 +31,7 @@ CHECK_S = 1.0  # between two readings of the folder
 PATIENCE_S = 2.0  # for a reading, after which requests are answered by what was read before
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int, int]  # inode, times of the last changes in ns, bytes
+_NOT_READ: _Seen = (-1, -1, -1, -1)  # equal to that of no file
 
 
 class UnknownCalibration(CalibrationError):
@@ -58,6 +59,15 @@ def path_of(bundle: Path, name: str) -> Path:
     """
     check_name(name)
     return bundle / FOLDER / f"{name}{SUFFIX}"
+
+
+def disk_of_default(bundle: Path) -> int | None:
+    """The disk that a bundle's ``default.npz`` is on, for :class:`CalibrationStore`.
+
+    ``None`` if there is no such file.
+    """
+    path = path_of(bundle, DEFAULT)
+    return _device(path.parent) if os.path.lexists(path) else None
 
 
 def folder_of(bundle: Path) -> Path:
@@ -121,7 +131,8 @@ class CalibrationStore:
     own calibration; if nothing was read of it before it became unusable, there is no verdict,
     because the bundle's own would accept other images. The same holds if the bundle is no longer
     where it was, be it at the start, or the folder of the named ones is a link that leads nowhere,
-    since it may have held that file. A calibration that another version of libwebp helped to make
+    since it may have held that file; or if it did hold it when the service started, and is now gone
+    or on another disk without it. A calibration that another version of libwebp helped to make
     is used, with a warning in the log.
 
     Args:
@@ -132,6 +143,8 @@ class CalibrationStore:
             with other features, is not used.
         statistics: names of the statistics that are computed.
         is_there: whether the bundle that is served is still where the folder belongs.
+        default_disk: of :func:`disk_of_default` when the service started, for a process that starts
+            later.
     """
 
     def __init__(
@@ -141,6 +154,7 @@ class CalibrationStore:
         model: str,
         statistics: Sequence[str],
         is_there: Callable[[], bool] = lambda: True,
+        default_disk: int | None = None,
     ) -> None:
         self._own = own
         self._folder = folder
@@ -149,15 +163,17 @@ class CalibrationStore:
         self._is_there = is_there
         self._reading: threading.Thread | None = None  # the last reading after the first
         self._start_lock = threading.Lock()
-        self._seen: dict[str, _Seen] = {}
+        # A file that was there when the service started counts as seen, but not as read.
+        self._seen: dict[str, _Seen] = {} if default_disk is None else {DEFAULT: _NOT_READ}
         # In use for `default` until its file has been read: no verdict.
         self._current = {DEFAULT: own if folder is None else Calibrations(is_broken=True)}
         self._broken: dict[str, str] = {}
         self._checked = time.monotonic()
         # Whether the last refresh read every file. If not, unchanged files are read again.
         self._was_read = False
-        self._may_hold_files = False  # the folder, when it was last there
-        self._device: int | None = None  # of the folder when its files were last read
+        # Whether the folder may hold files, when it was last there.
+        self._may_hold_files = default_disk is not None
+        self._device = default_disk  # of the folder when its files were last read
         self._refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)

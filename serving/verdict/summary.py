@@ -66,9 +66,9 @@ def summarize(shares: Mapping[str, float | None], calibrated: int, alpha: float)
     narrow, wide = false_alarm_band(calibrated + MORE, alpha)
     notes = [
         f"Its true false-alarm rate lies between {percent(low)} and {percent(high)} with a "
-        f"probability of 95 % (or below, if a picture repeats among them): {calibrated:,} images "
-        f"calibrated it. {MORE:,} more calibration images would narrow the band to "
-        f"{percent(narrow)} to {percent(wide)}."
+        f"probability of 95 % (or below, if a picture repeats among them as it does in use): "
+        f"{calibrated:,} images calibrated it. {MORE:,} more calibration images would narrow the "
+        f"band to {percent(narrow)} to {percent(wide)}."
     ]
     count = f"{len(caught)} of {len(measured)} kinds of images"
     choice: Choice = "accept" if caught and not missed else "reject" if missed else "no_verdict"
