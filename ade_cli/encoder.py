@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from ade_cli.data_options import add_data_arguments, dataset_of, say
+from ade_cli.data_options import add_data_arguments, add_image_size, dataset_of, say
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_own_size
@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an ONNX file for ade calibrate --features, or with --small also ade train --guide",
     )
     add_data_arguments(parser, required=True)
-    parser.add_argument(
-        "--image-size", type=int, metavar="N", help="pixels per side (default: the data's)"
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--without-labels",
         action="store_true",

@@ -101,13 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "log-densities are always float32",
     )
     parser.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=5.0,
-        metavar="M",
-        help="minutes between checkpoints (default: %(default)s)",
-    )
-    parser.add_argument(
         "--checkpoint-steps",
         type=int,
         default=1000,
@@ -172,7 +165,6 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed or 0,
         device=args.device,
         precision=args.precision or before.get("precision", PRECISIONS[0]),
-        checkpoint_minutes=args.checkpoint_minutes,
         checkpoint_steps=args.checkpoint_steps,
         evaluate_steps=args.evaluate_steps,
         init=args.init,

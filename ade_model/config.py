@@ -11,9 +11,7 @@ from ade_model.errors import ConfigError
 SIGMA_KINDS = ("scalar", "pixel")
 MASKS = ("channel", "checkerboard")
 # Fields that models of earlier versions lack.
-LATER_FIELDS = frozenset(
-    ("patch", "encoder", "posterior_iaf", "posterior_bound", "flow_mask", "dequantizer_width")
-)
+LATER_FIELDS = frozenset(("posterior_bound", "dequantizer_width"))
 OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 

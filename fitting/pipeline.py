@@ -31,7 +31,7 @@ from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on
 from fitting.held_out import held_out_images
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
-from fitting.survey import Sizes, Survey, as_dict, broken_in, summary_lines, survey
+from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
 from training.data import CHANNELS, DataError, Dataset, Report
 from training.datasets.files import few_names_hint, unusable_hint
@@ -102,7 +102,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     folder = Path(plan.folder)
     step(f"reading {folder}")
     # What was left out stays so even if it can be read by now: the parts must not change.
-    left_out = broken_in(_survey_before(out))
+    left_out = _survey_before(out).get("broken", {})
     dataset = load_files(folder, files, plan.image_size, out / "cache", read, left_out=left_out)
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):

@@ -62,7 +62,7 @@ class Survey:
 
         Empty if it holds the same files.
         """
-        files, broken = before.get("files"), broken_in(before)
+        files, broken = before.get("files"), before.get("broken", {})
         if self.files != files:
             return f"{files} files then, {self.files} now"
         new = [f"{name}: {why}" for name, why in self.broken.items() if name not in broken]
@@ -181,10 +181,3 @@ def summary_lines(found: Survey) -> list[str]:
 def as_dict(found: Survey) -> dict[str, Any]:
     """Plain values for JSON."""
     return dict(vars(found))
-
-
-def broken_in(before: dict[str, Any]) -> dict[str, str]:
-    """The attribute ``broken`` of a survey before, as :func:`as_dict` gave it."""
-    broken = before.get("broken") or {}
-    # Earlier versions wrote lines.
-    return broken if isinstance(broken, dict) else dict(line.split(": ", 1) for line in broken)

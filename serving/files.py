@@ -162,6 +162,21 @@ def only_writer(out: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
 
 
 @contextmanager
+def alone_in(folder: Path, taken: Callable[[str], Exception]) -> Iterator[None]:
+    """Keep other processes out of a folder, which may be a mount point: nothing is written beside.
+
+    Args:
+        folder: which holds the lock file :data:`LOCK` from then on.
+        taken: turns a message into the error to raise if another process works in the folder.
+    """
+    try:
+        with locked(folder / LOCK):
+            yield
+    except Timeout:
+        raise taken(f"{folder} is in use by another process") from None
+
+
+@contextmanager
 def naming(path: Path, temporary: Path) -> Iterator[None]:
     """Name ``path`` in errors that name its temporary file or folder, and in those of a full disk.
 

@@ -249,14 +249,6 @@ def test_repeated_fields_are_refused(front: RunningFront, upstream: Upstream) ->
     assert httpx.post(f"{front.url}/predictions/score", files=files[:2]).status_code == 200
 
 
-@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary="])
-def test_a_form_without_a_boundary_is_refused(
-    front: RunningFront, upstream: Upstream, content_type: str
-) -> None:
-    answer = post(front, content=b"--B\r\n", **{"Content-Type": content_type})
-    assert answer.status_code == 400 and upstream.seen == []
-
-
 def test_forms_whose_fields_would_be_lost_are_refused() -> None:
     """Some parsers drop a part that is cut off, what follows the end, and all files but the last.
 

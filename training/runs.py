@@ -19,7 +19,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from filelock import Timeout
 from torch import Tensor
 
 from ade_model.checkpoint import (
@@ -32,7 +31,8 @@ from ade_model.checkpoint import (
 )
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
-from serving.files import LOCK, locked, new_folder, sha256_of, write_text
+from serving.files import alone_in as only_one_in
+from serving.files import new_folder, sha256_of, write_text
 from training.growth import check_growth, grown_weights
 from training.step import Trainer
 
@@ -117,11 +117,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield
         return
-    try:
-        with locked(folder / LOCK):
-            yield
-    except Timeout:
-        raise RunError(f"{folder} is in use by another process") from None
+    with only_one_in(folder, RunError):
+        yield
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

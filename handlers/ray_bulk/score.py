@@ -16,15 +16,14 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
-from filelock import Timeout
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import dataset, fs, parquet
 
@@ -45,7 +44,7 @@ from serving.bulk import (
 )
 from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
-from serving.files import LOCK, locked, read_file
+from serving.files import alone_in, read_file
 from serving.images import MAX_FILE_BYTES
 from serving.messages import printable
 from serving.verdict.calibration import CalibrationError
@@ -154,7 +153,7 @@ def score_on_ray(
     }
     files, folder = manifest.file_system(out)
     is_local = "file" in files.protocol  # other stores have no locks
-    with _alone_in(Path(folder)) if is_local else nullcontext():
+    with alone_in(Path(folder), BulkError) if is_local else nullcontext():
         if manifest.read_json(posixpath.join(out, "summary.json")) is not None:
             raise BulkError(f"{out} is complete already")
         total = _prepare(source, out, plan)
@@ -172,16 +171,6 @@ def score_on_ray(
         summary = _count(out, total)
         manifest.write_json(posixpath.join(out, "summary.json"), dataclasses.asdict(summary))
     return summary
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which may be a mount point: nothing is written beside it."""
-    try:
-        with locked(folder / LOCK):
-            yield
-    except Timeout:
-        raise BulkError(f"{folder} is in use by another process") from None
 
 
 def _reason(text: str) -> str | None:
