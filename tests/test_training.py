@@ -318,6 +318,19 @@ def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images: np
         for weight, every in ((20.0, 1), (10.0, 2))
     )
     assert each["d_grad_norm"] == pytest.approx(every_second["d_grad_norm"], rel=1e-6)
+    # Nor is it clipped more often for being seldom.
+    trained = trainer(dataclasses.replace(config, gp_weight=10.0, gp_every=2, warmup_steps=0))
+    assert trained.discriminator is not None and trained.d_optimizer is not None
+    weights, applied = list(trained.discriminator.parameters()), []
+    trained.d_optimizer.step = lambda: applied.append(  # type: ignore[method-assign,assignment]
+        torch.cat([p.grad.flatten() for p in weights if p.grad is not None]).norm().item()
+    )
+    found = [trained.run(batch) for _ in range(80)]
+    kept = [size / its["d_grad_norm"] for size, its in zip(applied, found, strict=True)]
+    of_penalty = [
+        share for share, its in zip(kept, found, strict=True) if "gradient_penalty" in its
+    ]
+    assert np.mean(of_penalty[10:]) > 0.9
 
 
 @pytest.mark.parametrize("d_steps", [1, 2])

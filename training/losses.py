@@ -45,7 +45,10 @@ def latent_surcharge(
 
 
 def quality_loss(logits_fake: Tensor) -> Tensor:
-    """L_Q of the generator, ``-E[ln D - ln(1 - D)]``, the negative mean logit (paper, eq. 5)."""
+    """L_Q of the generator, the negative mean logit: ``-E[ln D - ln(1 - D)]`` (paper, eq. 5).
+
+    Nats, of a logistic discriminator; the logits of one with a hinge loss have no unit.
+    """
     return -logits_fake.mean()
 
 

@@ -52,7 +52,8 @@ class TrainConfig:
             noise; the others are mean samples, as in the paper. If the discriminator sees mean
             samples only, density samples look too noisy.
         quality_weight: ``w`` in ``L_C + w L_Q``: L_C is the likelihood's loss, in bits per
-            dimension, and L_Q the adversarial loss, in nats; without L_C, the weight of L_Q alone.
+            dimension, and L_Q the adversarial loss, in nats (without a unit if the discriminator is
+            projected, whose loss is a hinge); without L_C, the weight of L_Q alone.
         guide_weight: weight of the guide's loss: the mean squared distance of each generated
             image's features from those that it needs, so that all of them together have the mean
             and the covariance of real images' features; 0 without a guide.

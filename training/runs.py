@@ -252,7 +252,7 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.step = state["step"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
     trainer.skipped = state["skipped"]
-    trainer.usual_norm = state["usual_norm"]
+    trainer.usual_norm |= state["usual_norm"]
     trainer.rescued_at = state["rescued_at"]
     trainer.inferring_since = state["inferring_since"]
     if trainer.inferring:

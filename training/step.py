@@ -167,7 +167,9 @@ class Trainer:
         self.inferring_since: int | None = None
         self.skipped = {"model": 0, "discriminator": 0}
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
-        self.usual_norm = {"model": 0.0, "discriminator": 0.0}
+        # The discriminator's steps with the gradient penalty are longer, and have a mean of their
+        # own: cut to that of the others, they would lose most of the penalty's weight.
+        self.usual_norm = {"model": 0.0, "discriminator": 0.0, "penalty": 0.0}
         self.rescued_at: list[int] = []
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -468,7 +470,8 @@ class Trainer:
         if bad:
             raise TrainingDiverged(f"step {self.step}: losses must be finite, got {bad}")
         norm = flat.norm().item()
-        usual = self.usual_norm[name]
+        kind = "penalty" if "gradient_penalty" in losses else name
+        usual = self.usual_norm[kind]
         # Large gradients of the discriminator are legitimate: it reacts to a weakness that the
         # model has found.
         in_proportion = (
@@ -490,7 +493,7 @@ class Trainer:
                 group["lr"] = group["rate"] * self._rate_share(name)
             optimizer.step()
             counted_norm = min(norm, GROWTH * usual) if usual else norm
-            self.usual_norm[name] = (
+            self.usual_norm[kind] = (
                 counted_norm if usual == 0 else 0.95 * usual + 0.05 * counted_norm
             )
             self.skipped_in_a_row[name] = 0
