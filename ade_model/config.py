@@ -45,9 +45,11 @@ class ModelConfig:
         flow_scales: scales of the invertible head ``f``; 0 for a model without ``f`` and its logit.
         flow_mask: what a coupling layer keeps: ``channel``, half of the channels of 2x2 patches, or
             ``checkerboard``, every other pixel.
-        flow_couplings: coupling layers at each scale.
+        flow_couplings: coupling layers at each scale; with checkerboards those of the last one, and
+            each other scale has one fewer of both kinds, at least one.
         flow_blocks: residual blocks in each coupling network.
-        flow_width: channels of each coupling network.
+        flow_width: channels of each coupling network; twice as many in the channel couplings of a
+            flow with checkerboards.
         flow_max_log_scale: bound on the part of a coupling layer's log-scale that depends on the
             image; with 2.0, eight layers learned to stretch noise images by 1e4 and lost their
             float32 inverse.

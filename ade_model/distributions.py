@@ -55,4 +55,5 @@ class DiagonalGaussian:
         """The terms of ``KL(self || other)``, one per dimension, the shape of ``mean``, nats."""
         log_ratio = other.log_scale - self.log_scale
         shift = (self.mean - other.mean) * (-other.log_scale).exp()
-        return log_ratio + 0.5 * ((-2 * log_ratio).exp() + shift.square() - 1)
+        # Near equality, exp(…) - 1 would be little more than its rounding error.
+        return log_ratio + 0.5 * (torch.expm1(-2 * log_ratio) + shift.square())

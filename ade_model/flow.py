@@ -71,10 +71,11 @@ def _channel_scale(config: ModelConfig, channels: int, size: int, remaining: int
 
 
 def _checkerboard_scale(config: ModelConfig, channels: int, size: int, remaining: int) -> Bijection:
-    """A scale as published, but for the rotations before channel couplings.
+    """A scale in the order of Dinh et al., "Density Estimation Using Real NVP", 2017, section 3.6.
 
-    The last scale has checkerboard couplings only. Each scale before it has one coupling fewer,
-    then a squeeze and the same number of channel couplings, whose networks are twice as wide.
+    The last scale has checkerboard couplings only. Each scale before it has one coupling fewer, at
+    least one, then a squeeze and the same number of channel couplings, whose networks are twice as
+    wide. docs/training.md lists how it differs from the published one.
     """
     count = config.flow_couplings if remaining == 1 else max(1, config.flow_couplings - 1)
     layers: list[Bijection] = [

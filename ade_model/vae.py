@@ -147,7 +147,8 @@ class Level(nn.Module):
         """Draw from ``q(z_i | z_<i, y)``.
 
         The posterior is a Gaussian, given as a correction to the prior's, and an autoregressive
-        step if the model has one.
+        step if the model has one. A correction of 0 gives the prior unless that is narrow: its
+        log-scale is bounded once more.
         """
         assert self.posterior_net is not None
         prior = self.prior(features)
