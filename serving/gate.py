@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 
 logger = logging.getLogger(__name__)
+
+
+class TookTooLong(RuntimeError):
+    """The images were not decoded within the given time."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,10 @@ class Gate:
                 logger.warning("%s will not be accepted: %s", images, note)
 
     def check(
-        self, images: ImageLike | Sequence[ImageLike], calibration: str = DEFAULT
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        calibration: str = DEFAULT,
+        seconds: float | None = None,
     ) -> list[Decision]:
         """Decide on each image; one that cannot be used gets ``no_verdict`` and is an error.
 
@@ -105,15 +113,22 @@ class Gate:
                 C)``.
             calibration: name of the calibration that decides. Default: the one named
                 ``default``, or else the bundle's own.
+            seconds: that decoding may take, for images from others: small files can be slow.
 
         Raises:
+            TookTooLong: it took longer.
             UnknownCalibration: the bundle has none of this name.
             TypeError: an image is of another type.
             ValueError: an array is not of uint8 or not of that shape.
             DecoderError: the machine has no room for the process that decodes an image.
         """
         judge = self._engine.store.get(calibration)
-        prepared = [self._prepare(image) for image in several(images)]
+        latest = None if seconds is None else time.monotonic() + seconds
+        prepared = []
+        for image in several(images):
+            if latest is not None and time.monotonic() > latest:
+                raise TookTooLong(f"the images take more than {seconds:g} s to decode")
+            prepared.append(self._prepare(image))
         usable = [image for image in prepared if isinstance(image, InputImage)]
         scores = iter(
             self._engine.score(

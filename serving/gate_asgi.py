@@ -21,8 +21,9 @@ from serving.api.errors import ApiError, malformed, unusable
 from serving.api.forms import check_charset, multipart_names
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
 from serving.api.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
-from serving.gate import Decision, Gate
+from serving.gate import Decision, Gate, TookTooLong
 from serving.messages import show
+from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class GateMiddleware:
             return
         except Exception as error:  # fails closed: whatever went wrong, the image is not accepted
             if isinstance(error, _TooLate):
-                logger.warning("a request waited too long for the gate")
+                logger.warning("a request took too long, in the queue or to decode")
             else:
                 logger.exception("the gate failed")
             await _answer(send, _unavailable())
@@ -213,15 +214,19 @@ class GateMiddleware:
         Raises:
             ApiError: 413, the images have too many pixels.
         """
-        name = () if self._calibration is None else (self._calibration(scope),)
+        name = DEFAULT if self._calibration is None else self._calibration(scope)
         # Work that starts later would end too late to be used, and make those behind it late, too.
-        latest = time.monotonic() + self._timeout_s / 2
+        seconds = self._timeout_s / 2
+        latest = time.monotonic() + seconds
 
         def check() -> list[Decision]:
             if time.monotonic() > latest:
                 raise _TooLate
             pixels_to_resize(images)  # here, because the headers of some files take long to read
-            return self._gate.check(images, *name)
+            try:
+                return self._gate.check(images, name, seconds)
+            except TookTooLong:
+                raise _TooLate from None
 
         self._room -= 1
         work = asyncio.get_running_loop().run_in_executor(self._pool, check)

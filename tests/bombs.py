@@ -219,7 +219,33 @@ def raw_profile(size: int) -> bytes:
     return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
 
 
+def webp_of_codes(side: int) -> bytes:
+    """A lossless WebP with 65,536 groups of prefix codes, of which all pixels use the last."""
+    text = ""
+
+    def put(value: int, bits: int) -> None:
+        nonlocal text
+        text += format(value, f"0{bits}b")[::-1]
+
+    put(0x2F, 8)
+    put(side - 1, 14)
+    put(side - 1, 14)
+    put(0, 5)  # no alpha, version 0, no transform
+    put(1 | 11 << 1 | 1 << 5, 9)  # a colour cache; groups for blocks of 4x4 pixels
+    put(0, 1)
+    for symbol in (255, 255, 0, 0):  # the picture of groups has one colour, of the last group
+        put(0b101, 3)
+        put(symbol, 8)
+    put(0b0001, 4)
+    text += "1000" * 5 * 2**16
+    text += "0" * (-len(text) % 16)
+    body = bytes(int(text[i : i + 8][::-1], 2) for i in range(0, len(text), 8))
+    head = struct.pack("<4sI4s4sI", b"RIFF", len(body) + 12, b"WEBP", b"VP8L", len(body))
+    return head + body
+
+
 BOMBS: dict[str, Callable[[], bytes]] = {
+    "webp-codes": lambda: webp_of_codes(32),
     "bmp-rle-delta": bmp_delta,
     "bmp-jpeg": lambda: bmp_delta()[:30] + struct.pack("<I", 4) + bmp_delta()[34:],
     "bmp-header": lambda: b"BM" + bytes(12) + struct.pack("<I", 0xFFFFFFFF) + bytes(MIB),

@@ -52,6 +52,7 @@ REASONS = {
     "tiff-strips": "strips or tiles",
     "tiff-strips-of-1x64K": "strips or tiles",
     "png-iccps": "colour profiles",
+    "webp-codes": "bytes of lossless pixels",
     "png-ztxt": "used in text chunks",
 }
 

@@ -448,19 +448,23 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
     free = threading.Event()
 
     class Slow:
-        def check(self, images: list[bytes]) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
             free.wait(30)
             return gate.check(images)
 
     class Broken:
-        def check(self, images: list[bytes]) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
             raise RuntimeError("a secret")
 
+    class Slowest:
+        def check(self, images: list[bytes], calibration: str, seconds: float) -> list[Decision]:
+            return gate.check(images, seconds=-seconds)
+
     class Silent:
-        def check(self, images: list[bytes]) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
             return []
 
-    for broken in (Broken(), Silent()):
+    for broken in (Broken(), Slowest(), Silent()):
         client, reached = app_behind(broken)
         answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "gate_unavailable")
@@ -502,7 +506,7 @@ def test_overload_leaves_some_requests_their_answers() -> None:
     free, checked = threading.Event(), []
 
     class Busy:
-        def check(self, images: list[bytes]) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
             checked.append(images)
             free.wait(60)
             return [Decision("accept", 0.5, 3.0)] * len(images)
@@ -524,7 +528,7 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
     checking, free = threading.Event(), threading.Event()
 
     class Busy:
-        def check(self, images: list[bytes]) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
             checking.set()
             free.wait(30)
             return [Decision("accept", 0.5, 3.0)]
@@ -734,7 +738,7 @@ def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> N
         seen.append((await receive(), await receive()))
 
     class Never:
-        def check(self, images: Any) -> Any:
+        def check(self, images: Any, *options: Any) -> Any:
             raise AssertionError
 
     sent = iter(

@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "serving.api.forms",
         "serving.api.guard",
         "serving.api.requests",
+        "serving.verdict.calibration_file",
         "serving.verdict.store",
     },
     "serving.page": {"serving.client", *SERVED},

@@ -35,6 +35,10 @@ PLAIN_PIXELS = 2**20
 PLAIN_BYTES = 2**20
 PLAIN_METADATA_BYTES = 2**16
 PLAIN_SCANS = 4  # of a JPEG: one for each component
+PLAIN_LOSSLESS_PIXELS = 2**16  # of a WebP, whose codes may take 90 KB for each 16 pixels
+# Bytes of a lossless WebP beside four for each pixel: libwebp's files of noise have up to 250. More
+# are codes of pixels that it does not have, a thousand times as slow to read as others.
+MAX_CODE_BYTES = 2**10
 
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"fdAT", b"IEND"})
 _PLAIN_CHUNKS = frozenset(
@@ -286,11 +290,17 @@ def _webp(data: bytes) -> Structure:
         chunks.add(1)
         if kind == b"EXIF":
             check_exif(data[position : position + length])
+        if kind in (b"VP8L", b"ALPH"):
+            least, most = min(length, len(data) - position), MAX_CODE_BYTES + 4 * width * height
+            if least > most:
+                raise _too_large("bytes of lossless pixels", least, most)
+            plain = plain and width * height <= PLAIN_LOSSLESS_PIXELS
         if kind not in (b"VP8X", b"VP8 ", b"VP8L", b"ALPH"):
             plain = False
             if kind != b"ANMF":
                 metadata.add(min(length, len(data) - position))
-        position += length + length % 2
+        # The chunks of an animation's frame are inside, behind its header.
+        position += 16 if kind == b"ANMF" else length + length % 2
     return Structure("WEBP", width, height, plain and _is_plain(data, width, height))
 
 
