@@ -8,13 +8,14 @@ from pathlib import Path
 from ade_cli.commands import command
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
+from ade_cli.image_files import FileError, check_folder
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.run_checks import check_one_process
 from ade_model.errors import ConfigError
 from export.parity import ParityError
-from fitting.pipeline import fit_folder, has_begun
+from fitting.pipeline import check_plan, fit_folder, has_begun, survey_before
 from fitting.plan import Plan, PlanError, make_plan, read_budget
-from fitting.survey import choose_image_size, picture_sizes
+from fitting.survey import LARGEST, choose_image_size, picture_sizes, sizes_in
 from serving.bulk import BulkError
 from serving.engine.bundle import BundleError, check_name, check_path, plain_name
 from serving.verdict.calibration import CalibrationError
@@ -38,6 +39,7 @@ ERRORS = (
     BundleError,
     CalibrationError,
     BulkError,
+    FileError,
 )
 
 
@@ -61,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name",
         metavar="NAME",
         help="of the model, in answers and in the addresses of further bundles (default: that of "
-        "DIR in lower case, with - for everything but Latin letters and digits)",
+        "DIR in lower case: letters a to z and digits; other characters become one -, none at the "
+        "ends; images if none remain)",
     )
     parser.add_argument(
         "--budget",
@@ -83,6 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
 
 
+def resumed(args: argparse.Namespace) -> str:
+    """How an interrupted fitting is continued, for the user."""
+    out = args.out or Path("fits") / _name(args)
+    if has_begun(out) or any((out / "cache").glob("images-*.json")):
+        return ": the same command resumes from here"
+    return ": the same command reads the images again"
+
+
+def _name(args: argparse.Namespace) -> str:
+    return args.name or plain_name(args.folder.resolve().name)
+
+
 def run(args: argparse.Namespace) -> None:
     check_one_process("start it without torchrun")
     folder = args.folder.resolve()
@@ -90,26 +105,35 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.folder} is not a folder")
     if args.name is not None:
         check_name(args.name)
-    name = args.name or plain_name(folder.name)
+    name = _name(args)
     out = args.out or Path("fits") / name
     check_outside(out, str(folder))
     check_path(out)  # the bundle is made in it, after the training
+    check_folder(out)
     budget = read_budget(args.budget)
     before = Plan.load(out / "plan.json") if has_begun(out) else None
     say_what_is_not_followed(folder)
-    files = image_files(folder)
-    say(f"looking at {len(files)} files")
-    sizes = picture_sizes(files)
-    if args.image_size is not None:
-        side = args.image_size
-    else:
-        side = before.image_size if before else choose_image_size(sizes)
     on_gpu = choose_device(args.device).type == "cuda"
+    files = image_files(folder)
     names = [path.relative_to(folder).as_posix() for path in files if part_of(path.name) == "train"]
     has_classes = class_folders(names) is not None
     reason = why_no_classes(names)
     if reason is not None:
         say(f"no classes: {reason}")
-    plan = make_plan(str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes)
+
+    def plan_for(side: int) -> Plan:
+        return make_plan(
+            str(folder), name, side, budget, on_gpu, args.licence, len(files), has_classes
+        )
+
+    side = args.image_size
+    if side is None and before is not None:
+        side = before.image_size
+    check_plan(plan_for(LARGEST if side is None else side), out)  # reading may take long
+    sizes = sizes_in(survey_before(out))
+    if not sizes:
+        say(f"looking at {len(files)} files")
+        sizes = picture_sizes(files, say)
+    plan = plan_for(choose_image_size(sizes) if side is None else side)
     fitted = fit_folder(plan, files, sizes, out, say)
     print(f"report: {fitted.report}\nserve it: {command('serve', fitted.bundle)}")

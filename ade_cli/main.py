@@ -44,7 +44,7 @@ VERBS = {
     "rollback": "go back to the bundle before the last upgrade, without an interruption",
     "status": "report the state of the service on this machine",
 }
-RESUMED = dict.fromkeys(("fit", "compare", "compress"), ": the same command resumes from here")
+RESUMED = dict.fromkeys(("compare", "compress"), ": the same command resumes from here")
 INTERRUPTED = 130  # exit status after Ctrl-C
 TERMINATED = 143  # exit status after SIGTERM
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's

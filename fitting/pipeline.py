@@ -25,7 +25,7 @@ from export.feature_source import FeatureSource
 from export.parity import ParityError, parity_images
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
-from export.verdict.images import readable
+from export.verdict.images import NamedFile
 from export.write import export_bundle
 from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on
@@ -34,7 +34,7 @@ from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
 from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
 from training.data import CHANNELS, DataError, Dataset, Report
-from training.datasets.files import few_names_hint, unusable_hint
+from training.datasets.files import few_names_hint, read_again, unusable_hint
 from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import train
@@ -77,8 +77,7 @@ def fit_folder(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Repo
         RunError: another process works in the output folder.
         ConfigError: the image size does not suit the networks.
     """
-    for stage in plan.stages:  # raises for a wrong image size before anything is written
-        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes(stage))
+    check_plan(plan, out)  # before anything is written
     with alone_in(out):
         return _fit(plan, files, sizes, out, say)
 
@@ -102,7 +101,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     folder = Path(plan.folder)
     step(f"reading {folder}")
     # What was left out stays so even if it can be read by now: the parts must not change.
-    left_out = _survey_before(out).get("broken", {})
+    left_out = survey_before(out).get("broken", {})
     dataset = load_files(folder, files, plan.image_size, out / "cache", read, left_out=left_out)
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
@@ -126,19 +125,30 @@ def has_begun(out: Path) -> bool:
     return (out / "plan.json").exists() and any(path.exists() for path in trained)
 
 
-def _keep_plan(plan: Plan, out: Path) -> None:
-    path = out / "plan.json"
-    if has_begun(out):
-        try:
-            plan.check_resumes(Plan.load(path))
-        except PlanError as error:
-            raise PlanError(f"{out}: {error}, or choose another output folder") from None
-        if (out / "exported").exists():
-            _check_licence(plan, out / "exported")
-            return
-    else:
+def check_plan(plan: Plan, out: Path) -> None:
+    """Check that a plan can be begun in an output folder, or resumed there.
+
+    Raises:
+        PlanError: as :func:`fit_folder`.
+        ConfigError: the image size does not suit the networks.
+    """
+    for stage in plan.stages:
+        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes(stage))
+    if not has_begun(out):
         _check_unused(out)
-    write_json(path, plan.to_dict())
+        return
+    try:
+        plan.check_resumes(Plan.load(out / "plan.json"))
+    except PlanError as error:
+        raise PlanError(f"{out}: {error}, or choose another output folder") from None
+    if (out / "exported").exists():
+        _check_licence(plan, out / "exported")
+
+
+def _keep_plan(plan: Plan, out: Path) -> None:
+    check_plan(plan, out)
+    if not (has_begun(out) and (out / "exported").exists()):  # then its licence is decided
+        write_json(out / "plan.json", plan.to_dict())
 
 
 def _check_licence(plan: Plan, exported: Path) -> None:
@@ -168,7 +178,7 @@ def _check_unused(out: Path) -> None:
         )
 
 
-def _survey_before(out: Path) -> dict[str, Any]:
+def survey_before(out: Path) -> dict[str, Any]:
     """The survey of a fitting that has trained something; empty without one."""
     path = out / SURVEY_NAME
     found: dict[str, Any] = read_json(path) if path.exists() and has_begun(out) else {}
@@ -190,7 +200,7 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
                 + ", not counting copies of each other and of those in calibrate" * is_fitted
                 + few_names_hint([file.name for file in files])
             )
-    if (before := _survey_before(out)) and (change := found.change_since(before)):
+    if (before := survey_before(out)) and (change := found.change_since(before)):
         raise PlanError(
             f"{folder} has changed since {out} was begun ({change}): "
             "restore it, or choose another output folder"
@@ -281,7 +291,9 @@ def _bundle(
 
         def files(part: str, most: int) -> Iterator[bytes]:
             names = (name for name in dataset.files[part] if name not in left_out)
-            return readable((folder / name for name in islice(names, most)), step)
+            for path in (folder / name for name in islice(names, most)):
+                # The calibration is made once, so it must not lack files.
+                yield NamedFile.of(str(path), read_again(path))
 
         made = calibrate_bundle(
             exported,

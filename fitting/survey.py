@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
+from export.verdict.images import counting
 from serving.cores import available_cores
 from serving.files import read_file
 from serving.images import file_size
 from serving.messages import printable
-from training.data import PARTS, REPEATS, Dataset
+from training.data import PARTS, REPEATS, Dataset, Report
 from training.datasets.files import unusable_hint
 
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
@@ -25,6 +26,7 @@ FEW_NAMES = 20  # of the files of a part, if names are repeated
 NAMED = 3  # of the files that have changed
 FEW = 1000  # training images, below which little can be learned
 CHUNK = 1000  # files whose sizes are read together
+UNREADABLE = "unreadable"
 # Files by width and height, or None if unreadable.
 Sizes = Counter[tuple[int, int] | None]
 
@@ -71,17 +73,27 @@ class Survey:
         return "" if self.content == before.get("content") else "names or pixels differ"
 
 
-def picture_sizes(files: Sequence[Path]) -> Sizes:
+def picture_sizes(files: Sequence[Path], report: Report = lambda line: None) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
+
+    def sizes() -> Iterator[tuple[int, int] | None]:
+        with ThreadPoolExecutor(available_cores()) as pool:
+            for first in range(0, len(files), CHUNK):  # the pool keeps what it is given in memory
+                yield from pool.map(_size_of, files[first : first + CHUNK])
+
+    return Counter(counting("sizes", sizes(), report))
+
+
+def sizes_in(before: Mapping[str, Any]) -> Sizes:
+    """The sizes in a survey, as :func:`as_dict` gave it; empty without one."""
     sizes: Sizes = Counter()
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for first in range(0, len(files), CHUNK):  # the pool keeps what it is given in memory
-            sizes.update(pool.map(size_of, files[first : first + CHUNK]))
+    for text, count in before.get("sizes", {}).items():
+        width, _, height = text.partition(" x ")
+        sizes[None if text == UNREADABLE else (int(width), int(height))] = count
     return sizes
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """Width and height of an image file, or ``None`` if it cannot be read."""
+def _size_of(path: Path) -> tuple[int, int] | None:
     try:
         return file_size(read_file(path))
     except OSError:
@@ -154,7 +166,7 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
     return Survey(
         sum(sizes.values()),
         {
-            "unreadable" if size is None else f"{size[0]} x {size[1]}": n
+            UNREADABLE if size is None else f"{size[0]} x {size[1]}": n
             for size, n in sizes.most_common()
         },
         dataset.skipped,

@@ -15,7 +15,10 @@ def available_cores(cpu_max: Path = CPU_MAX) -> int:
     Args:
         cpu_max: microseconds of CPU and of the period, or ``max`` for no limit.
     """
-    cores = len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS and Windows
+        cores = os.cpu_count() or 1
     try:
         quota, period = cpu_max.read_text().split()
         return max(1, min(cores, math.ceil(int(quota) / int(period))))

@@ -46,6 +46,7 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
+from serving.images import MAX_FILE_BYTES
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
 from serving.page.uploads import safe_name
@@ -59,6 +60,7 @@ from tests.helpers import (
     with_calibrations,
 )
 from tests.in_process import answered_here, page_function
+from training.data import DataError
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,24 @@ def test_only_regular_files_are_read(
     # From ade calibrate.
     assert list(readable(sorted(folder.iterdir()), say)) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
-    assert all(f"left out {folder / name}: {why}" in said for name, why in reasons.items())
+    assert all(f"{folder / name}: {why}" in said for name, why in reasons.items())
+
+
+def test_a_few_of_the_files_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage of the storage leaves out no files: an error ends the command."""
+    lines: list[str] = []
+    for i in range(10):
+        with open(tmp_path / f"{i}.png", "wb") as file:
+            file.truncate(MAX_FILE_BYTES + 1)
+    assert not [*readable(sorted(tmp_path.iterdir()), lines.append)]
+    assert lines[0].startswith("files: left out 10 images: ") and lines[0].count(".png") == 5
+    failed = mock.Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    monkeypatch.setattr("export.verdict.images.read_file", failed)
+    assert not [*readable([tmp_path / f"{i}.png" for i in range(5)], lines.append)]
+    with pytest.raises(DataError, match=r"6 of 6 files cannot be .*: Stale file handle"):
+        [*readable([tmp_path / f"{i}.png" for i in range(6)], lines.append)]
 
 
 def test_few_expected_false_alarms_are_not_none(capsys: pytest.CaptureFixture) -> None:

@@ -685,6 +685,9 @@ def test_weights_that_half_precision_would_change_are_stored_as_they_are(
     assert "half precision changes likelihoods" in "".join(told)
 
 
-@pytest.mark.parametrize("folder, name", [("My Photos_2", "my-photos-2"), ("äö", "images")])
+@pytest.mark.parametrize(
+    "folder, name",
+    [("My Photos_2", "my-photos-2"), ("Köln (neu)", "k-ln-neu"), ("äö", "images")],
+)
 def test_a_folder_names_a_model(folder: str, name: str) -> None:
     assert plain_name(folder) == name

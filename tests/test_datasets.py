@@ -27,7 +27,7 @@ from tests.helpers import ROOT, encode, make_folder, make_traps
 from training.data import DataError, ImageSet
 from training.datasets import NAMES, cifar10, files, image_size_of, load_dataset
 from training.datasets.files import part_of
-from training.datasets.folder import image_files
+from training.datasets.folder import image_files, load_files
 from training.datasets.source import classes
 
 
@@ -104,7 +104,10 @@ def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
-def test_only_regular_files_are_read(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_only_regular_files_are_read(
+    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "RETRY_S", 0.0)
     folder = tmp_path / "images"
     for i, image in enumerate(small_images[:30]):
         folder.mkdir(exist_ok=True)
@@ -171,6 +174,7 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read_file(path)
 
+    monkeypatch.setattr(files, "RETRY_S", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr("training.datasets.folder.read_file", fail)
         dataset = load_dataset(str(folder), None, 8, cache)
@@ -186,6 +190,32 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(
     assert load_dataset(str(folder), None, 8, cache).skipped == again.skipped
 
 
+@pytest.mark.parametrize("recovers", [True, False])
+def test_an_outage_of_the_storage_leaves_out_no_class(
+    recovers: bool, tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:60])
+    failed: set[Path] = set()
+
+    def fail(path: Path) -> bytes:
+        if path.parent.name == "class1" and not (recovers and path in failed):
+            failed.add(path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_file(path)
+
+    monkeypatch.setattr(files, "RETRY_S", 0.0)
+    monkeypatch.setattr("training.datasets.folder.read_file", fail)
+    if recovers:
+        assert len(load_dataset(str(folder), None, 8).skipped) == 2
+        return
+    with pytest.raises(DataError, match=r"20 of 63 files cannot .*class1.*Stale file handle \(as"):
+        load_dataset(str(folder), None, 8)
+    listed = image_files(folder)
+    (folder / "class1").rename(tmp_path / "lost")
+    with pytest.raises(DataError, match="20 of 63 files cannot be read now"):
+        load_files(folder, listed, 8, None, print)
+
+
 def test_a_decoder_that_may_succeed_next_time_is_tried_again(
     tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,8 +225,9 @@ def test_a_decoder_that_may_succeed_next_time_is_tried_again(
         raise ImageError("too_large", "the image was not decoded in time", may_pass=True)
 
     with monkeypatch.context() as patched:
+        patched.setattr(files, "RETRY_S", 0.0)
         patched.setattr(files, "read_image", hang)
-        with pytest.raises(DataError, match=r"23 of 23 files are unusable, such as .*in time \(as"):
+        with pytest.raises(DataError, match=r"23 of 23 files cannot be .*in time \(as"):
             load_dataset(str(folder), None, 8, cache)
     assert len(load_dataset(str(folder), None, 8, cache).skipped) == 2
 

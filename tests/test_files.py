@@ -205,6 +205,16 @@ print(len(read_file(pathlib.Path(sys.argv[1]))))
     assert done.stdout.strip() == str(cat.stat().st_size), done.stderr
 
 
+def test_cores_are_known_without_an_affinity(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """macOS and Windows have none."""
+    monkeypatch.delattr("os.sched_getaffinity")
+    with pytest.raises(SystemExit) as ended:
+        main(["score", "--help"])
+    assert ended.value.code == 0 and "--workers" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +310,15 @@ def test_an_interruption_says_how_to_continue(
             (tmp_path / made).touch()
         assert main(["train", "vae", "--data", "x", "--out", str(tmp_path)]) == 130
         assert capsys.readouterr().err == f"ade train: interrupted{said}\n"
+    monkeypatch.setattr("ade_cli.fit.run", interrupt)
+    for made, said in (
+        ("plan.json", ": the same command reads the images again"),
+        ("cache/images-1.json", ": the same command resumes from here"),
+    ):
+        (tmp_path / made).parent.mkdir(exist_ok=True)
+        (tmp_path / made).touch()
+        assert main(["fit", "x", "--out", str(tmp_path)]) == 130
+        assert capsys.readouterr().err == f"ade fit: interrupted{said}\n"
     monkeypatch.setattr("ade_cli.main._module", interrupt)  # while packages are imported
     assert main(["train"]) == 130 and capsys.readouterr().err == "ade train: interrupted\n"
 
@@ -341,6 +360,7 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     assert (given.joined, given.unusable) == (1, 1)
     assert lines[1] == f"left out {huge}: there is no memory to decode it"
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    monkeypatch.setattr("training.datasets.files.RETRY_S", 0.0)
     skipped = decode_into(pixels, 8, [huge, good], Path.read_bytes, lines.append)
     assert skipped == ({0: "there is no memory to decode it"}, {0}) and pixels[1].any()
 

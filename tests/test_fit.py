@@ -26,7 +26,7 @@ from export.features import data_of
 from export.parity import ParityError
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
-from fitting.findings import _caught, _tested
+from fitting.findings import _caught, _scores, _tested
 from fitting.held_out import held_out_images
 from fitting.pipeline import _bundle, _keep_plan, _survey, _train, fit_folder
 from fitting.plan import (
@@ -62,6 +62,7 @@ from training.datasets.folder import image_files, load_files, load_folder
 from training.guide import load_guide
 from training.labels import class_folders, class_labels, why_no_classes
 from training.recipes import GUIDE_WEIGHT, recipe
+from training.runs import write_json
 from training.step import TrainingDiverged
 
 
@@ -325,6 +326,7 @@ def test_a_file_that_could_not_be_read_at_the_start_stays_left_out(
         (out / ENCODER_ABOUT).touch()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("training.datasets.files.RETRY_S", 0.0)
     monkeypatch.setattr("fitting.pipeline.MIN_IMAGES", {})
     monkeypatch.setattr("fitting.pipeline.fit_encoder", fit_encoder)
     for read, sizes in ((busy, Counter({None: len(files)})), (read_image, picture_sizes(files))):
@@ -451,6 +453,45 @@ def test_folders_that_cannot_be_fitted(
     assert main(["fit", *given, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.replace(str(tmp_path / "few"), "FEW")
     assert message in said and "one name" not in said
+
+
+def test_sizes_are_read_once_and_after_all_checks(
+    tmp_path: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may take minutes."""
+    folder, out = make_folder(tmp_path / "images", small_images[:10]), tmp_path / "out"
+    files = image_files(folder)
+    plan = make_plan(str(folder), "images", 8, 60, False, None, len(files))
+    given: list[Any] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delattr("ade_cli.fit.picture_sizes")
+    monkeypatch.setattr("ade_cli.fit.fit_folder", lambda *its: given.append(its))
+    (tmp_path / "file").touch()
+    (tmp_path / "used" / "exported").mkdir(parents=True)
+    out.mkdir()
+    _keep_plan(plan, out)
+    (out / "stage-0").mkdir()
+    (out / "stage-0" / "run.json").touch()
+    sizes = picture_sizes(files)
+    found = load_files(folder, files, 8, None, lambda line: None)
+    write_json(out / "survey.json", as_dict(survey(sizes, found)))
+    for words, message in (
+        (["new", "--device", "cuda"], "PyTorch finds no CUDA device"),
+        (["new", "--image-size", "20"], "--image-size must be a multiple of 8"),
+        (["new", "--budget", "0.4m"], "it is too small"),
+        (["file"], "--out must be a folder"),
+        (["used"], "holds exported, but no fitting"),
+        (["out", "--budget", "2h"], "begun with a budget of 60 minutes"),
+    ):
+        where = str(tmp_path / words[0])
+        assert main(["fit", str(folder), "--out", where, *words[1:]]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(AttributeError):  # of the result
+        main(["fit", str(folder), "--out", str(out)])
+    assert given[0][0] == plan and given[0][2] == sizes
 
 
 def test_a_folder_may_be_called_like_a_data_set(
@@ -620,6 +661,15 @@ def test_false_alarms_are_those_of_each_calibration() -> None:
     found = false_alarms({False: [0.5] * 950 + [151 / 3001] * 50}, Calibrations(dark, dark))
     assert [row.rejected for row in found][1:] == [0, 0]
     assert all(row.is_expected for row in found[1:])
+
+
+def test_a_file_that_cannot_be_read_now_is_not_judged_as_a_resized_one(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    engine = InferenceEngine(open_bundle(tiny_bundle), device="cpu")
+    dataset = Dataset("d", {"test": ImageSet(small_images[:1])}, {}, files={"test": ["0.png"]})
+    with pytest.raises(DataError, match=r"0\.png was read before and cannot be read now"):
+        list(_scores(engine, dataset, "test", [0], tmp_path))
 
 
 def test_no_more_test_images_are_read_than_are_used() -> None:
@@ -862,6 +912,7 @@ def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path: Path) -> 
 def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
 ) -> None:
+    """It leaves out no file that cannot be read now: the calibration is made once."""
     folder = make_folder(tmp_path / "images", small_images[:2])
     names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
 
@@ -876,6 +927,7 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     ) -> Any:
         assert len(list(fit)) == len(names) and not list(calibrate)
         report("fitting: left out 1 image: image 0: not an image")
+        bundle.mkdir()
         exact = SimpleNamespace(scores=[0.0] * 99, smallest_p_value=0.01)
         return SimpleNamespace(exact=exact)
 
@@ -885,11 +937,11 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     dataset = SimpleNamespace(name="images", files={"select": names, "calibrate": ["gone.png"]})
     lines: list[str] = []
     given: Any = (plan, SimpleNamespace(leaking=[]), dataset, [tmp_path], None, tmp_path)
+    with pytest.raises(DataError, match=r"gone\.png was read before .*: No such file"):
+        _bundle(*given, lines.append)
+    dataset.files["calibrate"] = []
     _bundle(*given, lines.append)
-    assert lines[1:3] == [
-        f"left out {folder / 'gone.png'}: No such file or directory",
-        "fitting: left out 1 image: image 0: not an image",
-    ]
+    assert lines[2] == "fitting: left out 1 image: image 0: not an image"
 
 
 @pytest.mark.usefixtures("mean_colours")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -279,13 +280,32 @@ def test_training_files_are_hashed_once(
     options = RunOptions(images=16, device="cpu", precision="float32")
     dataset = load_folder(photos, 8, None, print)
     train(narrow("vae"), dataset, run, options, resume=False)
-    monkeypatch.delattr("training.datasets.sketch.file_hashes")
+    monkeypatch.delattr("training.datasets.sketch.read_again")
     train(narrow("vae"), dataset, later, dataclasses.replace(options, init=str(run)), resume=False)
     again, options = load_folder(photos, 8, None, print), dataclasses.replace(options, images=32)
     train(narrow("vae"), again, run, options, resume=True)
     sketch = record_of(dataset)["sketch"]
     assert len(sketch) == SIZE
     assert all(read_config(latest_checkpoint(its))["sketch"] == sketch for its in (run, later))
+
+
+def test_a_sketch_lacks_no_file(
+    tmp_path: Path, photos: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the disk, training files would not be recognised later."""
+    dataset = loaded(photos)
+    photos.rename(tmp_path / "unplugged")
+    with pytest.raises(DataError, match="read before and cannot be read now: No such file"):
+        record_of(dataset)
+    (tmp_path / "unplugged").rename(photos)
+    assert record_of(dataset) == record
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("training.datasets.sketch.read_file", fail)
+    with pytest.raises(DataError, match="400 of 400 files cannot be read now"):
+        choose_files(photos, bundle_of(record), None, print)
 
 
 def test_files_that_are_replaced_under_their_names_join_the_sketch(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from serving.messages import commonest, counted
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from training.data import REPEATS, Report
+from training.datasets.files import check_storage, may_pass
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
@@ -28,6 +30,7 @@ MAX_SHOWN = 5
 
 Images = Iterable[bytes | np.ndarray | InputImage]  # files, uint8 (H, W, C), or of the model's size
 Prepared = tuple[str, InputImage | ApiError]  # with the image's name
+Item = TypeVar("Item")
 
 
 class NamedFile(bytes):
@@ -43,14 +46,24 @@ class NamedFile(bytes):
 
 
 def readable(paths: Iterable[Path], report: Report) -> Iterator[NamedFile]:
-    """Read files one after another; reports and leaves out those that cannot be read."""
+    """Read files one after another; leaves out those that cannot be read, and reports them last.
+
+    Raises:
+        DataError: more than a few files cannot be read now.
+    """
+    count, errors, failed = 0, list[tuple[str, str]](), dict[str, str]()
     for path in paths:
+        count += 1
         try:
             content = read_file(path)
         except OSError as error:
-            report(f"left out {path}: {error.strerror}")
+            errors.append((str(path), error.strerror or str(error)))
+            if may_pass(error):
+                failed.update(errors[-1:])
         else:
             yield NamedFile.of(str(path), content)
+    report_left_out("files", errors, report)
+    check_storage(failed, count)
 
 
 def thread_pool() -> ThreadPoolExecutor:
@@ -80,7 +93,7 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
             yield from threads.map(prepare, few)
 
 
-def counting(name: str, images: Iterable[Prepared], report: Report) -> Iterator[Prepared]:
+def counting(name: str, images: Iterable[Item], report: Report) -> Iterator[Item]:
     """Yield the same images, and report their number while reading them takes long."""
     reported = time.monotonic()
     for count, item in enumerate(images, 1):

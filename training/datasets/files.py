@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from serving.cores import available_cores
-from serving.files import LOCK, locked, preallocated, write_text
+from serving.files import LOCK, locked, preallocated, read_file, write_text
 from serving.images import ImageError, read_image, resize_centre
 from serving.messages import commonest, counted
 from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
@@ -32,6 +32,10 @@ _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing 
 # Errors of read_file for pipes and the like, and for files that are too large. Others may pass,
 # such as those of a network.
 _LASTING = (errno.EINVAL, errno.EFBIG)
+# Lasting, too, of files that were never read: broken links, and files without permission.
+_NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.EACCES)
+RETRY_S = 2.0  # until files are read again whose errors may pass
+A_FEW = 5  # files, or 1 % of all, may fail without a failure of the storage
 Item = TypeVar("Item")
 
 
@@ -133,11 +137,13 @@ def _no_room(message: str) -> DataError:
 def decode_into(
     pixels: np.ndarray,
     size: int,
-    files: Iterable[Item],
+    files: Sequence[Item],
     read: Callable[[Item], bytes],
     report: Report,
 ) -> tuple[dict[int, str], set[int]]:
     """Decode image files into the rows of an array, on all cores.
+
+    Files whose errors may pass are read once more at the end.
 
     Args:
         pixels: uint8 ``(N, size, size, 3)``, written to.
@@ -182,9 +188,55 @@ def decode_into(
             if is_last or time.monotonic() - reported >= _REPORT_S:
                 report(f"read {chunk[-1][0] + 1} of {len(pixels)} images")
                 reported = time.monotonic()
+        if again := sorted(passing):
+            time.sleep(RETRY_S)
+            passing.clear()
+            for row in again:
+                del skipped[row]
+            for its in pool.map(decode, again, [files[row] for row in again]):
+                notes.update(its)
     for note, count in notes.most_common():
         report(f"{count} files: {note}")
     return dict(sorted(skipped.items())), passing  # threads finish in any order
+
+
+def read_again(path: Path) -> bytes:
+    """Read a file that was read before.
+
+    Raises:
+        DataError: it cannot be read now.
+    """
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} was read before and cannot be read now: {error.strerror}; call the same "
+            "command again once it can be read"
+        ) from error
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the error of a file may be that of its storage, such as a network's."""
+    return error.errno not in _LASTING + _NOT_THERE
+
+
+def check_storage(failed: Mapping[str, str], files: int) -> None:
+    """Check that files could not be read because of themselves, and not because of their storage.
+
+    An outage makes all files of a time fail, which are often all of a class.
+
+    Args:
+        failed: files with errors that may pass, each with the reason.
+        files: the number of all.
+
+    Raises:
+        DataError: more than :data:`A_FEW` files and more than 1 % of all have failed.
+    """
+    if len(failed) > max(A_FEW, files // 100):
+        raise DataError(
+            f"{len(failed)} of {files} files cannot be read now{unusable_hint(failed)}: call the "
+            "same command again once they can be read, or remove them"
+        )
 
 
 def unusable_hint(skipped: Mapping[str, str]) -> str:

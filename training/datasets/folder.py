@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,9 +14,10 @@ import numpy as np
 from serving.files import image_paths, read_file
 from serving.images import IMAGE_SUFFIXES, ImageError, read_image
 from training.data import DataError, Dataset, Report
-from training.datasets.files import cached_pixels, decode_into, split_by_name
+from training.datasets.files import cached_pixels, check_storage, decode_into, split_by_name
 
-_MISSING = (0, 0)  # the version of a file that does not exist or may not be read
+_MISSING = (0, 0)  # the version of a broken link, or of a file that may not be read
+_UNKNOWN = (-1, -1)  # of a file that is lost now, perhaps with its storage
 
 
 def load_folder(
@@ -42,6 +44,9 @@ def load_files(
 
     Arguments are those of :func:`training.datasets.load_dataset`, and ``left_out``: files to leave
     out even if they can be read, relative to the folder, each with the reason.
+
+    Raises:
+        DataError: more than a few files cannot be read now.
     """
     size = image_size or first_size(files)
     fits(size)
@@ -55,7 +60,9 @@ def load_files(
     def fill(out: np.ndarray) -> tuple[dict[int, str], bool]:
         skipped, passing = decode_into(out, size, files, read_file, report)
         # A file of this version has another one once it can be read.
-        return skipped, all(versions[row] == _MISSING for row in passing)
+        failed = {names[row]: skipped[row] for row in passing if versions[row] != _MISSING}
+        check_storage(failed, len(files))
+        return skipped, not failed
 
     shape = (len(files), size, size, 3)
     pixels, skipped = cached_pixels(source, version, lambda: shape, cache, fill)
@@ -78,11 +85,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Size and time of modification; :data:`_MISSING` for a broken link or without permission."""
+    """Size and time of modification, or :data:`_MISSING` or :data:`_UNKNOWN`."""
     try:
         found = path.stat()
-    except OSError:
-        return _MISSING
+    except OSError as error:
+        is_broken = error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path)
+        return _MISSING if is_broken or error.errno == errno.EACCES else _UNKNOWN
     # A change of permissions leaves the time of modification.
     return (found.st_size, found.st_mtime_ns) if os.access(path, os.R_OK) else _MISSING
 

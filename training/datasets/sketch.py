@@ -16,6 +16,7 @@ from typing import Any
 
 from serving.files import read_file
 from training.data import Dataset
+from training.datasets.files import check_storage, may_pass, read_again
 
 SIZE = 256
 KEY = "sketch"  # in a record of data
@@ -36,6 +37,9 @@ def record_of(dataset: Dataset, earlier: Iterable[str] = ()) -> dict[str, Any]:
         ``name`` and ``splits``; for a folder of files also ``sketch``, the :data:`SIZE` smallest
         hashes of the files of the part ``train``, of all of them if they are fewer. With
         ``earlier`` it is the sketch of the files of both.
+
+    Raises:
+        DataError: a file cannot be read.
     """
     record: dict[str, Any] = {"name": dataset.name, "splits": dataset.splits}
     hashes = {*earlier, *_smallest_hashes(dataset)}
@@ -50,8 +54,9 @@ def _smallest_hashes(dataset: Dataset) -> list[str]:
         return []
     known = vars(dataset)  # a frozen dataclass that cannot be hashed: kept as a cached_property is
     if "_smallest_hashes" not in known:
-        paths = [dataset.folder / name for name in dataset.files["train"]]
-        hashes = {file_hash for _, file_hash in file_hashes(paths)}
+        # With an incomplete sketch, training files could calibrate a gate later.
+        paths = (dataset.folder / name for name in dataset.files["train"])
+        hashes = {_hash_of(read_again(path)) for path in paths}
         known["_smallest_hashes"] = sorted(hashes)[:SIZE]
     found: list[str] = known["_smallest_hashes"]
     return found
@@ -85,7 +90,20 @@ def sketch_in(record: Mapping[str, Any]) -> list[str] | None:
 
 
 def file_hashes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """The first 8 bytes of the SHA-256 of each file, as 16 digits; leaves out unreadable files."""
+    """The first 8 bytes of the SHA-256 of each file, as 16 digits; leaves out unreadable files.
+
+    Raises:
+        DataError: more than a few files cannot be read now.
+    """
+    failed: dict[str, str] = {}
     for path in paths:
-        with suppress(OSError):
-            yield path, hashlib.sha256(read_file(path)).hexdigest()[:HASH_DIGITS]
+        try:
+            yield path, _hash_of(read_file(path))
+        except OSError as error:
+            if may_pass(error):
+                failed[str(path)] = error.strerror or str(error)
+    check_storage(failed, len(paths))
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
