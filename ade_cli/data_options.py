@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ade_cli.paths import given, say_what_is_not_followed
+from serving.messages import visible
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 
@@ -41,8 +42,8 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
 
 
 def say(line: str) -> None:
-    """Print progress to standard error, so that standard output holds only results."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line to standard error, so that standard output holds only results."""
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def source_of(args: argparse.Namespace) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import MAX_SEED
 from serving.files import image_paths, read_file
 from serving.images import in_options
+from serving.messages import visible
 
 NONE_USABLE = "no image could be used"
 
@@ -122,7 +123,7 @@ def files_of(paths: list[Path]) -> list[Path]:
 
 def left_out(path: Path, reason: str) -> None:
     """Print that a file is not used."""
-    print(f"left out {path}: {reason}", file=sys.stderr)
+    print(visible(f"left out {path}: {reason}"), file=sys.stderr)
 
 
 def read_pixels(

@@ -173,7 +173,7 @@ def _run(args: argparse.Namespace) -> int:
             sys.stdout.flush()  # here, where errors are handled
         return status
     except module.ERRORS as error:
-        print(f"ade {args.verb}: {_as_typed(str(error), args.usage)}", file=sys.stderr)
+        _say(args.verb, _as_typed(str(error), args.usage))
         return 2
     except KeyboardInterrupt:
         how = module.resumed(args) if hasattr(module, "resumed") else RESUMED.get(args.verb, "")
@@ -209,8 +209,15 @@ def _run(args: argparse.Namespace) -> int:
         if error.filename is None:  # perhaps of standard output
             _discard(sys.stdout)
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"ade {args.verb}: {where}{error.strerror}", file=sys.stderr)
+        _say(args.verb, f"{where}{error.strerror}")
         return 2
+
+
+def _say(verb: str, error: str) -> None:
+    """Print an error; names of files in it must not control the terminal."""
+    from serving.messages import visible  # here, because few verbs end with an error
+
+    print(f"ade {verb}: " + "\n".join(map(visible, error.split("\n"))), file=sys.stderr)
 
 
 def _discard(file: TextIO) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from serving.files import linked_folders
-from serving.messages import printable
+from serving.messages import visible
 
 # Pictures that people have among their images, and that nothing here reads.
 OTHER_PICTURES = frozenset(
@@ -60,7 +60,7 @@ def say_what_is_not_followed(folder: Path) -> bool:
     links = linked_folders(folder)
     if links:
         more = f" and {len(links) - 1} more" if len(links) > 1 else ""
-        text = f"links to folders are not followed: {printable(str(links[0]))}{more}"
+        text = f"links to folders are not followed: {visible(str(links[0]))}{more}"
         print(text, file=sys.stderr, flush=True)
     others = Counter(
         suffix

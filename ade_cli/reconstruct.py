@@ -20,6 +20,7 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import BundleError
 from serving.files import replacing
 from serving.images import IMAGE_SUFFIXES, psnr, write_png
+from serving.messages import visible
 from serving.verdict.calibration import CalibrationError
 
 ERRORS = (BundleError, BackendError, CalibrationError, FileError)
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         with replacing(path) as picture:
             picture.write(write_png(after))
         decibels = psnr(before, after)
-        print(f"{path}: {'exact' if decibels is None else f'{decibels:.2f} dB'}")
+        quality = "exact" if decibels is None else f"{decibels:.2f} dB"
+        print(visible(f"{path}: {quality}"))
 
 
 def _outputs(images: list[Path], out: Path) -> dict[Path, Path]:

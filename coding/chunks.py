@@ -23,6 +23,7 @@ from coding.pictures import Picture, inflate, read_stored, update_digest
 from coding.stack import Stack
 
 MAX_IMAGES = 512
+MAX_PARTS = 64  # of an image's name: folders and file; what makes or removes folders recurses
 MAX_BYTES = 32 * 2**20  # in memory; one image may exceed it
 MAX_PAYLOAD = 3 * MAX_BYTES
 _MAX_TABLE = 16 * 2**20

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from coding.archive import Chunk, Contents, read_chunk, scan
-from coding.chunks import ChunkCoder
+from coding.chunks import MAX_PARTS, ChunkCoder
 from coding.errors import CodingError, Damaged, NotDecoded
 from coding.image_coder import ImageCoder
 from coding.networks import Networks, codec_digest, fingerprint
@@ -23,6 +24,11 @@ from coding.pictures import Picture, write_picture
 from serving.engine.bundle import Bundle
 from serving.files import new_folder
 from serving.messages import show
+
+# Images without content may have 100,000 times the size of their archive. One that is made to fill
+# a disk has, too: if its images exceed this ratio, it must leave this share of the disk free.
+MAX_RATIO = 100
+MIN_FREE = 0.05
 
 
 @dataclass
@@ -87,13 +93,14 @@ def decompress(
         result = Result(total, contents.lost(), not contents.is_complete, contents.is_intact)
         if not contents.chunks:
             raise CodingError(f"{archive} is truncated or damaged: it holds no complete chunk")
-        done, not_decoded = 0, None
+        done, size, not_decoded = 0, 0, None
         target = _folder if contents.header["kind"] == "files" else _array
         with target(out, total) as images:
             progress(0, total)
             for chunk in contents.chunks:
+                _check_room(archive, out, size)
                 try:
-                    _restore(file, chunk, coder, images)
+                    size += _restore(file, chunk, coder, images)
                 except (Damaged, NotDecoded) as error:
                     images.undo()
                     lost = range(chunk.first, chunk.first + chunk.count)
@@ -116,8 +123,8 @@ def decompress(
     return result
 
 
-def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> None:
-    """Write the images of a chunk.
+def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> int:
+    """Write the images of a chunk; returns their bytes in memory.
 
     Raises:
         Damaged: the images written since the last call of ``keep`` are invalid.
@@ -127,9 +134,12 @@ def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) 
     payload = read_chunk(file, chunk)
     if payload is None:
         raise Damaged("the checksum of a chunk is wrong")
+    size = 0
     for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
         images.write(chunk.first + i, name, picture)
+        size += picture.num_bytes
     images.keep()
+    return size
 
 
 class _Target(Protocol):
@@ -261,11 +271,28 @@ def _safe_name(name: str | None) -> str:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise Damaged("the name of an image leaves the folder")
+    if len(parts) > MAX_PARTS:
+        raise Damaged(f"the name of an image has more than {MAX_PARTS} parts")
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
         raise Damaged("an image has no valid name") from error
     return str(PurePosixPath(*parts))
+
+
+def _check_room(archive: Path, out: Path, restored: int) -> None:
+    """Stop before an archive of a few bytes has filled the disk.
+
+    Raises:
+        CodingError: the disk is nearly full, and the restored bytes are many times the archive's.
+    """
+    if restored > MAX_RATIO * archive.stat().st_size:
+        disk = shutil.disk_usage(out.parent)
+        if disk.free < MIN_FREE * disk.total:
+            raise CodingError(
+                f"{archive} has images of more than {MAX_RATIO} times its size, which would fill "
+                f"the disk of {out}: {disk.free:,} bytes are free. Give OUT on a disk with more"
+            )
 
 
 def _check_target(contents: Contents, out: Path) -> None:

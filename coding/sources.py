@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from coding.chunks import MAX_PARTS
 from coding.errors import CodingError
 from coding.pictures import Picture, read_picture
 from serving.files import check_readable, image_paths, read_file
@@ -68,10 +69,11 @@ class FolderSource:
         if not self.count:
             raise CodingError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for name in self._names:
-            if "\\" in name or len(name) > 4096:  # other systems take it for a folder
+            too_deep = name.count("/") >= MAX_PARTS
+            if "\\" in name or len(name) > 4096 or too_deep:  # others take "\\" for a folder
                 raise CodingError(
-                    f"{folder / name}: names in an archive have no backslash and at most 4,096 "
-                    "characters: rename the file"
+                    f"{folder / name}: names in an archive have no backslash, at most 4,096 "
+                    f"characters and at most {MAX_PARTS - 1} folders: rename or move the file"
                 )
         listed = "\n".join([str(keep_metadata), *self._names])
         self.identity = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()

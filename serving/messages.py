@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import category
 
 
 def show(value: Any) -> str:
@@ -22,6 +23,19 @@ def show(value: Any) -> str:
 def printable(text: str) -> str:
     """The text in UTF-8, which names of files need not be: other bytes become escapes."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def visible(text: str) -> str:
+    """The text for a terminal or a log: characters that may control it, or end a line, are escapes.
+
+    Example:
+        >>> visible("\\x1b[2J.png")
+        '\\\\x1b[2J.png'
+    """
+    return "".join(
+        c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def counted(number: int, noun: str) -> str:

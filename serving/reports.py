@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import mimetypes
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from serving.brand import MARK, NAME, STYLE
+from serving.messages import visible
 
 FRAME = "base.html"
 BAR = r"\|"  # a bar that does not end a cell
@@ -58,20 +59,24 @@ def render(
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; a cell stays on one line and in its column, whatever it holds."""
+    """Lines of a Markdown table; a cell stays on one line and in its column, whatever it holds.
+
+    The lines may be printed, too, where names must not control the terminal.
+    """
     head, *rows = (
-        f"| {' | '.join(' '.join(cell.split()).replace('|', BAR) for cell in cells)} |"
+        f"| {' | '.join(visible(' '.join(cell.split())).replace('|', BAR) for cell in cells)} |"
         for cells in (header, *body)
     )
     return [head, f"|{'---|' * len(header)}", *rows]
 
 
-def from_markdown(lines: Sequence[str], folder: Path) -> str:
+def from_markdown(lines: Sequence[str], pictures: Mapping[str, Path] = {}) -> str:
     """HTML of what our reports write as Markdown: headings, paragraphs, lists, tables, pictures.
 
     Args:
         lines: without the page's own heading.
-        folder: where the pictures are; they become part of the page.
+        pictures: files that become part of the page, by the name that the lines give them. Other
+            names stay text: the name of a data set may look like a picture of any file.
     """
     blocks: list[list[str]] = [[]]
     for line in "\n".join(lines).splitlines():
@@ -79,22 +84,22 @@ def from_markdown(lines: Sequence[str], folder: Path) -> str:
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
-    return "\n".join(_block(block, folder) for block in blocks if block)
+    return "\n".join(_block(block, pictures) for block in blocks if block)
 
 
-def _block(lines: list[str], folder: Path) -> str:
+def _block(lines: list[str], pictures: Mapping[str, Path]) -> str:
     first = lines[0]
     if found := re.fullmatch(r"(##+) (.+)", first):
         level = len(found[1])
-        return f"<h{level}>{_inline(found[2], folder)}</h{level}>"
+        return f"<h{level}>{_inline(found[2], pictures)}</h{level}>"
     if first.startswith("|"):
         return _table(
-            [_cells(line) for line in lines if not re.fullmatch(r"[|\-: ]+", line)], folder
+            [_cells(line) for line in lines if not re.fullmatch(r"[|\-: ]+", line)], pictures
         )
     if first.startswith("- "):
-        items = "".join(f"<li>{_inline(line.removeprefix('- '), folder)}</li>" for line in lines)
+        items = "".join(f"<li>{_inline(line.removeprefix('- '), pictures)}</li>" for line in lines)
         return f"<ul>{items}</ul>"
-    return f"<p>{_inline(' '.join(lines), folder)}</p>"
+    return f"<p>{_inline(' '.join(lines), pictures)}</p>"
 
 
 def _cells(line: str) -> list[str]:
@@ -102,7 +107,7 @@ def _cells(line: str) -> list[str]:
     return [part.strip().replace(BAR, "|") for part in re.split(r"(?<!\\)\|", inner)]
 
 
-def _table(rows: list[list[str]], folder: Path) -> str:
+def _table(rows: list[list[str]], pictures: Mapping[str, Path]) -> str:
     head, *body = rows
     # A column whose cells are mostly numbers stands to the right, its heading too.
     numeric = [
@@ -112,7 +117,7 @@ def _table(rows: list[list[str]], folder: Path) -> str:
 
     def row(cells: list[str], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=ade-number' if is_number else ''}>{_inline(cell, folder)}</{tag}>"
+            f"<{tag}{' class=ade-number' if is_number else ''}>{_inline(cell, pictures)}</{tag}>"
             for cell, is_number in zip(cells, numeric, strict=False)
         )
 
@@ -124,12 +129,12 @@ def _table(rows: list[list[str]], folder: Path) -> str:
     )
 
 
-def _inline(text: str, folder: Path) -> str:
+def _inline(text: str, pictures: Mapping[str, Path]) -> str:
     """Pictures, code, bold and emphasis of one line."""
     shown = escape(text, quote=False)
     shown = re.sub(
         r"!\[([^\]]*)\]\(([^)]+)\)",
-        lambda m: _picture(m[1], folder / m[2]),
+        lambda m: _picture(m[1], pictures[m[2]]) if m[2] in pictures else m[0],
         shown,
     )
     shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 # From OWASP's page on CSV injection; Japanese and Chinese keyboards type the full-width forms.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+FORMULA_STARTS = "=+-@\t\r\n＝＋－＠"
+# Where a cell of a formula may begin: spreadsheets of some languages split lines at semicolons, and
+# some drop spaces and quotes before they look at the first character.
+_FORMULA = re.compile(r"""(?:^|(?<=[;\t\r\n]))(?=[\s"]*[=+\-@＝＋－＠]|[\t\r\n])""")
 
 
 def safe_cell(text: str) -> str:
@@ -21,12 +25,7 @@ def safe_cell(text: str) -> str:
         >>> safe_cell("cat.png")
         'cat.png'
     """
-    # Some spreadsheets drop spaces before they look at the first character.
-    return (
-        f"'{text}"
-        if text.startswith(FORMULA_STARTS) or text.lstrip().startswith(FORMULA_STARTS)
-        else text
-    )
+    return _FORMULA.sub("'", text)
 
 
 def write_csv(file: IO[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -125,6 +125,22 @@ def test_every_file_has_its_row_in_every_format(
     ]
 
 
+def test_names_of_files_do_not_control_the_terminal(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, bundle = tmp_path / "images", str(tiny_bundle)
+    images.mkdir()
+    (images / "a\x1b[2J\u202eb.png").write_bytes(b"broken")
+    (images / "c\x1b[2J").symlink_to(tmp_path)
+    what_if = ["gate", "what-if", bundle, "--data", str(images), "--per-day", "10"]
+    reconstruct = ["reconstruct", str(images), "--bundle", bundle, "--out", str(tmp_path / "out")]
+    for words, count in ((what_if, 3), (reconstruct, 2)):
+        assert main(words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert sum(r"\x1b[2J" in line for line in lines) == count
+        assert all(line.isprintable() for line in lines)
+
+
 def test_the_page_writes_the_same_table(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,13 +12,14 @@ import os
 import shutil
 import stat
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_LZMA, ZipFile
 
 import numpy as np
 import pytest
@@ -1556,6 +1557,58 @@ def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_pa
     write_manifest(bundle, fields)
     with pytest.raises(CalibrationError, match=f"{own} is not a calibration: scores must be"):
         InferenceEngine(bundle, device="cpu", operations=["score"])
+
+
+def test_a_calibration_is_no_bomb(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(bundle / CALIBRATION_NAME) as arrays:
+        whole = dict(arrays)
+
+    def refused(reason: str, compression: int = ZIP_DEFLATED, **changed: np.ndarray) -> None:
+        path = tmp_path / "made.npz"
+        with ZipFile(path, "w", compression) as archive:
+            for name, array in (whole | changed).items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array)
+        tracemalloc.start()
+        with pytest.raises(CalibrationError, match=reason):
+            Calibrations.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        tracemalloc.stop()
+
+    monkeypatch.setattr(file_module, "MAX_CALIBRATION_BYTES", 4 * 2**20)
+    refused("at most 4,194,304 bytes, got 3", grid=np.zeros(32 * 2**20, np.uint8))
+    refused("must be stored or deflated", ZIP_LZMA)
+    refused("at most 1000 arrays, got 10", **{f"x{i}": np.array(0) for i in range(1000)})
+    # Such arrays take no bytes, and a loop over them lasts for hours.
+    refused(r"names must be at most 1000, got \(1000000000, 0\)", names=np.empty((10**9, 0)))
+    refused("joined_files must be SHA-256", joined_files=np.empty((10**9, 0)))
+
+
+def test_text_of_a_calibration_controls_no_terminal_and_no_log(
+    bundle: Path, tmp_path: Path
+) -> None:
+    evil = "0\x1b]52;c;eA==\x07\n2025-01-01 ERROR forged"
+    with np.load(bundle / CALIBRATION_NAME) as arrays:
+        whole = dict(arrays)
+    names = whole["names"].tolist()
+    for name, value in (
+        *((name, evil) for name in ("webp", "model", "estimator", "resize")),
+        ("webp", "9" * 1000),
+        ("names", [*names[:-1], evil]),
+        ("names", [*names[:-1], "x" * 1000]),
+        ("\x1b", "x"),
+    ):
+        np.savez(tmp_path / "made.npz", **{**whole, name: np.array(value)})
+        if name == "\x1b":  # a damaged member, which messages name
+            content = bytearray((tmp_path / "made.npz").read_bytes())
+            content[content.index(b"\x1b.npy") + 150] ^= 1
+            (tmp_path / "made.npz").write_bytes(content)
+        with pytest.raises(CalibrationError) as refused:
+            Calibrations.load(tmp_path / "made.npz")
+        message = str(refused.value).removeprefix(str(tmp_path))
+        assert message.isprintable() and len(message) < 300
 
 
 def test_a_damaged_name_of_an_array_hides_no_calibration(bundle: Path) -> None:

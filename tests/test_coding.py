@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -885,7 +886,13 @@ def test_a_part_of_other_images_is_refused(
 
 @pytest.mark.parametrize(
     "names",
-    [["../a.png", "b.png"], ["/a.png", "b.png"], ["a.png", "a.png"], ["a.png", "a.png/b.png"]],
+    [
+        ["../a.png", "b.png"],
+        ["/a.png", "b.png"],
+        ["a.png", "a.png"],
+        ["a.png", "a.png/b.png"],
+        ["a.png", 1200 * "a/" + "b.png"],
+    ],
 )
 def test_an_archive_writes_nothing_outside_its_folder(
     names: list[str], bundle: Bundle, small_images: np.ndarray, tmp_path: Path
@@ -999,6 +1006,27 @@ def test_a_chunk_has_no_more_pixels_than_an_encoder_puts_into_it(
     next(decoded)
     with pytest.raises(Damaged, match="too many pixels"):
         next(decoded)
+
+
+def test_a_small_archive_does_not_fill_the_disk(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = networks.Networks(bundle)
+    coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
+    path, black = tmp_path / "bomb.ade", Picture(np.zeros((1000, 1000, 3), np.uint8))
+    with open(path, "w+b") as file:
+        archives.write_header(file, header(bundle, 2))
+        for i in range(2):
+            chunk, *_ = coder.encode([f"{i}.bmp"], [black], use_model=False)
+            archives.write_chunk(file, i, 1, chunk)
+        archives.write_end(file, 2)
+    free = 5
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=100, free=free))
+    decompress.decompress(path, tmp_path / "back", bundle)
+    free = 4
+    with pytest.raises(CodingError, match="would fill the disk"):
+        decompress.decompress(path, tmp_path / "other", bundle)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "bomb.ade"]
 
 
 def test_text_of_an_archive_does_not_control_the_terminal(
@@ -1146,8 +1174,13 @@ def test_what_an_archive_cannot_hold_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "b\\c.png")
-    with pytest.raises(CodingError, match="no backslash"):
-        open_source(tmp_path)
+    deep = tmp_path / "deep" / (64 * "a/")
+    deep.mkdir(parents=True)
+    (deep / "b.png").touch()
+    for folder in (tmp_path / "a", tmp_path / "deep"):
+        with pytest.raises(CodingError, match="no backslash, .* at most 63 folders"):
+            open_source(folder)
+    assert open_source(tmp_path / "deep" / "a").count == 1
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     monkeypatch.setattr("coding.pictures.MAX_FILE_BYTES", 4000)
     with pytest.raises(CodingError, match=r"40 x 40 pixels .* can store 4,000"):

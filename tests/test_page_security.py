@@ -54,7 +54,7 @@ from serving.page.uploads import (
     safe_name,
 )
 from serving.ports import free_ports
-from serving.tables import safe_cell, write_csv
+from serving.tables import FORMULA_STARTS, safe_cell, write_csv
 from tests.bombs import chunk
 from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService
@@ -1066,7 +1066,7 @@ def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"]
+    "name", ["=1+1.png", "+1", "-1", "@SUM(A1)", "\t1", "\r1", "\n1", " =1", "＝1"]
 )
 def test_spreadsheets_run_no_cell(name: str) -> None:
     assert safe_cell(name) == f"'{name}"
@@ -1076,6 +1076,19 @@ def test_spreadsheets_run_no_cell(name: str) -> None:
     assert row == {"path": f"'{name}", "bpd": "-1.25", "notes": "'=note"}, "numbers stay numbers"
 
 
-@pytest.mark.parametrize("name", ["cat.png", "", "a=1", "folder/-1.png", "'quoted"])
+@pytest.mark.parametrize("separator", [";", "; ", "\t", "\n", "\r", ';"', ";\t", ";;"])
+def test_spreadsheets_that_split_elsewhere_run_no_cell(separator: str) -> None:
+    name = f"a{separator}=cmd|'/C calc'!A1;.png"
+    table = io.StringIO(newline="")
+    write_csv(table, ["path", "notes"], [{"path": name, "notes": f"{name}, as before"}])
+    for delimiter in (",", ";", "\t"):
+        rows = csv.reader(io.StringIO(table.getvalue(), newline=""), delimiter=delimiter)
+        cells = [cell.lstrip(" ") for row in rows for cell in row]
+        assert not [cell for cell in cells if cell.startswith(tuple(FORMULA_STARTS))]
+
+
+@pytest.mark.parametrize(
+    "name", ["cat.png", "", "a=1", "folder/-1.png", "'quoted", "a; b", "a;b=1"]
+)
 def test_other_cells_stay_as_they_are(name: str) -> None:
     assert safe_cell(name) == name

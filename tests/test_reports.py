@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from export.verdict.ood_bench_report import _histogram
 from export.verdict.separation import COMBINED, RAW_BPD
 from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
-from export.verdict.what_if_report import write_what_if
+from export.verdict.what_if_report import what_if_lines, write_what_if
 from serving.brand import MARK, percent, verdict_card
 from serving.reports import from_markdown, markdown_table, render
 from serving.verdict.false_alarms import false_alarm_band
@@ -30,18 +31,19 @@ def is_complete(page: str) -> bool:
 def test_a_report_needs_no_other_file() -> None:
     folder = ROOT / "docs" / "ood"
     title, *lines = (folder / "report.md").read_text().splitlines()
+    files = {path.name: path for path in folder.glob("*.png")}
     card = verdict_card("accept", "It works.", heading="Good")
-    page = render(title, card, content=from_markdown(lines, folder))
+    page = render(title, card, content=from_markdown(lines, files))
     assert is_complete(page) and MARK in page and page.count("data:image/png;base64,") > 3
     assert page.index("It works.") < page.index("False alarms")
     assert "prefers-reduced-motion" in page and "@media print" in page
     assert page.count("<table") == page.count("<thead") >= 3 and "|---" not in page
 
 
-def test_markdown_is_escaped(tmp_path: Path) -> None:
+def test_markdown_is_escaped() -> None:
     lines = ["## A & B", "", "| set | at *0.1* |", "|---|---|", "| <script> | 0.5 |"]
     lines += ["", "- **bold** `<b>`", "- a_b", "", "![gone](nowhere.png)"]
-    found = from_markdown(lines, tmp_path)
+    found = from_markdown(lines, {"nowhere.png": Path("nowhere.png")})
     assert "<h2>A &amp; B</h2>" in found and "<script" not in found
     assert "<td class=ade-number>0.5</td>" in found and "<em>0.1</em>" in found
     assert "<li><b>bold</b> <code>&lt;b&gt;</code></li><li>a_b</li>" in found
@@ -51,10 +53,10 @@ def test_markdown_is_escaped(tmp_path: Path) -> None:
     assert page.count("&lt;script&gt;") == 4 and "<img" not in page and "<script" not in page
 
 
-def test_a_cell_holds_any_text(tmp_path: Path) -> None:
+def test_a_cell_holds_any_text() -> None:
     lines = markdown_table(["set", "share"], [["a | b\nc", "0.5"], ["|", ""]])
     assert lines == ["| set | share |", "|---|---|", r"| a \| b c | 0.5 |", r"| \| |  |"]
-    found = from_markdown(lines, tmp_path)
+    found = from_markdown(lines)
     assert "<td>a | b c</td><td class=ade-number>0.5</td>" in found
     assert "<td>|</td><td class=ade-number></td>" in found
 
@@ -104,6 +106,18 @@ def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -
     write_what_if(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "1,234 images calibrated it" in page and "no verdict" not in page
+
+
+def test_a_name_takes_no_file_into_a_report_and_controls_no_terminal(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("password secret")
+    way = Way(False, 1, 1, 999, [], [])
+    caught = {"![a](.netrc)\x1b[2J": [1.0] * len(ALPHAS)}
+    found = WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught)
+    write_what_if(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "![a](.netrc)" in page
+    assert base64.b64encode(b"password secret").decode() not in page
+    assert all(line.isprintable() for line in what_if_lines(found))
 
 
 def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:

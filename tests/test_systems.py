@@ -401,7 +401,7 @@ def test_a_long_failure_stays_in_its_row() -> None:
     }
     table = _table([row])
     assert len(table) == 3 and "\n" not in table[2] and len(table[2]) < 400
-    page = from_markdown(table, Path())
+    page = from_markdown(table)
     assert "<b>failed: CUDA error: a | b Compile with <code>TORCH_USE_CUDA_DSA</code> size" in page
     assert page.count("<td") == page.count("<th class") + page.count("<th>") == 11
 

@@ -22,7 +22,7 @@ from export.verdict.separation import (
 )
 from serving.brand import verdict_card
 from serving.files import replacing, write_text
-from serving.messages import printable
+from serving.messages import visible
 from serving.reports import from_markdown, markdown_table, render
 from serving.tables import safe_cell
 from serving.verdict.calibration_file import Calibrations
@@ -55,18 +55,19 @@ def write_report(
         The report's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    id_name = printable(id_name)
+    id_name = visible(id_name)
     of_id = Judged.of(calibrations, id_images)
-    judged = {printable(name): Judged.of(calibrations, its) for name, its in ood_sets.items()}
+    judged = {visible(name): Judged.of(calibrations, its) for name, its in ood_sets.items()}
     table: dict[str, dict[str, Figures]] = {}
-    for number, (name, its) in enumerate(judged.items()):
+    pictures = [f"histogram-{number}.png" for number in range(len(judged))]
+    for file, (name, its) in zip(pictures, judged.items(), strict=True):
         table[name] = {
             score: compare_scores(of_id.scores[score], values)
             for score, values in its.scores.items()
             if score in of_id.scores
         }
         table[name][COMBINED] = replace(table[name][COMBINED], flagged=its.flagged())
-        _histogram(of_id.scores, its.scores, id_name, name, out / f"histogram-{number}.png")
+        _histogram(of_id.scores, its.scores, id_name, name, out / file)
     has_features = any(NO_FEATURES in figures for figures in table.values())
     _write_csv(table, out / "figures.csv")
     lines = [
@@ -97,7 +98,7 @@ def write_report(
         "Left: the combined score, higher is more unusual. Right: bits per dimension. The first "
         "and last bars hold all values beyond the axis.",
         "",
-        *(f"![{name}](histogram-{number}.png)\n" for number, name in enumerate(judged)),
+        *(f"![{name}]({file})\n" for name, file in zip(judged, pictures, strict=True)),
     ]
     path = out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
@@ -105,7 +106,7 @@ def write_report(
     page = render(
         title.removeprefix("# "),
         _verdict(table, of_id.calibrated),
-        content=from_markdown(rest, out),
+        content=from_markdown(rest, {file: out / file for file in pictures}),
     )
     write_text(out / "report.html", page)
     return path

@@ -35,7 +35,7 @@ def write_what_if(found: WhatIf, path: Path) -> None:
             summary.choice, summary.sentence, (), [*without, *summary.notes], summary.heading
         ),
         subtitle=gate_of(found),
-        content=from_markdown(what_if_lines(found), path.parent),
+        content=from_markdown(what_if_lines(found)),
     )
     write_text(path, page)
 

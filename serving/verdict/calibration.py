@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.messages import show
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
@@ -26,6 +27,9 @@ from serving.verdict.semantic import DISTANCE, ENERGY, SEMANTIC_PREFIX, KnownIma
 from serving.verdict.statistics import PIXEL_PREFIX
 
 CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
+MAX_NAMES = 1000  # of statistics; a model has some dozens
+MAX_NAME = 100  # characters of one
+MAX_SHOWN = 5  # of them, in a message
 ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 
 
@@ -125,10 +129,11 @@ class Calibration:
         """
         missing = sorted({*self.names, *([DISTANCE] if self.known else [])} - set(names))
         if missing:
+            more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
             raise CalibrationError(
                 f"the calibration was fitted to statistics that this version does not compute"
                 f"{' without features.onnx' if missing[-1].startswith(SEMANTIC_PREFIX) else ''}: "
-                f"{', '.join(missing)}; ade calibrate makes another"
+                f"{', '.join(missing[:MAX_SHOWN])}{more}; ade calibrate makes another"
             )
 
     def check_values(self) -> None:
@@ -138,9 +143,14 @@ class Calibration:
             CalibrationError: they do not; the error names the first such array.
         """
         if self.estimator != ESTIMATOR:
-            raise CalibrationError(f"estimator must be {ESTIMATOR}, got {self.estimator!r}")
+            raise CalibrationError(f"estimator must be {ESTIMATOR}, got {show(self.estimator)}")
         if self.resize not in (None, "fit"):
-            raise CalibrationError(f"resize must be empty or fit, got {self.resize!r}")
+            raise CalibrationError(f"resize must be empty or fit, got {show(self.resize)}")
+        for name in self.names:  # messages and answers have them
+            if len(name) > MAX_NAME or not name.isprintable():
+                raise CalibrationError(
+                    f"names must have at most {MAX_NAME} printable characters, got {show(name)}"
+                )
         size, pixels, n = len(self.names), len(self.pixel_columns), self.scores.size
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
         if semantic != sorted(semantic) or (any(semantic) and self.known is None):
@@ -166,7 +176,7 @@ class Calibration:
                 )
         for name, scores in self.corrupted.items():
             if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
-                raise CalibrationError(f"the scores of {name!r} must be finite numbers")
+                raise CalibrationError(f"the scores of {show(name)} must be finite numbers")
         digests = [(its, (its.size,)) for its in (self.digests, self.fitted_digests)]
         if self.joined is not None:
             digests.append((self.joined.digests, (len(self.joined.files),)))
@@ -389,11 +399,14 @@ class Calibration:
             return of(name) if prefix + name in arrays else np.empty(0, np.uint64)
 
         start = prefix + CORRUPTED_PREFIX
-
+        names = of("names")
+        # An array without values takes no bytes of its file, however long it is.
+        if max(names.shape, default=0) > MAX_NAMES:
+            raise CalibrationError(f"names must be at most {MAX_NAMES}, got {names.shape}")
         return cls(
             str(of("estimator")),
             str(of("resize")) or None,
-            tuple(map(str, of("names"))),
+            tuple(map(str, names)),
             NormalScores(of("grid"), of("spread")),
             Mixture.from_arrays(arrays, f"{prefix}mixture"),
             of("scores"),

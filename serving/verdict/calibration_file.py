@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
 from serving.files import read_file
 from serving.images import coder_version
+from serving.messages import show, visible
 from serving.verdict.calibration import Calibration, CalibrationError
 
 DEFAULT = "default"  # the name of a bundle's own calibration
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
 ZIP = b"PK\x03\x04"  # the beginning of an .npz file
-MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file
+ZIP_ENTRY = b"PK\x01\x02"  # the beginning of an entry of its directory
+MAX_ENTRIES = 1000  # a file has some dozens
+MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file, and of its arrays
+MAX_LABEL = 200  # characters of `model` and `webp`, which messages quote
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,15 @@ class Calibrations:
             content = read_file(path, MAX_CALIBRATION_BYTES)
             if not content.startswith(ZIP):  # NumPy would take it for a pickle
                 raise ValueError(f"expected an .npz file, got {len(content)} bytes of another kind")
+            entries = content.count(ZIP_ENTRY)  # each takes memory as soon as the file is opened
+            if entries > MAX_ENTRIES:
+                raise ValueError(f"expected at most {MAX_ENTRIES} arrays, got {entries}")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                _check_sizes(arrays.zip)
                 # An array whose name is damaged would not be missed where it need not be there.
                 damaged = arrays.zip.testzip()
                 if damaged is not None:
-                    raise ValueError(f"{damaged} is damaged")
+                    raise ValueError(f"{show(damaged)} is damaged")
                 exact = Calibration.from_arrays(arrays)
                 if f"{RESIZED_PREFIX}scores" in arrays:
                     resized: Calibration | None = Calibration.from_arrays(arrays, RESIZED_PREFIX)
@@ -142,9 +150,9 @@ class Calibrations:
                     resized,
                     name,
                     version_of(content),
-                    str(arrays["model"]) if "model" in arrays else "",
+                    _label(arrays, "model"),
                     str(arrays["data"]) if "data" in arrays else "",
-                    webp=str(arrays["webp"]) if "webp" in arrays else "",
+                    webp=_label(arrays, "webp"),
                 )
         except (
             ValueError,
@@ -157,7 +165,33 @@ class Calibrations:
             BadZipFile,
             zlib.error,
         ) as error:
-            raise CalibrationError(f"{path} is not a calibration: {error}") from error
+            raise CalibrationError(f"{path} is not a calibration: {visible(str(error))}") from error
+
+
+def _check_sizes(archive: ZipFile) -> None:
+    """Check that reading the arrays takes no more memory than those of any calibration.
+
+    Raises:
+        ValueError: they are larger, or packed so that nothing limits what one read returns.
+    """
+    entries = archive.infolist()
+    if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in entries):
+        raise ValueError("its arrays must be stored or deflated")
+    size = sum(entry.file_size for entry in entries)
+    if size > MAX_CALIBRATION_BYTES:
+        raise ValueError(
+            f"its arrays must have at most {MAX_CALIBRATION_BYTES:,} bytes, got {size:,}"
+        )
+
+
+def _label(arrays: Mapping[str, np.ndarray], name: str) -> str:
+    """A short text for messages; empty if there is none."""
+    text = str(arrays[name]) if name in arrays else ""
+    if len(text) > MAX_LABEL or not text.isprintable():
+        raise ValueError(
+            f"{name} must be at most {MAX_LABEL} printable characters, got {show(text)}"
+        )
+    return text
 
 
 def version_of(content: bytes) -> str:

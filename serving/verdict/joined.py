@@ -71,8 +71,14 @@ class Joined:
         """Rebuild from :meth:`arrays`; ``None`` if there are none."""
         if f"{prefix}joined_files" not in arrays:
             return None
+        files = arrays[f"{prefix}joined_files"]
+        # An array without values takes no bytes of its file, however long it is.
+        if files.ndim != 1 or files.dtype != "U64":
+            raise ValueError(
+                f"joined_files must be SHA-256 in hexadecimal, got {files.dtype} {files.shape}"
+            )
         return cls(
-            tuple(map(str, arrays[f"{prefix}joined_files"])),
+            tuple(map(str, files)),
             arrays[f"{prefix}joined_rows"],
             arrays[f"{prefix}joined_scores"],
             arrays[f"{prefix}joined_digests"],

@@ -130,7 +130,8 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     path = out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
     title, *rest = lines
-    page = render(title.removeprefix("# "), _verdict(rows), content=from_markdown(rest, out))
+    files = {f"pictures/{path.name}": path for path in pictures.iterdir()}
+    page = render(title.removeprefix("# "), _verdict(rows), content=from_markdown(rest, files))
     write_text(out / "report.html", page)
     return path
 
