@@ -58,6 +58,8 @@ from serving.page.explore import VARIATIONS
 from serving.page.files import UPLOADS, write_file
 from serving.page.many import _said, _scores
 from serving.page.reconstruct import in_words
+from serving.page.routes import LOGGED_OUT
+from serving.page.sample import hand_on
 from serving.page.score import REASONS, Scored, explained
 from serving.page.served import (
     NOT_AN_IMAGE,
@@ -551,6 +553,15 @@ def test_a_full_queue_does_not_leave_a_former_verdict(page: Page) -> None:
     page.unroute("**/queue/join*")
     panel.get_by_role("button", name="Score", exact=True).click()
     expect(panel.locator(".ade-verdict")).to_be_visible()
+
+
+def test_a_tab_that_is_no_longer_logged_in(page: Page) -> None:
+    """It says so, also at events that are not queued."""
+    show(page, "Score")
+    refused: Any = {"status": 401, "json": {"detail": LOGGED_OUT}}
+    page.route(re.compile("queue/join|run/predict"), lambda route: route.fulfill(**refused))
+    panel_of(page).locator(".ade-examples button:has(img)").last.click()
+    expect(page.get_by_test_id("toast-text")).to_have_text(LOGGED_OUT)
 
 
 def test_refused_files_do_not_leave_former_results(page: Page) -> None:
@@ -1161,10 +1172,16 @@ def test_a_session_that_the_server_does_not_know(tiny_bundle: Path) -> None:
     (judge,) = (fn.fn for fn in fns if fn.fn.__name__ == "judge_again")
     card, *others = judge("tiny", None, 0.2, "a.png", Runs())
     assert "has lost this image's score" in html.unescape(card) and others == ["", ""]
-    known = Runs()
-    known.start()
-    for image, runs in ((None, Runs()), ("a.png", known)):  # the latter is being scored
-        assert judge("tiny", None, 0.2, image, runs) == (gr.skip(),) * 3
+    ended, waiting, failing = Runs(), Runs(), Runs()
+    # While it is scored; afterwards, only the score may have expired.
+    during = latest_only(lambda image: judge("tiny", None, 0.2, image, ended), 3)("a.png", ended)
+    assert judge("tiny", None, 0.2, "a.png", ended)[0] == card
+    waiting.is_due = True
+    with pytest.raises(ZeroDivisionError):
+        latest_only(lambda image: image / 0, 3)(1, failing)
+    for said in (during, *(judge("tiny", None, 0.2, "a.png", runs) for runs in (waiting, failing))):
+        assert said == (gr.skip(),) * 3
+    assert judge("tiny", None, 0.2, None, Runs()) == (gr.skip(),) * 3
     failed = [fn.fn for fn in fns if fn.fn.__name__ == "clear_if_failed"]
     assert len(failed) >= 4
     for clear in failed:
@@ -1390,11 +1407,15 @@ def test_samples_are_of_the_chosen_model(
 def test_what_is_no_longer_kept(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an hour: the page still shows a set of samples."""
+    """After an hour: the page still shows samples and steps."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
     served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
     with pytest.raises(gr.Error, match="Draw their seed again"):
         page_function(served, "again")([], SimpleNamespace(index=0))
+    with pytest.raises(gr.Error, match="Press Explore"):
+        page_function(served, "frame_at")(1, None)
+    with pytest.raises(gr.Error, match="no longer kept: click one, or draw the seed again"):
+        hand_on(None, "Score")
 
 
 def test_files_are_not_remembered_for_ever(

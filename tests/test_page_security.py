@@ -42,7 +42,7 @@ from serving.page.app import PageServer, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
 from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
-from serving.page.routes import MAX_UNREAD, route_of
+from serving.page.routes import LOGGED_OUT, MAX_UNREAD, route_of
 from serving.page.sample import remember
 from serving.page.served import Runs, made_here
 from serving.page.uploads import (
@@ -390,7 +390,8 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
     for cookies in ({}, {"access-token-unsecure": "x"}):
         with httpx.Client(base_url=page.url, cookies=cookies) as client:
             files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
-            assert client.post("/gradio_api/upload", files=files).status_code == 401
+            answer = client.post("/gradio_api/upload", files=files)
+            assert answer.status_code == 401 and answer.text == LOGGED_OUT
             for path in (
                 "/config",
                 "/gradio_api/info",
@@ -399,10 +400,11 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
             ):
                 answer = client.get(path)
                 assert answer.status_code in (401, 403) and "cifar" not in answer.text, path
-            joined = client.post(
-                "/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "a"}
-            )
-            assert joined.status_code == 401
+            for path in ("queue/join", "call/about", "run/predict"):
+                event = {"data": [], "fn_index": 0, "session_hash": "a"}
+                answer = client.post(f"/gradio_api/{path}", json=event)
+                assert answer.status_code == 401
+                assert answer.json() == {"detail": LOGGED_OUT}  # an open tab shows no object
             assert (
                 client.post("/login", data={"username": "ade", "password": "wrong"}).status_code
                 == 400
@@ -620,6 +622,18 @@ def test_what_all_sessions_leave_unread_is_bounded(
             assert "used" in kept and "first" not in kept and len(kept) <= 21
 
 
+def test_no_client_skips_the_queue(page: RunningPage) -> None:
+    client = page.client()
+    about = {"data": ["cifar10-av-ade"]}
+    assert client.post("/gradio_api/run/about", json=about).status_code == 404
+    assert client.post("/gradio_api/call/about", json=about).status_code == 200
+    config = client.get("/config").json()
+    datasets = {one["id"] for one in config["components"] if one["type"] == "dataset"}
+    choose = next(f for f in config["dependencies"] if datasets & set(f["inputs"]))
+    event = {"fn_index": choose["id"], "data": [0], "session_hash": "a"}
+    assert client.post("/gradio_api/run/predict", json=event).status_code == 200
+
+
 def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
     client = page.client()
     for route in ("queue/join", "call/about", "run/about", "cancel"):
@@ -769,6 +783,14 @@ def test_uploads(page: RunningPage) -> None:
     for folder in (kept.parent, kept.parent.parent, page.inbox):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    # A cookie of another service on the host.
+    cookies = [*(f"{one.name}={one.value}" for one in client.cookies.jar), "other=Jörg"]
+    answer = client.post(
+        "/gradio_api/upload",
+        files=[("files", ("cat.png", image))],
+        headers={"Cookie": "; ".join(cookies).encode()},
+    )
+    assert answer.status_code == 200
     assert upload(client, ("large.png", bytes(17 * 2**20))).status_code == 413
     assert upload(client, *[("a.png", b"x")] * 1001).status_code == 413
     assert client.post("/gradio_api/upload", content=b"x").status_code == 400
@@ -833,7 +855,8 @@ def test_clients_lose_their_own_oldest_files_only(
     quota = Quota()
 
     def send(client: str, name: str, size: int) -> Path:
-        with quota.sending(client, size):
+        with quota.sending(client, size) as add_file:
+            add_file()
             path = tmp_path / name / "a.png"
             path.parent.mkdir()
             path.write_bytes(bytes(size))
@@ -863,6 +886,44 @@ def test_clients_lose_their_own_oldest_files_only(
     monkeypatch.setattr(uploads, "KEPT_S", 0.0)
     send("d", "12", 100)
     assert not other.exists(), "it expired"
+
+
+def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them take 75 KB, and their sender may withhold the end."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(uploads, "CLIENT_FILES", 3)
+    monkeypatch.setattr(uploads, "ALL_FILES", 5)
+    part = b"--b\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\nx\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=b", "content-length": "1000"}
+    quota = Quota()
+
+    def files() -> int:
+        return len(list((tmp_path / "uploads").iterdir()))
+
+    async def send(client: str, count: int, *, ends: bool = True) -> int:
+        async def body() -> AsyncIterator[bytes]:
+            yield part * count
+            yield b"--b--" if ends else await asyncio.Future()
+            yield b""
+
+        sender = SimpleNamespace(host=client)
+        request: Any = SimpleNamespace(headers=headers, stream=body, client=sender)
+        return (await uploads.receive(request, quota)).status_code
+
+    async def check() -> None:
+        assert await send("a", 2) == 200
+        unfinished = [asyncio.create_task(send(name, 2, ends=False)) for name in ("a", "b")]
+        async with asyncio.timeout(20):
+            while files() != 5:  # the oldest of one is gone
+                await asyncio.sleep(0)
+        assert [await send("c", 1), await send("a", 2)] == [503, 429]
+        for task in unfinished:
+            task.cancel()
+        await asyncio.wait(unfinished)
+        assert files() == 0
+        assert [await send(name, 2) for name in "abc"] == [200, 200, 503]
+
+    asyncio.run(check())
 
 
 def test_a_proxy_on_this_machine_names_the_clients_that_have_a_quota(
@@ -968,6 +1029,9 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
         archive.writestr("nested.zip", nested.getvalue())
         archive.writestr("own.png", b"y")
         archive.writestr("__MACOSX/._own.png", b"added by macOS")
+    with zipfile.ZipFile(inbox / "name.zip", "w") as archive:
+        archive.writestr("a" * 60_000 + ".png", b"x")
+    assert list(contents([str(inbox / "name.zip")])) == [("a" * 196 + ".png", b"x")]
     # However often it is named.
     assert list(contents([str(inbox / "nest.zip")] * 9)) == [("own.png", b"y")]
 

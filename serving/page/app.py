@@ -21,7 +21,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from gradio.state_holder import SessionState
 from starlette.routing import Mount
 
@@ -33,7 +33,7 @@ from serving.engine.bundle import Bundle, open_bundle
 from serving.images import MAX_FILE_BYTES
 from serving.page import about, compare, explore, many, reconstruct, sample, score
 from serving.page.files import UPLOADS, inbox
-from serving.page.routes import UPLOAD, OpenRoutes, report
+from serving.page.routes import LOGGED_OUT, UPLOAD, OpenRoutes, report
 from serving.page.served import UNEXPECTED, Served, Shared, example_files, html, make_inbox
 from serving.page.sweep import start_sweeping
 from serving.page.theme import HEAD, make_theme
@@ -179,14 +179,18 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     async def upload(request: Request) -> Response:
         inside = httpx.ASGITransport(gradio)
         async with httpx.AsyncClient(transport=inside, base_url="http://localhost") as login:
-            answer = await login.get(
-                "/gradio_api/login_check", headers={"Cookie": request.headers.get("cookie", "")}
-            )
+            # As bytes: a cookie that another service on this host has set need not be ASCII.
+            cookies = [one for one in request.scope["headers"] if one[0] == b"cookie"]
+            answer = await login.get("/gradio_api/login_check", headers=cookies)
         if answer.status_code != 200:
-            return JSONResponse(answer.json(), answer.status_code)
+            return PlainTextResponse(LOGGED_OUT, answer.status_code)
         return await receive(request, quota)
 
-    blocks = build_page(served).queue(default_concurrency_limit=4, max_size=MAX_QUEUED)
+    blocks = build_page(served).queue(
+        default_concurrency_limit=4,
+        max_size=MAX_QUEUED,
+        api_open=False,  # otherwise clients may skip the queue
+    )
     blocks._queue.sleep_when_free = QUEUE_SLEEP_S
     blocks.state_session_capacity = MAX_SESSIONS
     gr.mount_gradio_app(

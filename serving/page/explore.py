@@ -167,7 +167,9 @@ def add_tab(shared: Shared) -> None:
     def frame_at(at: float | None, walk: list[str] | None) -> Any:
         """The interpolated image at a place."""
         if not walk:
-            return None
+            raise gr.Error(
+                "The steps are no longer kept: the page keeps them for an hour. Press Explore."
+            )
         return walk[int(at)] if at is not None and 0 <= at < len(walk) else gr.skip()
 
     def first_ends(

@@ -123,7 +123,8 @@ def _unzipped(zipped: bytes, shown: str) -> Iterator[tuple[str, bytes]]:
             for info in archive.infolist():
                 if not is_image_name(info.filename):
                     continue
-                entry = f"{info.filename[:200]} in {shown}"
+                name = info.filename[-200:]  # it may have 64 KiB
+                entry = f"{name} in {shown}"
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     # Python unpacks other methods without a limit, whatever the declared size.
                     raise gr.Error(
@@ -138,7 +139,7 @@ def _unzipped(zipped: bytes, shown: str) -> Iterator[tuple[str, bytes]]:
                         f"{entry} is too large: an image file may have at most "
                         f"{MAX_FILE_BYTES >> 20} MiB unpacked."
                     )
-                yield info.filename, data
+                yield name, data
     except (gr.Error, MemoryError):
         raise
     except Exception:  # zipfile raises struct.error, zlib.error, RuntimeError, …

@@ -74,6 +74,9 @@ MAX_LOGIN = 8 * 2**10  # which everybody may send
 # Lists and objects in a body. 4,000 files have two each; empty ones take 25 times their text.
 MAX_LISTS = 20_000
 MAX_SESSION = 64  # characters of a session's name; those that Gradio makes have up to 36
+LOGGED_OUT = (
+    "You are no longer logged in, perhaps because the page was started again: reload the page."
+)
 
 
 def route_of(method: str, path: str) -> str | None:
@@ -146,11 +149,17 @@ class OpenRoutes:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         route = route_of(method, path)
-        started = False
+        started = is_replaced = False
 
         async def forward(message: Message) -> None:
-            nonlocal started
+            nonlocal started, is_replaced
             started = True
+            # Gradio's own is an object, at which its frontend fails without a word.
+            if message.get("status") == 401 and method == "POST" and path != UPLOAD:
+                is_replaced = True
+                await _refusal(401, LOGGED_OUT)(scope, receive, send)
+            if is_replaced:
+                return
             # Gradio would let pages of any port of localhost read its answers.
             if message["type"] == "http.response.start":
                 message["headers"] = [

@@ -318,5 +318,7 @@ def add_tab(shared: Shared) -> None:
 def hand_on(path: str | None, tab: str) -> tuple[str, Any]:
     """Send a sample to another tab and show that tab."""
     if path is None:
-        raise gr.Error("No sample is chosen yet: click one.")
+        raise gr.Error(
+            "No sample is chosen, or it is no longer kept: click one, or draw the seed again."
+        )
     return path, gr.Tabs(selected=tab)

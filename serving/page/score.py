@@ -217,7 +217,9 @@ def add_tab(shared: Shared) -> None:
         model: str, scored: Scored | None, alpha: float | None, image: Any, runs: Runs
     ) -> tuple[Any, Any, Any]:
         """The same when alpha was moved: a verdict at the former one must not stay there."""
-        if image is not None and not runs.latest:  # the server knows nothing of this session
+        # A run that has yet to end will show a verdict, and one that failed has shown its error.
+        is_explained = runs.is_due or runs.under_way or 0 < runs.failed == runs.latest
+        if image is not None and scored is None and not is_explained:
             return charts.problem(NOT_KEPT), "", ""
         return judge(model, scored, alpha)
 

@@ -344,6 +344,8 @@ def examples(image: gr.Image, files: dict[str, list[str]], min_width: int = 280)
                     trigger_mode="always_last",
                     queue=False,
                     api_visibility="private",
+                ).failure(  # through the queue: Gradio shows no errors of other events
+                    lambda: None, show_progress="hidden", api_visibility="private"
                 )
 
 
@@ -361,6 +363,7 @@ class Runs:
         # What was last chosen on the page that the results depend on, once it has changed.
         self.chosen: tuple[Any, ...] | None = None
         self.is_due = False  # whether the run that this choice causes has yet to start
+        self.under_way = 0  # the last run that started and has not ended, if any
 
     def start(self) -> int:
         """Number a run; from now on, the results of earlier ones are out of date."""
@@ -419,7 +422,7 @@ def latest_only(
             if changed:
                 raise gr.Error(changed)
             return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
-        number = runs.start()
+        number = runs.under_way = runs.start()
         _is_outdated.set(lambda: number != runs.latest)
         try:
             found = run(*given)
@@ -431,6 +434,9 @@ def latest_only(
         else:
             if number == runs.latest:
                 return found
+        finally:
+            if number == runs.under_way:
+                runs.under_way = 0
         return (gr.skip(),) * outputs if outputs > 1 else gr.skip()
 
     # Gradio takes the names of arguments in the API from it.

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -48,10 +48,11 @@ class UploadRefused(Exception):
 
 @dataclass
 class _Kept:
-    """A client's files on the page, oldest first, and the bytes that it is sending."""
+    """A client's files on the page, oldest first, and what it is sending."""
 
     files: dict[Path, tuple[int, float]] = field(default_factory=dict)  # bytes, and time of arrival
-    sending: int = 0
+    sending: int = 0  # bytes
+    arriving: int = 0  # files
 
     @property
     def size(self) -> int:
@@ -67,10 +68,14 @@ class Quota:
 
     def __init__(self) -> None:
         self._clients: dict[str, _Kept] = {}
+        self._files = 0  # of all clients, with those that are arriving
 
     @contextlib.contextmanager
-    def sending(self, client: str, size: int) -> Iterator[None]:
+    def sending(self, client: str, size: int) -> Iterator[Callable[[], None]]:
         """Reserve room for an upload of ``size`` bytes while it arrives.
+
+        Yields:
+            A function to call before each of its files is created, which raises the same error.
 
         Raises:
             UploadRefused: there is no room for it.
@@ -82,31 +87,41 @@ class Quota:
         while kept.files and kept.size + size > CLIENT_BYTES:
             self._drop(kept, next(iter(kept.files)))
         if kept.size + size > CLIENT_BYTES:
-            raise UploadRefused(
-                429, "Other uploads of yours are still under way: try again when they are done."
-            )
+            raise self._busy()
         if sum(one.size for one in self._clients.values()) + size > ALL_BYTES:
             raise self._full()
+        arriving = 0
+
+        def add_file() -> None:
+            nonlocal arriving
+            while kept.files and len(kept.files) + kept.arriving >= CLIENT_FILES:
+                self._drop(kept, next(iter(kept.files)))
+            if kept.arriving >= CLIENT_FILES:
+                raise self._busy()
+            if self._files >= ALL_FILES:
+                raise self._full()
+            arriving += 1
+            kept.arriving += 1
+            self._files += 1
+
         kept.sending += size
         try:
-            yield
+            yield add_file
         finally:
             kept.sending -= size
+            kept.arriving -= arriving
+            self._files -= arriving
 
     def keep(self, client: str, files: list[Path]) -> None:
-        """Count files that have arrived.
-
-        Raises:
-            UploadRefused: all clients together hold too many; the files are removed.
-        """
+        """Count files that have arrived; :meth:`sending` had reserved room for them until now."""
         kept = self._clients.setdefault(client, _Kept())
         kept.files |= {path: (path.stat().st_size, time.monotonic()) for path in files}
-        while len(kept.files) > CLIENT_FILES:
-            self._drop(kept, next(iter(kept.files)))
-        if sum(len(one.files) for one in self._clients.values()) > ALL_FILES:
-            for path in files:
-                self._drop(kept, path)
-            raise self._full()
+        self._files += len(files)
+
+    def _busy(self) -> UploadRefused:
+        return UploadRefused(
+            429, "Other uploads of yours are still under way: try again when they are done."
+        )
 
     def _full(self) -> UploadRefused:
         return UploadRefused(
@@ -116,7 +131,8 @@ class Quota:
         )
 
     def _drop(self, kept: _Kept, path: Path) -> None:
-        kept.files.pop(path, None)
+        del kept.files[path]
+        self._files -= 1
         shutil.rmtree(path.parent, ignore_errors=True)
 
     def _expire(self) -> None:
@@ -129,10 +145,16 @@ class Quota:
 
 
 class _Receiver:
-    """Writes the files of a multipart body while it arrives, with one file open at a time."""
+    """Writes the files of a multipart body while it arrives, with one file open at a time.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for the files, each in a folder of its own.
+        add_file: of :meth:`Quota.sending`.
+    """
+
+    def __init__(self, folder: Path, add_file: Callable[[], None]) -> None:
         self.folder = folder
+        self.add_file = add_file
         self.paths: list[Path] = []  # in order of arrival, with files that are not kept
         self._name = self._value = b""
         self._disposition = b""
@@ -190,6 +212,7 @@ class _Receiver:
         self.paths.append(path)
         self._left = MAX_FILE_BYTES
         if is_accepted(name):
+            self.add_file()
             path.parent.mkdir(mode=0o700)
             self._file = open(path, "xb")
 
@@ -233,23 +256,25 @@ async def receive(request: Request, quota: Quota) -> Response:
     reads are kept; when there are none, the upload is refused.
     """
     client = request.client.host if request.client else ""
-    receiver = _Receiver(inbox() / UPLOADS)
-    receiver.folder.mkdir(mode=0o700, exist_ok=True)
+    folder = inbox() / UPLOADS
+    folder.mkdir(mode=0o700, exist_ok=True)
     try:
-        with quota.sending(client, _length(request)):
-            await _parse(request, receiver)
-            kept = [path for path in receiver.paths if path.exists()]
-            if not kept:
-                raise UploadRefused(415, f"The page takes {', '.join(sorted(SUFFIXES))} files.")
+        with quota.sending(client, _length(request)) as add_file:
+            receiver = _Receiver(folder, add_file)
+            try:
+                await _parse(request, receiver)
+                kept = [path for path in receiver.paths if path.exists()]
+                if not kept:
+                    raise UploadRefused(415, f"The page takes {', '.join(sorted(SUFFIXES))} files.")
+            except BaseException:
+                for path in receiver.paths:
+                    shutil.rmtree(path.parent, ignore_errors=True)
+                raise
+            finally:
+                receiver.close()
         quota.keep(client, kept)
-    except BaseException as error:
-        for path in receiver.paths:
-            shutil.rmtree(path.parent, ignore_errors=True)
-        if isinstance(error, UploadRefused):
-            return PlainTextResponse(error.message, error.status)
-        raise
-    finally:
-        receiver.close()
+    except UploadRefused as error:
+        return PlainTextResponse(error.message, error.status)
     return JSONResponse([str(path) for path in receiver.paths])
 
 
