@@ -86,7 +86,7 @@ endef
 
 # Changes only with the device and with Python, for which packages are then installed again; a new Python needs its own pip.
 $(VENV)/.device: FORCE | $(BIN)/python
-	@now="$(DEVICE), $$($(BIN)/python -V)"; test "$$(cat $@ 2>/dev/null)" = "$$now" || \
+	@now="$(DEVICE), $$($(BIN)/python -c 'import sys; print("Python %d.%d" % sys.version_info[:2])')"; test "$$(cat $@ 2>/dev/null)" = "$$now" || \
 	{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV); echo "$$now" > $@; }
 
 $(VENV)/.serve: pyproject.toml $(VENV)/.device | $(BIN)/python

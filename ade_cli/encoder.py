@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> None:
     if reason is not None and not args.without_labels:
         say(f"no classes: {reason}")
     images = ImageSet(dataset.parts["train"].images, labels)
+    # Before the training, during which files may be lost. `ade calibrate` keeps images whose
+    # classes were learnt out of the calibration.
+    record = record_of(dataset) if labels is not None else None
     if args.small:
         made = train_small_encoder(images, minutes, device, report=say)
         times = made.images_seen / len(images)
@@ -97,7 +100,5 @@ def run(args: argparse.Namespace) -> None:
         made = make_encoder(images)
         about = "EfficientNet-Lite0, trained on ImageNet"
     example = np.asarray(images.images[:2])
-    # `ade calibrate` keeps images whose classes were learnt out of the calibration.
-    record = record_of(dataset) if made.classes else None
-    export_encoder(made.network, example, made.outputs, args.out, record)
+    export_encoder(made.network, example, made.outputs, args.out, record if made.classes else None)
     say(f"wrote {args.out}: {about}, {made.classes or 'no'} classes")

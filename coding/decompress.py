@@ -28,7 +28,7 @@ from serving.messages import show
 # Images without content may have 100,000 times the size of their archive. One that is made to fill
 # a disk has, too: if its images exceed this ratio, it must leave this share of the disk free.
 MAX_RATIO = 100
-MIN_FREE = 0.05
+MIN_FREE, MIN_FREE_BYTES = 0.05, 10 * 2**30  # whichever is less
 
 
 @dataclass
@@ -124,7 +124,7 @@ def decompress(
 
 
 def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> int:
-    """Write the images of a chunk; returns their bytes in memory.
+    """Write the images of a chunk; returns the bytes that they take.
 
     Raises:
         Damaged: the images written since the last call of ``keep`` are invalid.
@@ -136,14 +136,15 @@ def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) 
         raise Damaged("the checksum of a chunk is wrong")
     size = 0
     for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
-        images.write(chunk.first + i, name, picture)
-        size += picture.num_bytes
+        size += images.write(chunk.first + i, name, picture)
     images.keep()
     return size
 
 
 class _Target(Protocol):
-    def write(self, index: int, name: str | None, picture: Picture) -> None: ...
+    def write(self, index: int, name: str | None, picture: Picture) -> int:
+        """Write an image; returns its bytes on disk."""
+        ...
 
     def undo(self) -> None:
         """Remove the images since the last call of ``keep``."""
@@ -160,14 +161,14 @@ class _Files:
         self._recent: list[Path] = []
         self._names: set[str] = set()
 
-    def write(self, index: int, name: str | None, picture: Picture) -> None:
+    def write(self, index: int, name: str | None, picture: Picture) -> int:
         safe = _safe_name(name)
         path = self._folder / safe
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as file:  # never follows a link, never replaces a file
                 self._recent.append(path)
-                file.write(write_picture(str(name), picture))
+                size = file.write(write_picture(str(name), picture))
         except (FileExistsError, NotADirectoryError) as error:
             if str(safe) in self._names or isinstance(error, NotADirectoryError):
                 raise Damaged("two images have the same name") from error
@@ -183,6 +184,7 @@ class _Files:
                 ) from error
             raise
         self._names.add(str(safe))
+        return size
 
     def undo(self) -> None:
         for path in self._recent:
@@ -204,7 +206,7 @@ class _Rows:
         self._first = 0
         self._recent: list[int] = []
 
-    def write(self, index: int, name: str | None, picture: Picture) -> None:
+    def write(self, index: int, name: str | None, picture: Picture) -> int:
         if name is not None or picture.pixels is None:
             raise Damaged("an array has no file names")
         if self._file is None:
@@ -219,6 +221,7 @@ class _Rows:
             raise Damaged("the images of an array have different shapes")
         self._recent.append(index)
         self._put(index, picture.pixels.tobytes())
+        return picture.pixels.nbytes
 
     def _put(self, index: int, row: bytes) -> None:
         assert self._file is not None
@@ -288,7 +291,7 @@ def _check_room(archive: Path, out: Path, restored: int) -> None:
     """
     if restored > MAX_RATIO * archive.stat().st_size:
         disk = shutil.disk_usage(out.parent)
-        if disk.free < MIN_FREE * disk.total:
+        if disk.free < min(MIN_FREE * disk.total, MIN_FREE_BYTES):
             raise CodingError(
                 f"{archive} has images of more than {MAX_RATIO} times its size, which would fill "
                 f"the disk of {out}: {disk.free:,} bytes are free. Give OUT on a disk with more"

@@ -48,9 +48,15 @@ def fit_encoder(
     images = dataset.parts["train"].images
 
     def write(labels: np.ndarray | None) -> TrainedEncoder:
+        record = record_of(dataset) if labels is not None else None
         made = make_encoder(ImageSet(images, labels))
-        record = record_of(dataset) if made.classes else None
-        export_encoder(made.network, np.asarray(images[:2]), made.outputs, path, record)
+        export_encoder(
+            made.network,
+            np.asarray(images[:2]),
+            made.outputs,
+            path,
+            record if made.classes else None,
+        )
         return made
 
     labels = class_labels(dataset) if plan.has_classes else None

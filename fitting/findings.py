@@ -25,16 +25,15 @@ from fitting.report import (
     false_alarms,
     write_report,
 )
-from fitting.survey import Survey
+from fitting.survey import Survey, size_of
 from serving.api.requests import InputImage
 from serving.cores import available_cores
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.engine import InferenceEngine, Score
-from serving.images import file_size
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
-from training.datasets.files import read_again, shuffled
+from training.datasets.files import shuffled
 from training.runs import read_json
 
 TEST_IMAGES = 2000
@@ -119,8 +118,12 @@ def _scores(
     with ThreadPoolExecutor(available_cores()) as pool:
         for first in range(0, len(rows), CHUNK):
             chunk = list(rows[first : first + CHUNK])
-            sizes = pool.map(lambda row: file_size(read_again(folder / names[row])), chunk)
-            resized = [size != (width, height) for size in sizes]
+            found = pool.map(lambda row: size_of(folder / names[row]), chunk)
+            sizes = dict(zip(chunk, found, strict=True))
+            chunk = [row for row in chunk if sizes[row] is not None]  # lost since they were read
+            if not chunk:
+                continue
+            resized = [sizes[row] != (width, height) for row in chunk]
             scores = engine.score(np.asarray(images[chunk]), resized=resized)
             for row, is_resized, score in zip(chunk, resized, scores, strict=True):
                 if isinstance(score, Score):

@@ -25,7 +25,7 @@ from export.feature_source import FeatureSource
 from export.parity import ParityError, parity_images
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
-from export.verdict.images import NamedFile
+from export.verdict.images import readable
 from export.write import export_bundle
 from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on
@@ -34,7 +34,7 @@ from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
 from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
 from training.data import CHANNELS, DataError, Dataset, Report
-from training.datasets.files import few_names_hint, read_again, unusable_hint
+from training.datasets.files import few_names_hint, unusable_hint
 from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import train
@@ -291,9 +291,7 @@ def _bundle(
 
         def files(part: str, most: int) -> Iterator[bytes]:
             names = (name for name in dataset.files[part] if name not in left_out)
-            for path in (folder / name for name in islice(names, most)):
-                # The calibration is made once, so it must not lack files.
-                yield NamedFile.of(str(path), read_again(path))
+            return readable((folder / name for name in islice(names, most)), step)
 
         made = calibrate_bundle(
             exported,

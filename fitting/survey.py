@@ -79,7 +79,7 @@ def picture_sizes(files: Sequence[Path], report: Report = lambda line: None) -> 
     def sizes() -> Iterator[tuple[int, int] | None]:
         with ThreadPoolExecutor(available_cores()) as pool:
             for first in range(0, len(files), CHUNK):  # the pool keeps what it is given in memory
-                yield from pool.map(_size_of, files[first : first + CHUNK])
+                yield from pool.map(size_of, files[first : first + CHUNK])
 
     return Counter(counting("sizes", sizes(), report))
 
@@ -93,7 +93,8 @@ def sizes_in(before: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
-def _size_of(path: Path) -> tuple[int, int] | None:
+def size_of(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image file, or ``None`` if it cannot be read."""
     try:
         return file_size(read_file(path))
     except OSError:

@@ -192,12 +192,14 @@ class FileScorer:
         lost = [
             f"{printable(path)}: {error.message}"
             for path, error in failed.items()
-            if error.may_pass or knows_others
+            # A broken link is there, whereas a lost mount has no entries.
+            if error.may_pass
+            or (knows_others and not os.path.islink(os.path.join(self._folder or "", path)))
         ]
         if lost and not self._can_read(failed.keys()):
             raise BulkError(
                 f"{lost[0]}, and no other file can be read either: call the same command again "
-                "when they can be read"
+                "when they can be read, or leave them out"
             )
         return images
 

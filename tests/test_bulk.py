@@ -46,7 +46,7 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.files import image_paths, only_writer
-from serving.images import MAX_FILE_BYTES
+from serving.images import MAX_FILE_BYTES, write_png
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
 from serving.page.uploads import safe_name
@@ -453,6 +453,19 @@ def test_files_to_try_are_spread_over_the_folder(tiny_bundle: Path, folder: Path
     assert "error" not in scores(paths[-1:])[0]
     gone |= {*paths[-2:]}
     assert scores(paths[-2:-1])[0]["error"] == "unreadable"
+
+
+def test_broken_links_are_rows_however_many(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    """A checkout of which few files were fetched is not a storage that is lost."""
+    names = [f"{i:03}.png" for i in range(100)]
+    for name in names[:-1]:
+        (tmp_path / name).symlink_to("nowhere")
+    (tmp_path / names[-1]).write_bytes(write_png(small_images[0]))
+    rows = FileScorer(open_bundle(tiny_bundle), tmp_path, BulkOptions())
+    found = [row.get("error") for row in rows(names[:64])]
+    assert found == ["unreadable"] * 64
 
 
 def test_all_processes_must_score_with_one_bundle(

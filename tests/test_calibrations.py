@@ -34,7 +34,7 @@ from ade_cli.main import main
 from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.verdict.choice import choose_files, choose_rows
 from export.verdict.feedback import _report_unusual, give_feedback
-from export.verdict.images import digests_of
+from export.verdict.images import digests_of, readable
 from export.verdict.ood_bench import bench
 from serving.api.requests import RawRequest
 from serving.api.service import Service
@@ -552,6 +552,7 @@ def test_a_storage_that_hangs_stops_no_request(
     files = store_module._files
     monkeypatch.setattr(store_module, "_files", hanging)
     monkeypatch.setattr(store_module, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(store_module, "LOOKUP_S", 0.02)
     monkeypatch.setattr(store_module, "CHECK_S", 0.0)
     assert engine.score(dark[:1], calibrations=[engine.store.get()]) == [before]
     with pytest.raises(UnknownCalibration, match="cannot be used"):
@@ -562,6 +563,45 @@ def test_a_storage_that_hangs_stops_no_request(
     engine.store.refresh()  # waits for the reading that hung
     engine.store.refresh()
     assert engine.store.broken == {}
+    monkeypatch.setattr(store_module, "PATIENCE_S", 0.0)  # storage that is slow does not hang
+    monkeypatch.setattr(store_module, "LOOKUP_S", 60.0)
+    assert engine.store.usable() is engine.store.get()
+
+
+def test_a_machine_without_room_for_a_thread_keeps_what_was_read(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_calibrations(open_bundle(bundle), bundle / FOLDER)
+    before = store.get()
+
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(store_module, "CHECK_S", 0.0)
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert store.get() is before and "no room for a thread" in store.broken["/"]
+
+
+def test_a_calibration_that_could_not_be_read_is_not_written(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_calibrations(open_bundle(bundle), None).get()
+    monkeypatch.setattr(file_module, "MAX_CALIBRATION_BYTES", 2**20 + 1000)
+    with pytest.raises(CalibrationError, match="may take at most"):
+        made.to_bytes()
+
+
+def test_a_folder_that_is_lost_while_it_is_read_does_not_calibrate(tmp_path: Path) -> None:
+    paths = [tmp_path / "images" / f"{i}.png" for i in range(20)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.touch()
+    read = readable(iter(paths), lambda line: None)
+    for _ in range(10):
+        next(read)
+    paths[0].parent.rename(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="10 of 20 files cannot be read now"):
+        list(read)
 
 
 def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(

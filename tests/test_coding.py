@@ -1008,8 +1008,9 @@ def test_a_chunk_has_no_more_pixels_than_an_encoder_puts_into_it(
         next(decoded)
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "png"])
 def test_a_small_archive_does_not_fill_the_disk(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = networks.Networks(bundle)
     coder = chunks.ChunkCoder(ImageCoder(loaded), loaded.image_shape)
@@ -1017,13 +1018,16 @@ def test_a_small_archive_does_not_fill_the_disk(
     with open(path, "w+b") as file:
         archives.write_header(file, header(bundle, 2))
         for i in range(2):
-            chunk, *_ = coder.encode([f"{i}.bmp"], [black], use_model=False)
+            chunk, *_ = coder.encode([f"{i}.{suffix}"], [black], use_model=False)
             archives.write_chunk(file, i, 1, chunk)
         archives.write_end(file, 2)
     free = 5
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=100, free=free))
     decompress.decompress(path, tmp_path / "back", bundle)
     free = 4
+    if suffix == "png":  # which is written as small as it was read
+        decompress.decompress(path, tmp_path / "other", bundle)
+        return
     with pytest.raises(CodingError, match="would fill the disk"):
         decompress.decompress(path, tmp_path / "other", bundle)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "bomb.ade"]

@@ -53,7 +53,7 @@ from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, su
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
-from serving.images import ImageError, read_image
+from serving.images import ImageError, read_image, write_png
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder
@@ -667,9 +667,11 @@ def test_a_file_that_cannot_be_read_now_is_not_judged_as_a_resized_one(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     engine = InferenceEngine(open_bundle(tiny_bundle), device="cpu")
-    dataset = Dataset("d", {"test": ImageSet(small_images[:1])}, {}, files={"test": ["0.png"]})
-    with pytest.raises(DataError, match=r"0\.png was read before and cannot be read now"):
-        list(_scores(engine, dataset, "test", [0], tmp_path))
+    files = {"test": ["0.png", "1.png"]}
+    dataset = Dataset("d", {"test": ImageSet(small_images[:2])}, {}, files=files)
+    (tmp_path / "1.png").write_bytes(write_png(small_images[1]))
+    ((row, is_resized, _),) = _scores(engine, dataset, "test", [0, 1], tmp_path)
+    assert (row, is_resized) == (1, False)
 
 
 def test_no_more_test_images_are_read_than_are_used() -> None:
@@ -912,7 +914,7 @@ def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path: Path) -> 
 def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
 ) -> None:
-    """It leaves out no file that cannot be read now: the calibration is made once."""
+    """It leaves out a few files that cannot be read now, but no more: it is made once."""
     folder = make_folder(tmp_path / "images", small_images[:2])
     names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
 
@@ -937,10 +939,13 @@ def test_a_fitting_reports_its_calibration_and_what_it_leaves_out(
     dataset = SimpleNamespace(name="images", files={"select": names, "calibrate": ["gone.png"]})
     lines: list[str] = []
     given: Any = (plan, SimpleNamespace(leaking=[]), dataset, [tmp_path], None, tmp_path)
-    with pytest.raises(DataError, match=r"gone\.png was read before .*: No such file"):
+    dataset.files["calibrate"] = [f"gone{i}.png" for i in range(6)]
+    with pytest.raises(DataError, match="6 of 6 files cannot be read now"):
         _bundle(*given, lines.append)
-    dataset.files["calibrate"] = []
+    lines.clear()
+    dataset.files["calibrate"] = ["gone.png"]
     _bundle(*given, lines.append)
+    assert f"{folder / 'gone.png'}: No such file or directory" in lines[1]
     assert lines[2] == "fitting: left out 1 image: image 0: not an image"
 
 

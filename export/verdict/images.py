@@ -58,7 +58,7 @@ def readable(paths: Iterable[Path], report: Report) -> Iterator[NamedFile]:
             content = read_file(path)
         except OSError as error:
             errors.append((str(path), error.strerror or str(error)))
-            if may_pass(error):
+            if may_pass(error, path):
                 failed.update(errors[-1:])
         else:
             yield NamedFile.of(str(path), content)

@@ -95,7 +95,8 @@ class Calibrations:
         """An ``.npz`` file. One calibration for both paths is stored once, with ``resize`` set.
 
         Raises:
-            CalibrationError: the file has no calibration for images of the model's size.
+            CalibrationError: there is no calibration for images of the model's size, or the arrays
+                are larger than :meth:`load` takes.
         """
         if self.exact is None:
             raise CalibrationError(
@@ -111,6 +112,12 @@ class Calibrations:
             arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
         if self.webp:
             arrays["webp"] = np.array(self.webp)
+        size = sum(np.asarray(its).nbytes for its in arrays.values())
+        if size > MAX_CALIBRATION_BYTES - 2**20:  # with the arrays' headers
+            raise CalibrationError(
+                f"a calibration may take at most {MAX_CALIBRATION_BYTES:,} bytes, this one takes "
+                f"{size:,}: give features with fewer values"
+            )
         np.savez_compressed(out, **arrays)
         return out.getvalue()
 

@@ -29,6 +29,7 @@ SUFFIX = ".npz"
 ALL = "/"  # key of the folder itself among the broken names, which no file has
 CHECK_S = 1.0  # between two readings of the folder
 PATIENCE_S = 2.0  # for a reading, after which requests are answered by what was read before
+LOOKUP_S = 20.0  # the same where the former content does not help, as for a new name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int, int]  # inode, times of the last changes in ns, bytes
 _NOT_READ: _Seen = (-1, -1, -1, -1)  # equal to that of no file
@@ -215,7 +216,7 @@ class CalibrationStore:
         # A reading that another thread began may have missed a new file.
         for _ in range(2):
             if name not in self._current:
-                self.refresh()
+                self.refresh(is_needed=True)
         found = self._current.get(name)
         if found is None and (name in self._broken or ALL in self._broken):
             raise UnknownCalibration(f"the file of the calibration {show(name)} cannot be used")
@@ -232,27 +233,36 @@ class CalibrationStore:
             UnknownCalibration: no calibration has this name.
             CalibrationError: its file, or the whole folder, cannot be used.
         """
-        self.refresh()
+        self.refresh(is_needed=True)
         for key in (name, ALL):
             if key in self._broken:
                 raise CalibrationError(self._broken[key])
         return self.get(name)
 
-    def refresh(self) -> None:
+    def refresh(self, is_needed: bool = False) -> None:
         """Read what has changed in the folder.
 
         In a thread, because a network file system may hang, which nothing can interrupt: the
         former calibrations then stay in use.
+
+        Args:
+            is_needed: whether to wait longer for the reading, because the former do not help.
         """
         if self._folder is None:
             return
         with self._start_lock:
             if self._reading is None or not self._reading.is_alive():
                 self._checked = time.monotonic()
-                self._reading = threading.Thread(target=self._read_changes, daemon=True)
-                self._reading.start()
+                reading = threading.Thread(target=self._read_changes, daemon=True)
+                try:
+                    reading.start()
+                except (RuntimeError, MemoryError):
+                    self._keep(f"{self._folder} was not read: there is no room for a thread")
+                    return
+                self._reading = reading
             reading = self._reading
-        reading.join(max(0.0, self._checked + PATIENCE_S - time.monotonic()))
+        latest = self._checked + (LOOKUP_S if is_needed else PATIENCE_S)
+        reading.join(max(0.0, latest - time.monotonic()))
         if reading.is_alive():
             self._keep(f"{self._folder} does not answer")
 

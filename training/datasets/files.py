@@ -32,8 +32,6 @@ _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing 
 # Errors of read_file for pipes and the like, and for files that are too large. Others may pass,
 # such as those of a network.
 _LASTING = (errno.EINVAL, errno.EFBIG)
-# Lasting, too, of files that were never read: broken links, and files without permission.
-_NOT_THERE = (errno.ENOENT, errno.ELOOP, errno.EACCES)
 RETRY_S = 2.0  # until files are read again whose errors may pass
 A_FEW = 5  # files, or 1 % of all, may fail without a failure of the storage
 Item = TypeVar("Item")
@@ -215,9 +213,11 @@ def read_again(path: Path) -> bytes:
         ) from error
 
 
-def may_pass(error: OSError) -> bool:
-    """Whether the error of a file may be that of its storage, such as a network's."""
-    return error.errno not in _LASTING + _NOT_THERE
+def may_pass(error: OSError, path: Path) -> bool:
+    """Whether the error of a file that was listed may be that of its storage, which may be lost."""
+    if error.errno == errno.ENOENT:
+        return not os.path.islink(path)
+    return error.errno not in (*_LASTING, errno.ELOOP, errno.EACCES)
 
 
 def check_storage(failed: Mapping[str, str], files: int) -> None:

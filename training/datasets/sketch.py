@@ -100,7 +100,7 @@ def file_hashes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         try:
             yield path, _hash_of(read_file(path))
         except OSError as error:
-            if may_pass(error):
+            if may_pass(error, path):
                 failed[str(path)] = error.strerror or str(error)
     check_storage(failed, len(paths))
 
