@@ -1068,6 +1068,19 @@ def test_bundles_of_one_name_do_not_take_each_other_s_place() -> None:
         served_models([first, *copies])
 
 
+def pool_of(process: Any, folder: Path) -> Pool:
+    """A pool whose only worker has a stand-in for its process."""
+    settings = WorkerSettings(
+        *(str(folder), "tiny@1", "", "score", "score", "1"),
+        *(str(folder), ServingOptions(device="cpu")),
+    )
+    pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+    (place,) = pool._workers
+    place.is_ready = True
+    pool._tasks.append(asyncio.create_task(place.keep(process)))
+    return pool
+
+
 def test_whatever_fails_at_a_worker_it_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1095,15 +1108,7 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
         return Failing()
 
     async def answer() -> None:
-        settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
-            *(str(tmp_path), ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
-        (place,) = pool._workers
-        process: Any = Failing()
-        place.is_ready = True
-        pool._tasks.append(asyncio.create_task(place.keep(process)))
+        pool = pool_of(Failing(), tmp_path)
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(20):
             for _ in range(2):
@@ -1143,15 +1148,9 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
             return 70
 
     async def answer() -> None:
-        settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
-            *(str(tmp_path), ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        process = Answering()
+        pool = pool_of(process, tmp_path)
         (place,) = pool._workers
-        process: Any = Answering()
-        place.is_ready = True
-        pool._tasks.append(asyncio.create_task(place.keep(process)))
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(5):
             found = await pool.answer(request)

@@ -782,7 +782,7 @@ def test_a_large_scan_is_stored_as_a_file(
 def test_an_array_with_a_slow_image_is_no_bug(
     bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is no file that could be stored instead."""
+    """An array has no file to store in place of the image."""
     monkeypatch.setattr("coding.pictures.read_image", mock.Mock(side_effect=SLOW))
     source = save_array(tmp_path / "in.npy", small_images[:100])
     with pytest.raises(CodingError, match="more than 2 seconds to decode"):

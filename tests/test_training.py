@@ -310,7 +310,9 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
     assert applied(norm / (2 * SPIKE))[1] == pytest.approx(4 * norm / (2 * SPIKE), rel=1e-4)
 
 
-def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images: np.ndarray) -> None:
+def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(
+    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dataclasses.replace(SMALL, d_steps=1)
     (batch,) = batches(small_images, 1, config)
     each, every_second = (
@@ -322,9 +324,12 @@ def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images: np
     trained = trainer(dataclasses.replace(config, gp_weight=10.0, gp_every=2, warmup_steps=0))
     assert trained.discriminator is not None and trained.d_optimizer is not None
     weights, applied = list(trained.discriminator.parameters()), []
-    trained.d_optimizer.step = lambda: applied.append(  # type: ignore[method-assign,assignment]
-        torch.cat([p.grad.flatten() for p in weights if p.grad is not None]).norm().item()
-    )
+
+    def step() -> None:
+        gradients = [p.grad.flatten() for p in weights if p.grad is not None]
+        applied.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(trained.d_optimizer, "step", step)
     found = [trained.run(batch) for _ in range(80)]
     kept = [size / its["d_grad_norm"] for size, its in zip(applied, found, strict=True)]
     of_penalty = [

@@ -192,7 +192,7 @@ def _check_sizes(archive: ZipFile) -> None:
 
 
 def _label(arrays: Mapping[str, np.ndarray], name: str) -> str:
-    """A short text for messages; empty if there is none."""
+    """One of the file's short texts, which messages show; empty if the file lacks it."""
     text = str(arrays[name]) if name in arrays else ""
     if len(text) > MAX_LABEL or not text.isprintable():
         raise ValueError(
