@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         choices=PARTS,
         default="test",
-        help="default: %(default)s; figures of other parts, or of other data than the run's own, "
-        "are printed but not stored for `ade export`",
+        help="part of the data set to measure (default: %(default)s); figures of other parts, or "
+        "of other data than the run's own, are printed but not stored for `ade export`",
     )
     parser.add_argument("--images", type=int, metavar="N", help="use the part's first N images")
     add_measure_arguments(parser)

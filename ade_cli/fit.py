@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Turn a folder of images into a bundle that can be served: survey the images, choose what "
         "to train, train, measure, export and calibrate it, and write a report. It takes about 800 "
         "images or more; files of more than 16 million pixels or 16 MiB are left out. The same "
-        "command resumes an interrupted fitting."
+        "command resumes an interrupted run."
     )
     parser.add_argument(
         "folder", type=given_path, metavar="DIR", help="folder of images, searched recursively"
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="at most 64 (default: the size that suits most of the images)",
+        help="per side, at most 64 (default: the size that suits most of the images)",
     )
     parser.add_argument(
         "--licence",

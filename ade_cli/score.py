@@ -34,7 +34,7 @@ ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Score image files: bits per dimension, the verdict and the decision. Scores of files are "
+        "Score image files: bits per dimension, p-value and decision. Scores of files are "
         "printed as JSON lines; those of a folder are written to a table, and the same command "
         f"resumes an interrupted one. Exit status: 0; 2 for an error; {NO_VERDICT} if no image got "
         "a verdict."

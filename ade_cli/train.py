@@ -105,7 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         metavar="N",
-        help="steps after which a checkpoint is written earlier (default: %(default)s)",
+        help="also write a checkpoint every N steps, beside those every five minutes "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--evaluate-steps",

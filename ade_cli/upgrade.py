@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         nargs="?",
         metavar="BUNDLE",
-        help="what is to be served from now on",
+        help="folder of the new bundle",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
