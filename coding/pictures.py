@@ -24,6 +24,14 @@ from serving.images import MAX_FILE_BYTES, MAX_PIXELS, ImageError, read_image
 WRITTEN = {".png": "PNG", ".bmp": "BMP"}
 _GREY = ["converted from L to RGB"]
 _NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; others are metadata
+# These say which colours the pixels mean. A file without them is shown in sRGB, so other colours
+# would come back.
+_COLOUR_CHUNKS = {b"iCCP", b"cICP", b"mDCV", b"cLLI"}
+# So do these, unless they have sRGB's own values or stand beside its chunk.
+_OF_SRGB = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+}
 _DEPTH_AT = 24  # in a PNG, the bits of each sample
 _PIXELS_PER_METRE = 3780  # in a BMP that Pillow writes
 _ATTEMPTS = 3  # to decode an image, on a machine that is too busy for a moment
@@ -80,9 +88,14 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     has_metadata = False
     if format == "PNG":
         chunks = _chunks(data)
-        has_metadata = not _NEEDED_CHUNKS.issuperset(chunks)
+        types = [type for type, _ in chunks]
+        has_metadata = not _NEEDED_CHUNKS.issuperset(types)
         # Fewer bits would be decoded, and restored, as eight.
-        is_whole = chunks[-1:] == [b"IEND"] and data[_DEPTH_AT : _DEPTH_AT + 1] == b"\x08"
+        is_whole = (
+            types[-1:] == [b"IEND"]
+            and data[_DEPTH_AT : _DEPTH_AT + 1] == b"\x08"
+            and _is_srgb(chunks)
+        )
     else:
         is_whole = _is_plain_bmp(data)
         has_metadata = is_whole and _has_metadata(data)
@@ -163,15 +176,24 @@ def _decode(blob: bytes) -> DecodedImage:
     )
 
 
-def _chunks(data: bytes) -> list[bytes]:
-    """The types of a PNG's chunks; empty if it is damaged, cut off, or has more behind them."""
-    found: list[bytes] = []
+def _is_srgb(chunks: list[tuple[bytes, memoryview]]) -> bool:
+    """Whether the pixels of a PNG with these chunks are shown in the same colours without them."""
+    types = {type for type, _ in chunks}
+    return _COLOUR_CHUNKS.isdisjoint(types) and (
+        b"sRGB" in types or all(_OF_SRGB.get(type, content) == content for type, content in chunks)
+    )
+
+
+def _chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
+    """Type and content of a PNG's chunks; empty if it is damaged, cut off, or has more behind."""
+    found: list[tuple[bytes, memoryview]] = []
+    view = memoryview(data)
     position = 8
-    while position + 12 <= len(data) and found[-1:] != [b"IEND"]:
+    while position + 12 <= len(data) and (not found or found[-1][0] != b"IEND"):
         end = position + 8 + int.from_bytes(data[position : position + 4], "big")
         if int.from_bytes(data[end : end + 4], "big") != zlib.crc32(data[position + 4 : end]):
             return []
-        found.append(data[position + 4 : position + 8])
+        found.append((data[position + 4 : position + 8], view[position + 8 : end]))
         position = end + 4
     return found if position == len(data) else []
 
