@@ -32,7 +32,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from handlers.front.admission import Lane, Limits, Memory, read_body
+from handlers.front.admission import ClientGone, Departure, Lane, Limits, Memory, read_body
 from handlers.front.connections import BoundedProtocol
 from handlers.front.forms import checked_type
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
@@ -1408,6 +1408,36 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled(
         async with asyncio.timeout(5):
             await take_turn(lane)
         assert lane._num_in_flight == 0
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("num_steps", range(4))
+@pytest.mark.parametrize("leaves, stops", [(True, False), (False, True), (True, True)])
+def test_a_client_that_leaves_ends_only_its_own_wait(
+    num_steps: int, leaves: bool, stops: bool
+) -> None:
+    """Also one that left before; a request that the server stops is cancelled, whoever leaves."""
+
+    async def check() -> None:
+        departure, after = Departure(), asyncio.Event()
+
+        async def request() -> None:
+            with contextlib.suppress(ClientGone), departure:
+                await asyncio.Event().wait()
+            after.set()
+            await asyncio.sleep(0)
+
+        task = asyncio.create_task(request())
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        if leaves:
+            departure.note()
+        if stops:
+            task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert task.done() and task.cancelled() == stops
+        assert after.is_set() == (not stops)
 
     asyncio.run(check())
 

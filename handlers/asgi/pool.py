@@ -171,9 +171,9 @@ class Pool:
     def begin(self, batch: list[Job]) -> None:
         """Mark a batch as being computed."""
         now = time.perf_counter()  # uvloop's own clock counts milliseconds
-        for job in batch:
-            if not job.request.is_probe:
-                self._count(QUEUE_SECONDS, now - job.request.arrived)
+        waited = [now - job.request.arrived for job in batch if not job.request.is_probe]
+        if waited:
+            self._count(QUEUE_SECONDS, sum(waited))
 
     def _count(self, metric: Metric, value: float, **labels: str) -> None:
         common = {"model_name": self.name, **labels, MODEL: self.identity}

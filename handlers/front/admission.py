@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -161,8 +161,9 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
     if any(int(length) > limits.body_bytes for length in lengths):
         raise _too_large(limits)
     body = bytearray()
+    has_message = (scope.get("extensions") or {}).get("ade.has_message", lambda: False)
     try:
-        await _fill(body, receive, share, limits)
+        await _fill(body, receive, share, limits, has_message)
     except BaseException:
         body.clear()  # the error's traceback would keep it in memory
         share.hold(0)
@@ -170,13 +171,22 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
     return body
 
 
-async def _fill(body: bytearray, receive: Receive, share: Share, limits: Limits) -> None:
+async def _fill(
+    body: bytearray,
+    receive: Receive,
+    share: Share,
+    limits: Limits,
+    has_message: Callable[[], bool],
+) -> None:
     clock = asyncio.get_running_loop().time
     deadline, is_complete = clock() + limits.body_grace_s, False
     while not is_complete:
         try:
-            async with share.waiting(min(limits.body_idle_s, deadline - clock())):
+            if has_message():  # a small body mostly comes with its head
                 message = await receive()
+            else:
+                async with share.waiting(min(limits.body_idle_s, deadline - clock())):
+                    message = await receive()
         except TimeoutError:
             if share.was_dropped:
                 raise overloaded("the bodies of all requests are too large together") from None
@@ -306,6 +316,40 @@ class Lane:
             if not turn.done():
                 self._num_in_flight += 1
                 turn.set_result(None)
+
+
+class Departure:
+    """Ends a block with :class:`ClientGone` when the client closes the connection.
+
+    The task is cancelled, as by ``asyncio.timeout``. That is cheaper than a task which watches.
+    """
+
+    def __init__(self) -> None:
+        self._has_left = False
+        self._task: asyncio.Task[object] | None = None
+
+    def note(self) -> None:
+        """The client has left."""
+        self._has_left = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def __enter__(self) -> None:
+        if self._has_left:
+            raise ClientGone
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        self._num_cancelled = self._task.cancelling()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        if (
+            self._has_left
+            and task.uncancel() <= self._num_cancelled
+            and kind is asyncio.CancelledError
+        ):
+            raise ClientGone from None
 
 
 async def unless_gone(work: Awaitable[T], receive: Receive) -> T:

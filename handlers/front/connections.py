@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from handlers.front.admission import Limits
+from handlers.front.admission import Departure, Limits
 from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
 from serving.api.pipelining import LEAST_PART, MANY_PARTS, MAX_FIELDS, PipeliningProtocol
@@ -90,6 +90,7 @@ class BoundedProtocol(PipeliningProtocol):
         self._last = b""  # of what was read before, which may begin the end of a head
         self._most_head_bytes = limits.head_bytes
         self._cycles: list[RequestResponseCycle] = []  # requests without an answer, oldest first
+        self._extensions: dict[str, Any] = {}  # of the latest request
         self._is_ending = False  # whether nothing more is read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -110,6 +111,8 @@ class BoundedProtocol(PipeliningProtocol):
         for cycle in self._cycles:  # uvicorn itself notifies only the latest
             cycle.disconnected = True
             cycle.message_event.set()
+            departure: Any = cycle.scope["extensions"]["ade.departure"]
+            departure.note()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -132,7 +135,10 @@ class BoundedProtocol(PipeliningProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         # The front aborts the connection if the client does not read the answer.
-        self.scope["extensions"] = {"ade.abort": {"connection": self.transport.abort}}
+        self.scope["extensions"] = self._extensions = {
+            "ade.abort": {"connection": self.transport.abort},
+            "ade.departure": Departure(),
+        }
         self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -152,6 +158,7 @@ class BoundedProtocol(PipeliningProtocol):
             )
         elif not self.parser.should_upgrade():  # otherwise the head comes again
             super().on_headers_complete()
+            self._extensions["ade.has_message"] = self.cycle.message_event.is_set
             self._cycles = [
                 *(cycle for cycle in self._cycles if not cycle.response_complete),
                 self.cycle,

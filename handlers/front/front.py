@@ -195,7 +195,9 @@ class Front:
                 answer = Answer.of_error(shaped(error, path))
                 share.hold(len(answer.body))
             del body
-            if not await _is_sent(answer, share, send):
+            if len(answer.body) <= self._limits.free_bytes:  # its memory does not count
+                await _send_answer(answer, send)
+            elif not await _is_sent(answer, share, send):
                 del answer  # only now is its memory free
                 scope["extensions"]["ade.abort"]["connection"]()
                 await hang_up(receive)
@@ -223,8 +225,14 @@ class Front:
         counted = contextlib.nullcontext() if request.is_probe or not lane else lane.client()
         with counted, endpoint.hold():
             async with _turn(large_lane, receive), _turn(lane, receive, request.arrived):
-                work = endpoint.answer(request)
-                answer = await (unless_gone(work, receive) if endpoint.can_cancel else work)
+                departure = (scope.get("extensions") or {}).get("ade.departure")
+                if not endpoint.can_cancel:
+                    answer = await endpoint.answer(request)
+                elif departure is None:  # of another server, such as Ray's
+                    answer = await unless_gone(endpoint.answer(request), receive)
+                else:
+                    with departure:
+                        answer = await endpoint.answer(request)
         if lane and not request.is_probe and answer.status < 500:
             lane.has_answered()
         return answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import resource
 import signal
@@ -139,6 +140,8 @@ def run_on(
 
 async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket.socket]) -> None:
     async with build() as built:
+        gc.collect()
+        gc.freeze()  # what lasts as long as the process need not be searched again and again
         protocol: Any = functools.partial(BoundedProtocol, limits, Counter(), built.refusals)
         config = uvicorn.Config(
             built.app,

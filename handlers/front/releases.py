@@ -94,6 +94,7 @@ class Running(Generic[B]):
         self._num_requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.endpoints: dict[str, Endpoint] = {}  # those of workers, at their few paths
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -230,10 +231,7 @@ class Releases(Generic[B]):
         Raises:
             ApiError: there is none.
         """
-        endpoint = self._running[0].backend.api(path)
-        if endpoint.lane is None:  # not computed by workers
-            return endpoint
-        return dataclasses.replace(endpoint, route=functools.partial(self._route, path))
+        return self._endpoint(self._running[0], path)
 
     def refuse(self) -> None:
         """Of all releases, see :class:`Backend`."""
@@ -246,8 +244,18 @@ class Releases(Generic[B]):
         return Running(release, backend, stack, self._drain_s)
 
     def _route(self, path: str, request: Request) -> Endpoint:
-        one = self._choose(path, request)
-        return dataclasses.replace(one.backend.api(path), hold=one.hold)
+        return self._endpoint(self._choose(path, request), path)
+
+    def _endpoint(self, one: Running[B], path: str) -> Endpoint:
+        if path in one.endpoints:
+            return one.endpoints[path]
+        endpoint = one.backend.api(path)
+        if endpoint.lane is None:  # not computed by workers
+            return endpoint
+        one.endpoints[path] = dataclasses.replace(
+            endpoint, route=functools.partial(self._route, path), hold=one.hold
+        )
+        return one.endpoints[path]
 
     def _choose(self, path: str, request: Request) -> Running[B]:
         first, *others = self._running

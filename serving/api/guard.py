@@ -10,6 +10,7 @@ and the page share it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import ipaddress
 import json
@@ -30,6 +31,7 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Of Sec-Fetch-Site; same-site is another port or a neighbouring name.
 FOREIGN_SITES = ("cross-site", "same-site")
 DEFAULT_PORTS = {"http": 80, "https": 443}
+KNOWN_HOSTS = 64  # that need not be parsed again; few, because a client may send long ones
 LINGER_S = 5.0
 LINGER_BYTES = 64 * 2**20
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]{1,255})(?::(?P<port>[0-9]{1,5}))?")
@@ -78,11 +80,11 @@ class Guard:
 
 def header_values(scope: Scope, name: str) -> list[str]:
     """All values of a header, as they came."""
-    return [
-        value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name.encode()
-    ]
+    wanted = name.encode()
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == wanted]
 
 
+@functools.lru_cache(KNOWN_HOSTS)
 def split_authority(text: str) -> tuple[str, int | None]:
     """Host, in lower case, and port of ``HOST[:PORT]``; IPv6 addresses keep their brackets.
 
@@ -95,6 +97,7 @@ def split_authority(text: str) -> tuple[str, int | None]:
     return match["host"], None if match["port"] is None else int(match["port"])
 
 
+@functools.lru_cache(KNOWN_HOSTS)
 def is_address(host: str) -> bool:
     """Whether a host is an IPv4 address, or an IPv6 address in brackets."""
     try:

@@ -11,6 +11,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 SUFFIX = ".requests.jsonl"
 MAX_BYTES = 20_000_000
 OLD_FILES = 2
@@ -39,8 +41,15 @@ class Journal:
     def write(self, entries: Iterable[dict[str, Any]]) -> None:
         """Append a line for each entry; the time is added."""
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        lines = "\n".join(json.dumps({"time": now, **entry}) for entry in entries)
+        lines = "\n".join(_line({"time": now, **entry}) for entry in entries)
         self._handler.emit(logging.LogRecord("journal", logging.INFO, "", 0, lines, None, None))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(entry).decode()
+    except TypeError:  # half of a surrogate pair, in the name of a field
+        return json.dumps(entry)
 
 
 def last_errors(folder: Path, count: int = 5) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ where they are scraped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import threading
@@ -55,15 +56,15 @@ class HistogramMetric:
     about: str
     kind: ClassVar = "histogram"
 
-    @property
+    @functools.cached_property
     def bucket(self) -> Metric:
         return Metric(f"{self.name}_bucket", "counter", ("le",))
 
-    @property
+    @functools.cached_property
     def sum(self) -> Metric:
         return Metric(f"{self.name}_sum", "counter")
 
-    @property
+    @functools.cached_property
     def count(self) -> Metric:
         return Metric(f"{self.name}_count", "counter")
 

@@ -483,11 +483,9 @@ class InferenceEngine:
         Returns:
             Bits per dimension, their parts by name, and their standard error, see :class:`Score`.
         """
-        named = {"dequantization": 8.0}
-        named |= {
-            name: float(value)
-            for name, value in zip(part_names(self._levels), parts.mean(0), strict=True)
-        }
+        names = part_names(self._levels)
+        means = parts[0] if len(parts) == 1 else parts.mean(0)
+        named = {"dequantization": 8.0, **dict(zip(names, means.tolist(), strict=True))}
         draws = 8.0 + parts.sum(1)
         if len(draws) == 1:
             return float(draws[0]), named, None

@@ -8,6 +8,7 @@ for its distributions, so uniform and normal numbers are computed here.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Final
 
 import numpy as np
@@ -48,12 +49,12 @@ class NoiseStream:
 
     def uniform(self, shape: tuple[int, ...]) -> np.ndarray:
         """Draw float32 numbers in [0, 1), with 24 random bits each."""
-        words = self._words.random_raw(int(np.prod(shape)))
+        words = self._words.random_raw(math.prod(shape))
         return ((words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
 
     def normal(self, shape: tuple[int, ...]) -> np.ndarray:
         """Draw float32 standard normals, by the transform of Box and Muller (1958) in float64."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         pairs = -(-count // 2)
         words = self._words.random_raw(2 * pairs) >> np.uint64(11)
         # In the open interval (0, 1), so that the logarithm is finite.
