@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import os
 import resource
@@ -29,10 +30,12 @@ from benchmarks.traffic import (
     Tally,
     Traffic,
     ask,
+    is_error,
     known_requests,
     new_session,
     running,
 )
+from handlers.launch.engines import DEFAULT, ENGINES
 from handlers.limits import RESPONSE_TIMEOUT_S
 from serving.engine.bundle import open_bundle
 
@@ -40,6 +43,9 @@ CLIENTS = 16
 RECOVERY_S = 10.0
 AT_ONCE = 1000
 BIG_BODY = 15 * 2**20
+STALLED = 136
+STALLED_BODY = 6 * 2**20
+STALLED_AFTER = 5 * 2**20
 ROOM = 8 * 2**20  # memory left to a worker that should run out of it
 
 
@@ -117,12 +123,8 @@ async def disconnect(service: Running, known: list[Known]) -> list[Result]:
 
     async def leave(whole: bool) -> None:
         body = known[2].body
-        _, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
-        head = (
-            "POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + (body if whole else body[: len(body) // 2]))
+        _, writer = await _announce(service, len(body))
+        writer.write(body if whole else body[: len(body) // 2])
         await writer.drain()
         writer.transport.abort()
 
@@ -131,6 +133,49 @@ async def disconnect(service: Running, known: list[Known]) -> list[Result]:
             await leave(whole=bool(i % 2))
             await asyncio.sleep(0.02)
     return [Result("200 clients leave mid-request", traffic.tally)]
+
+
+async def _announce(
+    service: Running, length: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A new connection, with the head of a request that has a body of this length."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.ports.inference)
+    head = "POST /predictions/score HTTP/1.1\r\nHost: localhost\r\n"
+    writer.write(f"{head}Content-Length: {length}\r\n\r\n".encode())
+    return reader, writer
+
+
+async def stall(service: Running, known: list[Known]) -> list[Result]:
+    """Bodies that stop arriving, together far more than the service holds."""
+    stalled, part = Tally(), bytes(2**16)
+
+    async def send_most() -> None:
+        started = time.perf_counter()
+        reader, writer = await _announce(service, STALLED_BODY)
+        try:
+            with contextlib.suppress(ConnectionError):  # it is refused before all has been sent
+                for _ in range(STALLED_AFTER // len(part)):
+                    writer.write(part)
+                    await writer.drain()
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            status, words = int(head.split()[1]), body.decode()
+            stalled.add(status, is_error(body), time.perf_counter() - started, words)
+        except (ConnectionError, LookupError) as error:  # no answer
+            stalled.add(None, False, time.perf_counter() - started, repr(error))
+        finally:
+            writer.close()
+
+    async with Traffic(service.url, known, CLIENTS) as traffic:
+        await asyncio.gather(*(send_most() for _ in range(STALLED)))
+        await asyncio.sleep(1)
+    # The time that a body may stall ended: 408 is the right answer.
+    stalled.outcomes["right"] += stalled.statuses[408]
+    stalled.outcomes["failed"] -= stalled.statuses[408]
+    sizes = f"{STALLED_BODY >> 20} MiB stall after {STALLED_AFTER >> 20}"
+    return [
+        Result(f"{STALLED} bodies of {sizes}: other clients", traffic.tally),
+        Result("the stalled requests themselves", stalled),
+    ]
 
 
 async def flood(service: Running, known: list[Known]) -> list[Result]:
@@ -181,11 +226,13 @@ FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = 
     kill_each,
     exhaust,
     disconnect,
+    stall,
     flood,
     fill_queue,
     hang,
     stop,
 )
+OF_WORKERS = (kill_each, exhaust, hang)  # which only TorchServe describes to this benchmark
 
 
 def _held(service: Running) -> dict[str, int]:
@@ -201,15 +248,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--only", help="names of faults, such as hang,stop")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=DEFAULT,
+        help=f"{DEFAULT} (default), or another one without the faults of workers",
+    )
     args = parser.parse_args()
+    possible = [fault for fault in FAULTS if args.engine == DEFAULT or fault not in OF_WORKERS]
     chosen = [
-        fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")
+        fault for fault in possible if args.only is None or fault.__name__ in args.only.split(",")
     ]
     if not chosen:
-        parser.error(f"--only must name some of {', '.join(fault.__name__ for fault in FAULTS)}")
+        parser.error(f"--only must name some of {', '.join(fault.__name__ for fault in possible)}")
     bad = 0
     words: dict[str, str] = {}  # texts of errors, with the fault
-    with running(args.bundle) as service:
+    with running(args.bundle, options=("--engine", args.engine)) as service:
         known = known_requests(service.url, open_bundle(args.bundle).image_shape)
         asyncio.run(_warm(service, known))
         time.sleep(5)

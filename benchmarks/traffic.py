@@ -167,13 +167,13 @@ async def ask(session: aiohttp.ClientSession, url: str, known: Known, tally: Tal
                 if answer.status == 200
                 else " ".join(content.decode(errors="replace").split())[:150]
             )
-            is_right = content == known.answer if answer.status == 200 else _is_error(content)
+            is_right = content == known.answer if answer.status == 200 else is_error(content)
             tally.add(answer.status, is_right, time.perf_counter() - started, words)
     except (aiohttp.ClientError, TimeoutError) as error:
         tally.add(None, False, time.perf_counter() - started, repr(error))
 
 
-def _is_error(content: bytes) -> bool:
+def is_error(content: bytes) -> bool:
     """Whether an answer has the shape of an error."""
     try:
         error = json.loads(content)["error"]

@@ -74,6 +74,8 @@ FOREIGN_ERRORS = {
 # Of errors of single images, by code, as if the image had been alone; of all others 422.
 STATUSES = {"malformed_request": 400, "too_large": 413, "not_an_image": 415}
 RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
+# As may a request without an answer. Not timeouts: the caller has waited long enough by then.
+DROPPED = (httpx.NetworkError, httpx.RemoteProtocolError)
 # For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
     "decision": "no_verdict",
@@ -215,8 +217,11 @@ class AdeClient:
         url: the inference address. The default follows the ports in the environment.
         model: name of a further bundle; the first bundle needs none.
         token: if the service requires one.
-        retries: how often a request is repeated after 429, 503 or 507. The client waits as
-            advised, or twice as long each time.
+        retries: how often a request is repeated after a dropped or refused connection, the status
+            429, 503 or 507, or another status of 500 or more that is not in the API's error shape,
+            such as a proxy's 502. The client waits as advised, or twice as long each time, from
+            0.1 s on. It does not repeat a request after a timeout, or after ``internal_error``,
+            which would occur again.
         timeout: seconds for one answer. The default is longer than the service itself keeps a
             small request: 120 s until its turn, and 125 s after that.
         identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
@@ -224,7 +229,7 @@ class AdeClient:
 
     Raises (every method):
         AdeError: the service answered an error.
-        httpx.TransportError: there was no answer.
+        httpx.TransportError: there was no answer, at the last try either.
         OSError: one of the image files cannot be read; ``filename`` is its path. All files are read
             first, so that nothing has been sent then.
 
@@ -435,7 +440,9 @@ class AdeClient:
         images: Images | None = None,
         format: str | None = None,
     ) -> httpx.Response:
-        """Send a request, and repeat it while the service asks for that; returns the answer.
+        """Send a request, and repeat it while it may succeed later; returns the answer.
+
+        Every operation can be repeated safely.
 
         Raises:
             AdeError: the answer is an error.
@@ -443,13 +450,19 @@ class AdeClient:
         values = _values(parameters, images)
         if format is not None:
             values["format"] = format
-        wait = 0.1
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._retries):
+            wait = 0.1 * 2**attempt
+            try:
+                answer = self._send(operation, values)
+            except DROPPED:
+                pass
+            else:
+                if not _may_succeed_later(answer):
+                    break
+                wait = asked_to_wait(answer) or wait
+            time.sleep(wait)
+        else:
             answer = self._send(operation, values)
-            if answer.status_code not in RETRIED or attempt == self._retries:
-                break
-            time.sleep(asked_to_wait(answer) or wait)
-            wait *= 2
         if answer.status_code != 200:
             raise _error(answer)
         return answer
@@ -460,13 +473,19 @@ class AdeClient:
                 f"/predictions/{self._prefix}{operation}", json=values, **options
             )
         except httpx.DecodingError as error:  # of another program
-            raise httpx.RemoteProtocolError(f"the answer cannot be decoded: {error}") from error
+            raise httpx.TransportError(f"the answer cannot be decoded: {error}") from error
 
 
 def asked_to_wait(answer: httpx.Response) -> float | None:
     """Seconds until the next try; ``None`` if the answer does not say, or says a date."""
     asked = answer.headers.get("Retry-After", "")
     return min(float(asked), MAX_WAIT_S) if asked.isdecimal() else None
+
+
+def _may_succeed_later(answer: httpx.Response) -> bool:
+    """Whether the same request may get another answer a little later."""
+    status = answer.status_code
+    return status in RETRIED or (status >= 500 and _problem(answer) is None)
 
 
 def _values(

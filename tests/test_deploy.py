@@ -35,7 +35,7 @@ from serving.engine.bundle import open_bundle
 from serving.page import sweep, uploads
 from serving.page.app import make_app
 from serving.ports import VARIABLES
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, tool
 from tests.test_docker import STEPS, USER
 
 DEPLOY = ROOT / "deploy"
@@ -52,14 +52,6 @@ STYLE = "{extends: default, rules: {line-length: {max: 140}, document-start: dis
 
 def load(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
-
-
-def tool(name: str) -> str:
-    # Beside this Python first: make does not activate the environment.
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 # Prometheus

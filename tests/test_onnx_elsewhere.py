@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from serving.images import read_image
-from tests.helpers import PRETRAINED, ROOT, npm_install
+from tests.helpers import PRETRAINED, ROOT, npm_install, tool
 from tests.test_docs import blocks
 
 PAGE = ROOT / "docs" / "how-to" / "onnx-elsewhere.md"
@@ -93,6 +96,34 @@ def on_page(folder: Path, name: str) -> float:
             browser.close()
         server.shutdown()
     return float(text.split()[-1])
+
+
+def test_the_shapes_in_the_cpp_code() -> None:
+    (code,) = blocks(PAGE, "cpp")
+    (listed,) = re.findall(r"shapes(\{\{.*\}\});", code)
+    shapes = json.loads(listed.replace("{", "[").replace("}", "]"))
+    manifest = open_bundle(PRETRAINED).manifest
+    assert shapes == [[1, *shape] for shape in manifest["latent_shapes"]]
+    images = ", ".join(map(str, [1, *manifest["image_shape"]]))
+    assert code.count(f"({{{images}}}") == 2  # images and u
+
+
+@pytest.mark.slow
+def test_cpp(folder: Path) -> None:
+    compiler = tool("g++")
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")  # imports setuptools
+    (code,) = blocks(PAGE, "cpp")
+    Path("score.cpp").write_text(code)
+    libraries = cpp_extension.library_paths()
+    command = [compiler, "-std=c++17", "score.cpp", "-o", "score"]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    command += [f"-{option}{path}" for path in libraries for option in ("L", "Wl,-rpath,")]
+    command += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(["./score"], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout.removeprefix("bits per dimension: ")) < 16
 
 
 def test_the_test_vector() -> None:

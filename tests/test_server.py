@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
@@ -39,6 +41,7 @@ from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import (
     PRETRAINED,
     ROOT,
+    b64,
     check_metrics,
     encode,
     large_data,
@@ -276,7 +279,47 @@ def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
     assert 'ts_inference_requests_total{model_name="score"' in text
-    check_metrics(text)
+
+
+def test_promtool_accepts_the_metrics(service: RunningService) -> None:
+    assert post(service, "score", EXAMPLE.read_bytes()).status_code == 200
+    check_metrics(httpx.get(f"{service.metrics}/metrics").text)
+
+
+def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
+    for path in ("/readyz", "/openapi.json"):
+        got, head = (ask(service.page + path, timeout=60) for ask in (httpx.get, httpx.head))
+        assert head.status_code == got.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+def test_pipelined_requests_on_many_connections(
+    service: RunningService, client: AdeClient, real_images: np.ndarray
+) -> None:
+    """They are answered in order, and nobody else waits for connections that do not read."""
+    pictures = [encode(Image.fromarray(image), "PNG") for image in real_images[:4]]
+    alike = [("encode", picture) for picture in pictures]
+    mixed = list(zip(("score", "encode", "reconstruct", "score"), pictures, strict=True))
+    expected = {sent: post(service, *sent).content for sent in {*alike, *mixed}}
+    with ExitStack() as stack:
+        streams = []
+        for requests in [alike] * 8 + [mixed]:
+            address = ("127.0.0.1", service.ports["inference"])
+            connection = stack.enter_context(socket.create_connection(address, 60))
+            for operation, picture in requests:
+                head = f"POST /predictions/{operation} HTTP/1.1\r\nHost: localhost\r\n"
+                length = f"Content-Length: {len(picture)}\r\n\r\n"
+                connection.sendall((head + length).encode() + picture)
+            streams.append((stack.enter_context(connection.makefile("rb")), requests))
+        assert len(client.score(real_images[:1])) == 1
+        ids = []
+        for stream, requests in streams:
+            for sent in requests:
+                assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+                headers = parse_headers(stream)
+                assert stream.read(int(headers["content-length"])) == expected[sent]
+                ids.append(headers["x-request-id"])
+    assert len(set(ids)) == len(ids) == 36
 
 
 def test_telemetry_of_what_was_scored(
@@ -581,31 +624,90 @@ def test_an_overloaded_service_is_ready(status: int, body: bytes, is_ready: bool
         server.shutdown()
 
 
-def test_the_client_repeats_what_may_succeed_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With growing pauses, or those that the answer asks for."""
-    pauses: list[float] = []
-    monkeypatch.setattr("serving.client.time.sleep", pauses.append)
-    left: list[int] = []
+Outcomes = list[httpx.Response | httpx.TransportError]
+
+
+@contextmanager
+def client_of(
+    outcomes: Outcomes, retries: int = 5
+) -> Iterator[tuple[AdeClient, list[httpx.Request]]]:
+    """A client with these outcomes of its requests, and the requests that it has sent."""
+    sent: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        status = left.pop(0)
-        headers = {"Retry-After": "7"} if status == 507 else {}
-        if status == 200:
-            headers = {"X-Ade-Seed": "1", "X-Ade-Model": "x@1"}
-        return httpx.Response(status, headers=headers, content=b"a picture")
+        sent.append(request)
+        if isinstance(outcome := outcomes.pop(0), httpx.TransportError):
+            raise outcome
+        return outcome
 
-    with AdeClient("http://127.0.0.1:1") as client:
-        client._http = httpx.Client(
-            base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)
-        )
-        left += [429, 507, 503, 200]
+    with AdeClient("http://127.0.0.1:1", retries=retries) as client:
+        client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+        yield client, sent
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses of clients, which do not last."""
+    found: list[float] = []
+    monkeypatch.setattr("serving.client.time.sleep", found.append)
+    return found
+
+
+def a_picture() -> httpx.Response:
+    headers = {"X-Ade-Seed": "1", "X-Ade-Model": "x@1"}
+    return httpx.Response(200, headers=headers, content=b"a picture")
+
+
+def test_the_client_repeats_what_may_succeed_later(pauses: list[float]) -> None:
+    """With growing pauses, or those that the answer asks for."""
+    advised = httpx.Response(507, headers={"Retry-After": "7"})
+    outcomes: Outcomes = [httpx.Response(429), advised, httpx.Response(503), a_picture()]
+    with client_of(outcomes) as (client, _):
         assert client.sample_png() == (b"a picture", 1)
-        assert not left and pauses == [0.1, 7.0, 0.4]
-        client._retries = 1
-        left += [503, 503, 200]
-        with pytest.raises(AdeError):
+    assert not outcomes and pauses == [0.1, 7.0, 0.4]
+    outcomes = [httpx.Response(503), httpx.Response(503), a_picture()]
+    with client_of(outcomes, retries=1) as (client, _), pytest.raises(AdeError):
+        client.sample_png()
+    assert len(outcomes) == 1
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        httpx.ConnectError("refused"),
+        httpx.ReadError("reset"),
+        httpx.WriteError("reset"),
+        httpx.RemoteProtocolError("disconnected"),
+        httpx.Response(500, text="a proxy of Ray"),
+        httpx.Response(502, text="<html>"),
+    ],
+    ids=lambda outcome: getattr(outcome, "status_code", type(outcome).__name__),
+)
+def test_the_client_repeats_dropped_requests_and_errors_of_proxies(
+    outcome: httpx.Response | httpx.TransportError, pauses: list[float]
+) -> None:
+    with client_of([outcome, outcome, a_picture()]) as (client, _):
+        assert client.sample_png() == (b"a picture", 1)
+    assert pauses == [0.1, 0.2]
+    with client_of([outcome] * 2, retries=1) as (client, sent):
+        with pytest.raises((AdeError, httpx.TransportError)):
             client.sample_png()
-        assert left == [200]
+        assert len(sent) == 2
+
+
+def test_the_client_does_not_repeat_what_would_fail_again(pauses: list[float]) -> None:
+    """And sends the whole body each time before."""
+    fault = {"error": {"code": "internal_error", "message": "the server failed"}}
+    dropped = httpx.RemoteProtocolError("disconnected")
+    with client_of([dropped, httpx.Response(500, json=fault), a_picture()]) as (client, sent):
+        with pytest.raises(AdeError, match="500 internal_error"):
+            client.score(EXAMPLE)
+        first, second = (json.loads(request.content)["images"] for request in sent)
+    assert first == second == [b64(EXAMPLE.read_bytes())]
+    late = httpx.ReadTimeout("late")
+    with client_of([late, a_picture()]) as (client, _), pytest.raises(httpx.ReadTimeout):
+        client.sample_png()
+    assert pauses == [0.1]
 
 
 def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
