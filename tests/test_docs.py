@@ -169,6 +169,7 @@ def test_the_contract_names_every_error() -> None:
 def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
+    shutil.copytree(committed / "pictures", tmp_path / "pictures")
     page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
     assert page == (committed / "report.md").read_text()
     assert (tmp_path / "rows.json").read_text() == (committed / "rows.json").read_text()

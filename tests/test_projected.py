@@ -18,7 +18,7 @@ from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator
 from training.loop import train
-from training.losses import hinge_discriminator_loss
+from training.losses import discriminator_loss, hinge_discriminator_loss
 from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.projected import ProjectedDiscriminator
 from training.recipes import TrainConfig, recipe, saw_efficientnet
@@ -70,6 +70,33 @@ def test_a_batch_that_repeats_itself_is_noticed() -> None:
         optimizer.step()
     assert gaps[-1] > max(0.5, gaps[0])
     assert compare(different[:1]).shape == (1, 1)
+
+
+def test_the_heads_largest_singular_values_are_1() -> None:
+    torch.manual_seed(0)
+    discriminator = ProjectedDiscriminator((8, 8, 8, 8), 32, 3)
+    with torch.no_grad():
+        for parameter in [*discriminator.heads.parameters(), *discriminator.compare.parameters()]:
+            parameter.mul_(5)
+        for _ in range(5):
+            discriminator(torch.rand(2, 3, 32, 32))
+    layers = [m for m in discriminator.heads.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(layers) == 9  # 3 of the finest level, 2 of each other
+    for layer in [*layers, discriminator.compare.head]:
+        norm = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
+        assert norm.item() == pytest.approx(1, rel=0.05)
+
+
+def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
+    trained = trainer()
+    assert trained.discriminator is not None
+    logits: list[torch.Tensor] = []
+    trained.discriminator.register_forward_hook(lambda _, given, out: logits.append(out.detach()))
+    batches = ImageSet(real_images).batches(8, 0)
+    losses = trained.run([torch.from_numpy(next(batches)) for _ in range(2)])
+    real, fake, _ = logits  # the last are the generator's
+    assert losses["d_loss"] == pytest.approx(hinge_discriminator_loss(real, fake).item())
+    assert losses["d_loss"] != pytest.approx(discriminator_loss(real, fake).item(), rel=0.01)
 
 
 def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
@@ -264,7 +291,7 @@ def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_pat
             "state": {"images": 64, "step": 4, "seconds": 1.0},
             "measured": measured,
             "failure": None,
-            "curves": {key: [[], []] for key in ("bpd", "quality_loss", "d_loss")},
+            "curves": {"bpd": [[], []], "quality_loss": [[], []], "d_loss": [[1, 2], [3.0, 4.0]]},
         }
 
     rows = [
@@ -278,7 +305,9 @@ def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_pat
     # The Fréchet distance, and the kernel distance, precision, recall, F₈ and F₁⸝₈.
     assert [line.count("(not independent)") for line in marked] == [1, 5]
     assert "Not independent: the model was trained against these features." in page
+    assert "![discriminator, nats (av-ade-pd: of a hinge loss, without unit)](" in page
     assert "it is not the published network" in page
     assert "unreliable, of fewer images than features (real-nvp)" in page
     page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
     assert "ndependent" not in page and "published network" not in page
+    assert "![discriminator, nats](" in page

@@ -863,9 +863,9 @@ def test_bpd_over_http_is_that_of_evaluate(
     import torch
 
     from ade_model.checkpoint import load_model
-    from training.evaluate import bits_of
+    from training.evaluate import bpd_of
 
-    expected = bits_of(load_model(PRETRAINED), real_images, torch.device("cpu"), 1).mean()
+    expected = bpd_of(load_model(PRETRAINED), real_images, torch.device("cpu"), 1).mean()
     # 300 images with other noise: the means differ by more than with 10,000.
     assert abs(mean_bpd(service, real_images) - float(expected)) < 0.005
 

@@ -37,7 +37,7 @@ from training.comparison.compare import (
     compare,
     read_rows,
 )
-from training.comparison.report import _table, write_comparison
+from training.comparison.report import _notes, _table, write_comparison
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
@@ -326,6 +326,62 @@ def test_a_system_that_fails_before_it_begins_has_a_row(
     assert row["measured"] and row["failure"] is None
 
 
+def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        compare_one(Job(narrow("vae"), options(1, seed=seed)), dataset, tmp_path)
+    runs, pictures = tmp_path / "runs", tmp_path / "pictures"
+
+    def samples() -> str:
+        page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
+        assert "![" not in (tmp_path / "report.html").read_text()  # a picture that is not there
+        return page[page.index("## Samples") : page.index("## Training curves")]
+
+    shown = (
+        "| vae, seed {0}, 16 images |\n|---|\n| ![samples of vae{1}](pictures/vae-seed{0}.webp) |"
+    )
+    assert shown.format(0, "") in samples()
+    for lost in (runs / "vae-seed0", pictures, runs):  # the last leaves the picture of seed 1
+        shutil.rmtree(lost)
+        assert lost == runs / "vae-seed0" or shown.format(1, " (seed 1)") in samples()
+    shutil.rmtree(pictures)
+    assert samples().endswith(
+        "No samples are shown of vae: no measured run, and no earlier picture of one, is in the "
+        "folder.\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "bound, cell",
+    [
+        ({"images": 5}, "4.000 §"),
+        ({"images": 5, "elbo": 4.1}, "4.000 (ELBO 4.100)"),
+        ({"images": 9}, "4.000"),
+    ],
+)
+def test_a_bound_that_cannot_be_compared_with_the_elbo_beside_it_is_marked(
+    bound: dict[str, Any], cell: str
+) -> None:
+    measured = {
+        "images": 9,
+        "split": "test[0:9]",
+        "elbo": {"bpd": 4.2, "standard_error": 0.1, "images": 9},
+        "iwae-8": {"bpd": 4.0, **bound},
+    }
+    row = {
+        "config": narrow("vae"),
+        "seed": 0,
+        "state": {"images": 0},
+        "measured": measured,
+        "failure": None,
+    }
+    assert f"| 4.200 ± 0.100 | {cell} |" in _table([row])[2]
+    (notes,) = _notes([row])
+    assert ("§: not comparable" in notes) == ("§" in cell)
+    assert ("of the same images" in notes) == ("ELBO" in cell)
+
+
 def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
     tmp_path: Path,
     small_images: np.ndarray,
@@ -368,6 +424,7 @@ def test_a_report_alone_needs_no_data(
 ) -> None:
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
+    shutil.copytree(committed / "pictures", tmp_path / "pictures")
     monkeypatch.delattr("ade_cli.compare.dataset_of")
     absent = ["--data", "cifar10", "--root", str(tmp_path / "absent")]
     for data in ([], absent):
@@ -383,8 +440,10 @@ def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_
     rows = tmp_path / "rows.json"
     shutil.copy(ROOT / "docs" / "comparison" / "rows.json", rows)
     before = rows.read_bytes()
-    with pytest.raises(RunError, match=r"gan-seed0 in .*rows\.json was trained with data set "):
+    refused = r"gan-seed0 in .*rows\.json was trained with max_grad_norm 1\.0 by version 0\.1, "
+    with pytest.raises(RunError, match=refused + r"now clip 1\.0; data set cifar10, ") as error:
         compare_one(Job(narrow("gan"), options(1)), dataset, tmp_path)
+    assert str(error.value).count("clip") == 1
     assert rows.read_bytes() == before and not (tmp_path / "runs").exists()
     job, failed = Job(narrow("gan"), options(1)), {"config": narrow("vae"), "data": "d"}
     _check_same(tmp_path, job, dataset, {**failed, "state": None})  # nothing would be lost
@@ -457,7 +516,7 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
     page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
     assert "**failed: step" in page and "| vae (seed 1) |" in page and "[4.4" not in page
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 6.8 | 31.4 |" in page
-    for picture in ("vae.webp", "gan.webp", "curve-bpd.png", "curve-d_loss.png"):
+    for picture in ("vae-seed0.webp", "gan-seed0.webp", "curve-bpd.png", "curve-d_loss.png"):
         assert (
             f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
         )

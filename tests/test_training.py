@@ -1203,6 +1203,9 @@ def test_kill_9_and_resume_reach_the_same_losses(
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all("gradient_penalty" in line for line in lines if "d_loss" in line)
     report = (whole / "report.md").read_text()
+    assert re.search(
+        r"\n- of the ELBO \S+ bits per dimension are the KL; by level, .*: \S+, ", report
+    )
     assert "broken.png" in report and "pictures/samples-mean.png" in report
     assert (whole / "pictures" / "samples-mean.png").is_file() and list(
         (whole / "tensorboard").iterdir()
@@ -1906,6 +1909,9 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
     stored = json.loads(path.read_text())
     stored["distances"] = {"mean": {EFFICIENTNET: {"frechet": 1.0, "rank_deficient": True}}}
     path.write_text(json.dumps(stored))
+    old = {key: value for key, value in stored.items() if key != "kl"}  # as version 0.1 wrote it
+    path.write_text(json.dumps(old))
+    assert evaluation_of(path.parent) == old
     assert main([*given, "1"]) == 0  # fewer figures of the same images
     assert json.loads(path.read_text()) == stored
     assert main([*given, "2", "--bound-images", "3"]) == 0  # the bound of fewer images

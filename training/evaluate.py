@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,8 +38,54 @@ def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
         yield images[first : first + BATCH]
 
 
+def _batch_bpd(
+    model: ADEModel, pixels: Tensor, generator: torch.Generator, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Bits per dimension of a batch: ``pixels -> x -> y -> z -> log-weight -> bound -> bpd``.
+
+    For each of the K draws:
+
+    * ``pixels``, ``(N, C, H, W)``, from 0 to 255, become ``x`` in [0, 1] of the same shape, each
+      spread over its bin by uniform noise ``u``.
+    * The flow turns ``x`` into ``y``, ``(N, C, H, W)``.
+    * The encoder turns ``y`` and standard normal noise ``eps`` into ``z``, one tensor per level,
+      ``(N, *latent_shapes[i])``.
+    * ``log p(y | z) + log |det dy/dx| - KL`` is the draw's log-weight, ``(N,)``, nats.
+
+    The bound on ``log p(x)``, ``(N,)``, nats, is the log of the mean of the K weights.
+
+    Returns:
+        The bits per dimension, ``(N,)``, and their part that is the KL, the mean of the K draws,
+        ``(N,)`` for each level, coarsest first; float64.
+    """
+    log_weights, kls = [], []
+    for _ in range(samples):
+        u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
+        eps = _noise(model, len(u), generator)
+        evidence = model.evidence(model.dequantize(pixels, u), eps)
+        log_weights.append(evidence.log_weight.double())
+        kls.append(torch.stack(evidence.kl).double())
+    bound = importance_weighted_bound(torch.stack(log_weights))
+    num_dims = model.config.num_dims
+    kl = torch.stack(kls).mean(0) / (num_dims * math.log(2.0))
+    return bits_per_dim(bound, num_dims), kl
+
+
 @torch.no_grad()
-def bits_of(
+def _bpd_and_kl_of(
+    model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`bpd_of`, with the KL of each level, ``(levels, N)``, in bits per dimension."""
+    generator = torch.Generator(device).manual_seed(seed)
+    found = [
+        _batch_bpd(model, _to_model(batch, device), generator, samples)
+        for batch in _batches(images)
+    ]
+    bpd, kl = (torch.cat(parts, -1).cpu().numpy() for parts in zip(*found, strict=True))
+    return bpd, kl
+
+
+def bpd_of(
     model: ADEModel, images: np.ndarray, device: torch.device, samples: int, seed: int = 0
 ) -> np.ndarray:
     """Bound the bits per dimension of each image.
@@ -54,19 +101,7 @@ def bits_of(
     Returns:
         float64 ``(N,)``.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    out = []
-    for batch in _batches(images):
-        pixels = _to_model(batch, device)
-        weights = []
-        for _ in range(samples):
-            u = torch.rand(pixels.shape, generator=generator, device=device)
-            eps = _noise(model, len(u), generator)
-            weights.append(model.evidence(model.dequantize(pixels, u), eps).log_weight.double())
-        out.append(
-            bits_per_dim(importance_weighted_bound(torch.stack(weights)), model.config.num_dims)
-        )
-    return torch.cat(out).cpu().numpy()
+    return _bpd_and_kl_of(model, images, device, samples, seed)[0]
 
 
 def evaluate(
@@ -77,7 +112,7 @@ def evaluate(
     seed: int = 0,
     bound_images: int | None = None,
 ) -> dict[str, Any]:
-    """Mean bits per dimension by ELBO and IWAE-K, with standard errors over images.
+    """Mean bits per dimension by ELBO and IWAE-K, with standard errors over images, and the KL.
 
     Args:
         model: in evaluation mode, float32.
@@ -89,12 +124,18 @@ def evaluate(
 
     Returns:
         By ``elbo`` and ``iwae-K``: ``bpd``, ``standard_error`` and ``images``; for ``iwae-K`` also
-        ``elbo``, the bits per dimension of the same images by the ELBO.
+        ``elbo``, the bits per dimension of the same images by the ELBO. By ``kl``, unless the model
+        has no latents, the part of the ELBO that is the KL, in bits per dimension: ``kl_0``,
+        ``kl_1``, ..., coarsest first, their ``sum`` and ``images``.
     """
-    elbos = bits_of(model, images, device, 1, seed)
+    elbos, kls = _bpd_and_kl_of(model, images, device, 1, seed)
     result: dict[str, Any] = {"elbo": _mean(elbos)}
+    if model.config.widths:  # a flow alone has no latents: its ``kl_0`` is the code length of ``y``
+        levels = kls.mean(1).tolist()
+        named = {f"kl_{level}": kl for level, kl in enumerate(levels)}
+        result["kl"] = {**named, "sum": sum(levels), "images": len(images)}
     if samples > 1:
-        bounds = bits_of(model, images[:bound_images], device, samples, seed)
+        bounds = bpd_of(model, images[:bound_images], device, samples, seed)
         same = float(elbos[: len(bounds)].mean())
         result[f"iwae-{samples}"] = {**_mean(bounds), "elbo": same}
     return result

@@ -47,14 +47,20 @@ def write_report(
     ]
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
     if len(held_out) > 1 and "score" in about["operations"]:
+        found = evaluate(model, held_out, device, REPORT_SAMPLES, bound_images=BOUND_IMAGES)
+        kl = found.pop("kl", None)
         lines += [
             f"- bits per dimension ({name}, {value['images']} held-out images of the part "
             f"`select`): {value['bpd']:.4f} ± {value['standard_error']:.4f}"
             + (f"; the ELBO of the same: {value['elbo']:.4f}" if "elbo" in value else "")
-            for name, value in evaluate(
-                model, held_out, device, REPORT_SAMPLES, bound_images=BOUND_IMAGES
-            ).items()
+            for name, value in found.items()
         ]
+        if kl is not None:
+            levels = ", ".join(f"{v:.4f}" for name, v in kl.items() if name.startswith("kl_"))
+            lines.append(
+                f"- of the ELBO {kl['sum']:.4f} bits per dimension are the KL; by level, coarsest "
+                f"first: {levels}"
+            )
         grid = reconstruction_grid(model, np.asarray(held_out[:16]), device)
         (pictures / "reconstructions.png").write_bytes(write_png(grid))
         lines += [

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from serving.files import write_text
 from training.data import Dataset
-from training.evaluate import bits_of, reconstruction_grid, sample_grid, sample_kinds
+from training.evaluate import bpd_of, reconstruction_grid, sample_grid, sample_kinds
 from training.runs import Progress
 from training.step import Trainer
 
@@ -51,10 +51,10 @@ class RunLog:
         )
 
     def evaluate(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
-        """Log the bits of held-out images, reconstructions and samples of the averaged weights."""
+        """Log held-out bits per dimension, reconstructions and samples of the averaged weights."""
         images = dataset.parts["select"].images[:SELECT_IMAGES]
         if len(images) and "score" in trainer.operations:
-            bpd = bits_of(trainer.ema, images, trainer.device, samples=1)
+            bpd = bpd_of(trainer.ema, images, trainer.device, samples=1)
             self.scalars(progress, {"select_bpd": float(bpd.mean())})
             self._board.add_image(
                 "reconstructions",

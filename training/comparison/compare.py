@@ -47,6 +47,7 @@ MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
 CURVES = ("bpd", "quality_loss", "d_loss")
 SMOOTHING = 25  # logged steps
 POINTS = 150  # of an archived curve
+OLD_CLIP = "max_grad_norm"  # the norm to which version 0.1, without `clip`, cut every gradient
 
 
 @dataclass(frozen=True)
@@ -227,12 +228,11 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     """
     has_folder = (run / "run.json").is_file()
     if has_folder:
-        started = read_started(run)
+        different = different_fields(read_started(run), job.config, dataset.name)
     elif kept is not None and kept["state"] is not None:
-        started = {"config": kept["config"].to_dict(), "data": kept["data"]}
+        different = _archived_differences(kept, job.config, dataset.name)
     else:
         return
-    different = different_fields(started, job.config, dataset.name)
     if different:
         raise RunError(
             f"{run if has_folder else f'{job.name} in {run.parents[1] / ROWS}'} was trained with "
@@ -247,6 +247,16 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     state = read_state(folders[-1])
     if job.options.minutes is None or state["seconds"] < 60 * job.options.minutes:
         check_budget(run, state["inferring_since"], job.config.batch_size, job.options.images)
+
+
+def _archived_differences(row: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
+    """As :func:`different_fields`, for an archived row, which version 0.1 may have trained."""
+    then, bound = row["config"].to_dict(), row["archived"].get(OLD_CLIP)
+    before = []
+    if bound is not None:
+        then["clip"] = config.clip
+        before = [f"{OLD_CLIP} {bound} by version 0.1, now clip {config.clip}"]
+    return before + different_fields({"config": then, "data": row["data"]}, config, data)
 
 
 def _check_ended(run: Path, job: Job) -> None:
@@ -279,9 +289,9 @@ def _check_ended(run: Path, job: Job) -> None:
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """Collect each run's configuration, progress, measurements or failure, and curves.
 
-    ``run`` is the run's folder, or ``None`` for an archived row whose folder is gone. An archived
-    row is used until a restarted run is measured or diverges. Measurements of an earlier checkpoint
-    are left out.
+    ``run`` is the run's folder, or ``None`` for an archived row whose folder is gone; such a row
+    also has ``archived``, its configuration as it was recorded. An archived row is used until a
+    restarted run is measured or diverges. Measurements of an earlier checkpoint are left out.
     """
     rows = []
     kept = {row["name"]: row for row in _kept_rows(out)}
@@ -337,7 +347,10 @@ def _source_of(run: Path) -> str | None:
 def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """Archive the rows in ``OUT/rows.json``, one per line, so that a diff shows which changed."""
     kept = [
-        {**{k: v for k, v in row.items() if k != "run"}, "config": row["config"].to_dict()}
+        {
+            **{name: value for name, value in row.items() if name not in ("run", "archived")},
+            "config": row.get("archived") or row["config"].to_dict(),
+        }
         for row in rows
     ]
     write_text(out / ROWS, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
@@ -346,10 +359,12 @@ def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
 def _kept_rows(out: Path) -> list[dict[str, Any]]:
     if not (out / ROWS).is_file():
         return []
-    return [
-        {**row, "run": None, "config": TrainConfig.from_dict(row["config"])}
-        for row in read_json(out / ROWS, kind=list)
-    ]
+    rows = []
+    for row in read_json(out / ROWS, kind=list):
+        known = {name: value for name, value in row["config"].items() if name != OLD_CLIP}
+        config = TrainConfig.from_dict(known)
+        rows.append({**row, "run": None, "config": config, "archived": row["config"]})
+    return rows
 
 
 def _curve(path: Path, name: str) -> list[list[float]]:

@@ -22,16 +22,42 @@ CAPTIONS = {
     "quality_loss": "L_Q, nats",
     "d_loss": "discriminator, nats",
 }
+HINGED = ("quality_loss", "d_loss")  # without unit where the discriminator's loss is a hinge
 
 
-def sample_pictures(rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device) -> None:
-    """Write ``RECIPE.webp``, a grid of mean samples, for each measured system."""
+def samples_name(row: dict[str, Any]) -> str:
+    """File name of a row's grid of samples."""
+    return f"{row['name']}.webp"
+
+
+def sample_pictures(
+    rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device
+) -> list[dict[str, Any]]:
+    """Write a grid of mean samples of each system, where its run is still there.
+
+    Returns:
+        The row of each system whose picture is in the folder now: of the measured ones, the first
+        that has a run, or a picture from before its run was deleted.
+    """
+    shown: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["run"] is not None and row["state"] is not None and row["measured"] is not None:
+        path = pictures / samples_name(row)
+        has_run = row["run"] is not None and row["state"] is not None
+        if row["config"].recipe in shown or row["measured"] is None:
+            continue
+        if has_run:
             model = load_model(latest_checkpoint(row["run"])).to(device)
             grid = tile(sample_images(model, GRID**2, device, with_noise=False), GRID)
             # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
-            Image.fromarray(grid).save(pictures / f"{row['config'].recipe}.webp", quality=90)
+            Image.fromarray(grid).save(path, quality=90)
+        if has_run or path.is_file():
+            shown[row["config"].recipe] = row
+    return list(shown.values())
+
+
+def _is_hinged(row: dict[str, Any]) -> bool:
+    discriminator = row["config"].discriminator
+    return discriminator is not None and discriminator.kind == "projected"
 
 
 def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
@@ -56,6 +82,13 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
                 )
         if not axes.lines:
             continue
+        hinged = dict.fromkeys(
+            row["config"].recipe
+            for row in rows
+            if name in HINGED and row["curves"][name][1] and _is_hinged(row)
+        )
+        if hinged:
+            caption += f" ({', '.join(hinged)}: of a hinge loss, without unit)"
         if name == "bpd":
             low, high = np.percentile(
                 np.concatenate([line.get_ydata() for line in axes.lines]), [0, 97]
@@ -63,7 +96,7 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
             # Values at the start or before a rescue would flatten the rest.
             axes.set_ylim(low - 0.05 * (high - low), high)
         axes.set_xlabel("images seen")
-        axes.set_ylabel(caption)
+        axes.set_ylabel(caption.replace(" (", "\n("))
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
         FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)

@@ -21,7 +21,7 @@ from training.comparison.paper import (
     SEED_SPREAD_DISTANCE,
     Finding,
 )
-from training.comparison.pictures import GRID, curve_pictures, sample_pictures
+from training.comparison.pictures import GRID, curve_pictures, sample_pictures, samples_name
 from training.comparison.rows import (
     SPACES,
     figures_of,
@@ -38,6 +38,7 @@ from training.runs import RunError
 from training.weights import count_weights
 
 COLUMNS = 3  # of grids of samples
+ALONE = "§"  # marks a bound without the ELBO of the same images
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
 
@@ -64,17 +65,11 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         raise RunError(f"{out} holds no runs to report on")
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    # For each system the first seed that was measured, or else its first seed.
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        known = best.setdefault(row["config"].recipe, row)
-        if known["measured"] is None and row["measured"] is not None:
-            best[row["config"].recipe] = row
-    first = list(best.values())
+    systems = list(dict.fromkeys(row["config"].recipe for row in rows))
     sizes = " and ".join(sorted({row["config"].size for row in rows}))
     data = " and ".join(sorted({row["data"] for row in rows}))
     lines = [
-        f"# {len(rows)} runs of {len(first)} systems, size {sizes}, on {data}",
+        f"# {len(rows)} runs of {len(systems)} systems, size {sizes}, on {data}",
         "",
         "Written by `ade compare`. The paper's figures are those of CIFAR-10 at full scale. Ours "
         "have the size and budget of their row: compare rows with each other, not with the paper.",
@@ -103,16 +98,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
         "",
         "## Samples",
         "",
-    ]
-    sample_pictures(first, pictures, device)
-    lines += [
-        f"{GRID**2} mean samples of each system, as the discriminator sees them. Systems whose "
-        "latents have the same shape use the same noise.",
-        "",
-    ]
-    lines += _gallery(first)
-    lines += [
-        "",
+        *_gallery(systems, sample_pictures(rows, pictures, device)),
         "## Training curves",
         "",
         f"Running means over {SMOOTHING} logged steps."
@@ -219,7 +205,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             else "–"
         )
         iwae = next(
-            (bracket.format(_iwae(v)) for k, v in measured.items() if k.startswith("iwae-")), "–"
+            (
+                bracket.format(_iwae(bound)) + (f" {ALONE}" if _is_alone(row) else "")
+                for bound in _bounds(measured).values()
+            ),
+            "–",
         )
         score = (
             measured.get("distances", {})
@@ -241,10 +231,24 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return markdown_table(header, body)
 
 
-def _iwae(value: dict[str, Any]) -> str:
-    """The bound, and the ELBO of the same images if these are not those of the column BPD."""
-    bound = number_text(value["bpd"], 3)
-    return f"{bound} (ELBO {number_text(value['elbo'], 3)})" if "elbo" in value else bound
+def _bounds(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The importance-weighted bounds, by name."""
+    return {name: its for name, its in measured.items() if name.startswith("iwae-")}
+
+
+def _iwae(bound: dict[str, Any]) -> str:
+    """The bound, and the ELBO of the same images if it was measured."""
+    text = number_text(bound["bpd"], 3)
+    return f"{text} (ELBO {number_text(bound['elbo'], 3)})" if "elbo" in bound else text
+
+
+def _is_alone(row: dict[str, Any]) -> bool:
+    """Whether the bound is of other images than the ELBO, and theirs was not measured."""
+    measured = row["measured"] or {}
+    return any(
+        "elbo" not in bound and bound["images"] != measured["images"]
+        for bound in _bounds(measured).values()
+    )
 
 
 def _short(why: str) -> str:
@@ -264,6 +268,13 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             for how, labels in hows.items()
         ]
         lines.append(f"{column}: {'; '.join(parts)}.")
+    if any("elbo" in bound for row in rows for bound in _bounds(row["measured"] or {}).values()):
+        lines.append("ELBO, in the column IWAE: of the same images.")
+    if any(map(_is_alone, rows)):
+        lines.append(
+            f"{ALONE}: not comparable with the column BPD, which is of more images; the ELBO of "
+            "the same was not measured."
+        )
     if any(
         RESNET20 in row["measured"].get("distances", {}).get("mean", {})
         for row in rows
@@ -296,10 +307,8 @@ def _how(measured: dict[str, Any]) -> dict[str, str]:
             "± its standard error; in brackets where an inference network was trained for a frozen "
             "generator"
         )
-    for name, value in measured.items():
-        if name.startswith("iwae-"):
-            same = " (and the ELBO of these)" if "elbo" in value else ""
-            found["IWAE"] = f"{name} of the first {value['images']:,} of them{same}"
+    for name, bound in _bounds(measured).items():
+        found["IWAE"] = f"{name} of the first {bound['images']:,} of them"
     for space, value in measured.get("distances", {}).get("mean", {}).items():
         found[SPACES[space]] = (
             f"between {value['samples']:,} mean samples and {value['reference']}; it is not the FID"
@@ -465,11 +474,27 @@ def _budgets(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*markdown_table(header, body), "", note]
 
 
-def _gallery(rows: Sequence[dict[str, Any]]) -> list[str]:
-    shown = [row["config"].recipe for row in rows if row["measured"] is not None]
+def _gallery(systems: Sequence[str], shown: Sequence[dict[str, Any]]) -> list[str]:
+    """The grids of samples, and the systems that have none."""
     lines = []
+    if shown:
+        lines += [
+            f"{GRID**2} mean samples of each system, as the discriminator sees them. Systems whose "
+            "latents have the same shape use the same noise.",
+            "",
+        ]
     for first in range(0, len(shown), COLUMNS):
-        names = shown[first : first + COLUMNS]
-        table = markdown_table(names, [[f"![samples of {n}](pictures/{n}.webp)" for n in names]])
-        lines += [*table, ""]
+        rows = shown[first : first + COLUMNS]
+        titles = [
+            f"{row['config'].recipe}, seed {row['seed']}, {learned(row):,} images" for row in rows
+        ]
+        links = [f"![samples of {row_label(row)}](pictures/{samples_name(row)})" for row in rows]
+        lines += [*markdown_table(titles, [links]), ""]
+    absent = [name for name in systems if name not in {row["config"].recipe for row in shown}]
+    if absent:
+        lines += [
+            f"No samples are shown of {', '.join(absent)}: no measured run, and no earlier "
+            "picture of one, is in the folder.",
+            "",
+        ]
     return lines
