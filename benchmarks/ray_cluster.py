@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from handlers.ray_serve.environment import MARK, of_every_node
+from handlers.ray_serve.environment import MARK, of_every_node, of_haproxy
 from handlers.ray_serve.guard import end_all
 from serving.ports import free_ports
 
@@ -22,9 +22,15 @@ START_S = 60.0  # that a node may take to start
 
 
 class Cluster:
-    """A head and workers on this machine, as on several ones."""
+    """A head and workers on this machine, as on several ones.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: short, for its files.
+        is_alone: whether the head has no workers. Then it is as on a machine of its own: with
+            HAProxy, a dashboard, and an address besides 127.0.0.1.
+    """
+
+    def __init__(self, folder: Path, is_alone: bool) -> None:
         self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self.mark = secrets.token_hex(16)
@@ -36,11 +42,22 @@ class Cluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
-        # Several nodes of one machine have one address: one proxy, on the head, serves them all.
-        self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
-        (self.port,) = free_ports(1)
-        self.address = f"127.0.0.1:{self.port}"
-        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=1")
+        if is_alone:
+            self.environment |= of_haproxy(folder)
+        else:
+            # Nodes of one machine have one address: one proxy, on the head, serves them all.
+            self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
+        self.port, dashboard = free_ports(2)
+        self.host = "127.0.0.2" if is_alone else "127.0.0.1"
+        self.address = f"{self.host}:{self.port}"
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.head = self._start(
+            "--head",
+            f"--port={self.port}",
+            f"--num-cpus={8 if is_alone else 1}",
+            f"--include-dashboard={is_alone}",
+            f"--dashboard-port={dashboard}",
+        )
 
     def add_worker(self, cpus: int) -> subprocess.Popen[bytes]:
         return self._start(f"--address={self.address}", f"--num-cpus={cpus}")
@@ -62,12 +79,11 @@ class Cluster:
             f"--metrics-export-port={export}",
             "--min-worker-port=0",
             "--max-worker-port=0",
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={self.host}",
             f"--object-store-memory={100 * 2**20}",
         ]
         if "--head" in options:
-            command += ["--include-dashboard=false", f"--ray-client-server-port={client}"]
-            command += [f"--temp-dir={self.folder}"]
+            command += [f"--ray-client-server-port={client}", f"--temp-dir={self.folder}"]
         log = self.folder / f"node-{len(self._processes)}.txt"
         with open(log, "wb") as out:
             process = subprocess.Popen(
@@ -90,11 +106,12 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[Cluster]:
+def ray_cluster(is_alone: bool = False) -> Iterator[Cluster]:
+    """A cluster for the length of the block; ``is_alone`` as for :class:`Cluster`."""
     with tempfile.TemporaryDirectory(
         prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
     ) as short:
-        made = Cluster(Path(short))
+        made = Cluster(Path(short), is_alone)
         try:
             yield made
         finally:

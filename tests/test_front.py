@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -32,13 +33,14 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from handlers.asgi.application import Application
 from handlers.front.admission import ClientGone, Departure, Lane, Limits, Memory, read_body
 from handlers.front.connections import BoundedProtocol
 from handlers.front.forms import checked_type
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.listen import open_socket
 from handlers.limits import LARGE_BYTES
-from handlers.torchserve.front import ServerSettings
+from handlers.torchserve.front import ModelServer, ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
 from serving.api.errors import ApiError
 from serving.api.guard import Receive, Scope, Send
@@ -1366,12 +1368,23 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
         # After slow answers few are in flight, so that the others can still be dropped.
         assert await play(lane, 60, 0.15) == 3
+        # But no worker is idle.
+        assert await play(Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1), 50), 200, 0.15) == 50
         assert await play(lane, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
             await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
 
     with asyncio.Runner(loop_factory=InstantLoop) as runner:
         runner.run(check())
+
+
+def test_no_engine_lets_a_worker_be_idle() -> None:
+    model: Any = SimpleNamespace(name="score", identity="m@1", num_workers=99, answer=None)
+    session: Any = None
+    server = ModelServer({"score": 99}, {"score": "m@1"}, Limits(), session, session, Counter())
+    for api in (Application([model], {}, Limits()).api, server.api):
+        lane = api("/predictions/score").lane
+        assert lane is not None and lane._least == 99
 
 
 async def patient() -> dict[str, Any]:

@@ -52,7 +52,7 @@ from serving.api.requests import MODEL_HEADER
 from serving.engine.bundle import BundleError, open_bundle
 from serving.images import read_image
 from serving.ports import free_ports, local_address
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.service import RunningService
 
 CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
@@ -117,7 +117,7 @@ def test_a_replica_of_another_model_does_not_answer_for_the_wanted_one() -> None
     async def ask(wanted: str) -> int:
         headers = {MODEL_HEADER.lower(): wanted} if wanted else {}
         request = Request("POST", "/predictions/score", headers, "", bytearray(b"x"), False)
-        model = RemoteModel("score", "m@1", Replicas(), {}, 10.0)
+        model = RemoteModel("score", "m@1", Replicas(), {}, 1, 10.0)
         return (await model.answer(request)).status
 
     assert asyncio.run(ask("")) == asyncio.run(ask("m@2")) == 200
@@ -652,13 +652,18 @@ def test_nothing_is_left_and_nothing_is_reached_from_outside(
     assert not alive and not folder.exists()
 
 
-def refusal(port: int, message: bytes, token: str | None) -> str:
-    """The error with which a replica answers a call of its gRPC server."""
+def refusal(
+    port: int,
+    message: bytes,
+    token: str | None,
+    method: str = "/ray.serve.ASGIService/HandleRequest",
+) -> str:
+    """The error with which a gRPC server answers a call, by default that of a replica."""
     import grpc
 
     headers = [("authorization", f"Bearer {token}")] if token else None
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        call = channel.unary_unary(method)
         with pytest.raises(grpc.RpcError) as caught:
             call(message, metadata=headers, timeout=30)
     return str(caught.value.code().name)
@@ -680,12 +685,23 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Load:
-    """Clients that score one picture again and again, and count what they get."""
+    """Clients that score one picture again and again, and count what they get.
 
-    def __init__(self, url: str, num_clients: int) -> None:
+    Args:
+        url: of the service.
+        num_clients: at a time.
+        request: what they send, as arguments of httpx; by default the picture alone.
+
+    Attributes:
+        answers: the body of each model's answers, which are all the same.
+    """
+
+    def __init__(self, url: str, num_clients: int, **request: Any) -> None:
         self._url = f"{url}/predictions/score"
-        self._expected = httpx.post(self._url, content=CAT, timeout=120)
-        assert self._expected.status_code == 200
+        self._request = {"timeout": 30, **(request or {"content": CAT})}
+        first = httpx.post(self._url, **{**self._request, "timeout": 120})
+        assert first.status_code == 200
+        self.answers = {first.headers[MODEL_HEADER]: first.content}
         self.counts: Counter[str] = Counter()
         self._is_over = threading.Event()
         self._clients = [threading.Thread(target=self._run) for _ in range(num_clients)]
@@ -698,10 +714,10 @@ class Load:
     def __exit__(self, *error: object) -> None:
         self._is_over.set()
         for client in self._clients:
-            client.join(60)
+            client.join(150)
 
     def _run(self) -> None:
-        with httpx.Client(timeout=30) as client:
+        with httpx.Client() as client:
             while not self._is_over.is_set():
                 outcome = self._ask(client)
                 self.counts[outcome] += 1
@@ -710,12 +726,13 @@ class Load:
 
     def _ask(self, client: httpx.Client) -> str:
         try:
-            answer = client.post(self._url, content=CAT)
+            answer = client.post(self._url, **self._request)
         except httpx.TransportError:
             return "dropped"
         if answer.status_code != 200:
             return str(answer.status_code)
-        return "ok" if answer.content == self._expected.content else "wrong"
+        expected = self.answers.setdefault(answer.headers[MODEL_HEADER], answer.content)
+        return "ok" if answer.content == expected else "wrong"
 
     def wait_for_answers(self, count: int) -> float:
         """Wait until so many more requests are answered; returns the seconds."""
@@ -813,6 +830,104 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
 
 
+class Deployed:
+    """A cluster of one node, as the documentation starts it, which serves."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        (self.port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.headers = {"Authorization": f"Bearer {cluster.environment['ADE_TOKEN']}"}
+
+    def deploy(self, bundle: Path) -> None:
+        """What ``deploy/ray/serve-config.yaml`` names, with another bundle and port."""
+        config = yaml.safe_load((DEPLOYED / "serve-config.yaml").read_text())
+        config["http_options"]["port"] = self.port
+        args = config["applications"][0]["args"]
+        args |= {"bundles": [str(bundle)], "logs": str(self._cluster.folder / "logs")}
+        file = self._cluster.folder / "serve-config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)]
+        subprocess.run(
+            [*command, "--address", self._cluster.dashboard],
+            env=self._cluster.environment,
+            check=True,
+            capture_output=True,
+        )
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        return False
+
+    def outside(self) -> set[tuple[str, str, int]]:
+        """Command, address and port of all that listens besides 127.0.0.1.
+
+        Workers that have nothing to do are left out: they come and go.
+        """
+        processes = map(psutil.Process, processes_of(self._cluster.mark, self._cluster.folder))
+        return {
+            (command, connection.laddr.ip, connection.laddr.port)
+            for process in processes
+            for connection in connections_of(process)
+            if connection.status == psutil.CONN_LISTEN
+            and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+            and not (command := " ".join(process.cmdline())).startswith("ray::IDLE")
+        }
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[Deployed]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADE_TOKEN", secrets.token_hex(32))  # of the node, which inherits it
+        with ray_cluster(is_alone=True) as cluster:
+            made = Deployed(cluster)
+            made.deploy(PRETRAINED)
+            wait_for(made.is_ready, 180)
+            yield made
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_a_node_listens_on_is_documented(deployed: Deployed) -> None:
+    text = (ROOT / "docs" / "how-to" / "several-machines.md").read_text()
+    table = text.split("### Ports of a node")[1].split("##")[0]
+    processes = " ".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))
+    documented = re.findall("`(.*?)`", processes)
+    outside = deployed.outside()
+    found = {name: [one for one in outside if name in one[0]] for name in documented}
+    assert all(found.values()), found
+    assert outside == {one for several in found.values() for one in several}
+    for name in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"):
+        ((_, host, port),) = [one for one in found[name] if one[1] == "127.0.0.2"]
+        job = f"http://{host}:{port}/api/job_agent/jobs/"
+        assert httpx.post(job, json={"entrypoint": "true"}, timeout=30).status_code == 401
+    ((_, _, port),) = found["ray.util.client.server"]
+    assert refusal(port, b"", None, "/ray.rpc.RayletDriver/ClusterInfo") == "UNAUTHENTICATED"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_serves_its_configuration_and_changes_the_bundle_under_load(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    for path in ("/ping", "/metrics"):
+        assert httpx.get(f"{deployed.url}{path}", timeout=60).status_code == 401
+        answer = httpx.get(f"{deployed.url}{path}", headers=deployed.headers, timeout=60)
+        assert answer.status_code == 200
+    assert "ade_" in answer.text
+    # Of another name, and its answers have no verdict.
+    other = with_calibrations(PRETRAINED, tmp_path / "other", lambda _: None, "other")
+    with Load(deployed.url, 2, content=CAT, headers=deployed.headers) as load:
+        deployed.deploy(other)
+        wait_for(lambda: len(load.answers) == 2, 180)
+        load.wait_for_answers(50)
+    # One of several models would be "wrong".
+    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
+    assert set(load.answers) == {open_bundle(one).model_id for one in (PRETRAINED, other)}
+    assert len(set(load.answers.values())) == 2
+
+
 def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
     script = (
         "import logging; from handlers.ray_serve.logs import open_log; "
@@ -903,16 +1018,25 @@ def test_clients_that_leave_take_nobody_with_them() -> None:
 
 @needs_ray
 @pytest.mark.slow
-def test_replicas_follow_the_queue() -> None:
-    service = RunningService(PRETRAINED, options=("--engine", "ray", "--workers", "2"), timeout=300)
+@pytest.mark.parametrize(
+    "most, num_clients, request_",
+    [
+        (2, 96, {}),
+        # So slow that most of them wait in the front.
+        (4, 128, {"files": {"image": CAT}, "data": {"samples": "64"}, "timeout": 150}),
+    ],
+)
+def test_replicas_follow_the_queue(most: int, num_clients: int, request_: dict[str, Any]) -> None:
+    options = ("--engine", "ray", "--workers", str(most))
+    service = RunningService(PRETRAINED, options=options, timeout=300)
 
     def count() -> int:
         return len(replicas_of(all_processes(service), "score"))
 
     try:
         assert count() == 1
-        with Load(service.url, 96) as load:
-            wait_for(lambda: count() == 2, 120)
+        with Load(service.url, num_clients, **request_) as load:
+            wait_for(lambda: count() == most, 120)
             load.wait_for_answers(50)
         wait_for(lambda: count() == 1, 180)
         assert set(load.counts) == {"ok"}

@@ -18,7 +18,7 @@ from handlers.limits import MAX_BATCH
 from handlers.ray_serve import reporter
 from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
 from handlers.ray_serve.reporter import MetricsReplica
-from handlers.ray_serve.scaling import REQUESTS, by_requests
+from handlers.ray_serve.scaling import REQUESTS, WAITING, by_requests
 from serving.api.telemetry import BROKEN, IMAGES
 
 SMALL = Asked({}, b"image")
@@ -215,6 +215,17 @@ def test_replicas_follow_the_requests_and_not_the_calls(
     metrics = None if requests is None else {REQUESTS: requests}
     context: Any = SimpleNamespace(aggregated_metrics=metrics)
     assert by_requests(context) == (replicas, {})
+
+
+def test_replicas_follow_the_requests_that_wait_in_the_fronts() -> None:
+    """Of slow requests, a front lets the replicas have few at a time."""
+    metrics = {
+        REQUESTS: {"a": 10.0, "b": 6.0},
+        WAITING + "one": {"a": 80.0, "b": 84.0},  # told by the same front
+        WAITING + "another": {"b": 28.0},
+    }
+    context: Any = SimpleNamespace(aggregated_metrics=metrics)
+    assert by_requests(context) == (4, {})
 
 
 # Metrics

@@ -79,11 +79,13 @@ class Model(Protocol):
         name: under which it is served.
         identity: ``NAME@HASH``.
         metadata: of the model, by the Open Inference Protocol.
+        num_workers: that compute its answers, at most.
     """
 
     name: str
     identity: str
     metadata: dict[str, Any]
+    num_workers: int
 
     @property
     def is_ready(self) -> bool:
@@ -117,7 +119,7 @@ class Application:
                 model.answer,
                 INFERRING,
                 model.identity,
-                Lane(limits),
+                Lane(limits, model.num_workers),
                 takes_forms=True,
                 can_cancel=True,
             )
@@ -195,6 +197,11 @@ class Application:
                 f"there is no such path; a model has {V2_MODELS}{{name}}, …/ready and …/infer",
             )
         return Endpoint(_reading(lambda: _json(200, model.metadata)))
+
+    def num_waiting(self, name: str) -> int:
+        """Number of a model's requests that wait for their turn."""
+        lane = self._predictions[name].lane
+        return 0 if lane is None else lane.num_waiting
 
     def is_ready(self) -> bool:
         """Whether every model has a worker that is ready."""

@@ -73,6 +73,7 @@ class Pool:
 
     Attributes:
         identity: of the model, ``NAME@HASH``.
+        num_workers: whether they run or are being started again.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Pool:
         self.metadata = metadata
         self.metrics = metrics
         self.identity = settings[0].identity
+        self.num_workers = len(settings)
         self._timeout_s = timeout_s
         self.waiting: BatchQueue[Job] = BatchQueue()
         self._workers = [_Worker(self, one) for one in settings]

@@ -37,7 +37,7 @@ class Limits:
         free_bytes: bytes of each body or answer that do not count, so that small requests are
             accepted while large ones fill the memory.
         in_flight: lower bound, start and upper bound of the requests per model that the model
-            server has at a time.
+            server has at a time; each is raised to the number of the model's workers.
         latency_s: target for the time that a request spends in the model server, queue included.
         waiting: requests per model that wait here for their turn.
         waiting_s: seconds that they wait.
@@ -221,16 +221,26 @@ class Lane:
     requests to keep the workers busy with full batches. The cost of a request varies by a factor
     of a thousand, therefore the bound adapts to the time that answers take. After a slow answer it
     is set, by Little's law, to the number that gives ``latency_s`` at the present throughput. With
-    each faster answer it grows by one while requests wait.
+    each faster answer it grows by one while requests wait. It is never less than the number of
+    workers, or some would have nothing to do.
+
+    Args:
+        limits: of the front.
+        workers: that compute the model's answers, at most.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, workers: int = 1) -> None:
         self._limits = limits
-        self._least, self._bound, self._most = limits.in_flight
+        self._least, self._bound, self._most = (max(n, workers) for n in limits.in_flight)
         self._num_in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._num_clients = 0  # whose requests are in progress
         self._answered = -math.inf  # when the last of them had its answer
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+        return len(self._waiting)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[None]:

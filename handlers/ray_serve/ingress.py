@@ -51,6 +51,7 @@ class RemoteModel:
         identity: of the model, ``NAME@HASH``.
         handle: of the deployment.
         metadata: of the model, by the Open Inference Protocol.
+        num_workers: replicas at most.
         timeout_s: for an answer, the queue included.
     """
 
@@ -60,11 +61,13 @@ class RemoteModel:
         identity: str,
         handle: Any,
         metadata: dict[str, Any],
+        num_workers: int,
         timeout_s: float,
     ) -> None:
         self.name = name
         self.identity = identity
         self.metadata = metadata
+        self.num_workers = num_workers
         self.is_ready = False
         # That requests took, and waited for their turn, since both were last reported.
         self.seconds = self.waited = 0.0
@@ -107,11 +110,16 @@ class RemoteModel:
             raise other_model(request.model, made_by)
         return answer
 
-    async def look(self) -> None:
-        """Find out whether a replica can compute."""
+    async def look(self, front: str, num_waiting: int) -> None:
+        """Find out whether a replica can compute, and tell it how many requests wait.
+
+        Args:
+            front: an id of it.
+            num_waiting: requests of this model that wait there.
+        """
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                await self._handle.ready.remote()
+                await self._handle.ready.remote(front, num_waiting)
             self.is_ready = True
         except BackPressureError:  # it has more than enough to do
             self.is_ready = True
@@ -160,15 +168,15 @@ class Ingress:
                 bundle.model_id,
                 handles[name],
                 v2.metadata(name, operation, bundle, settings.backend),
+                settings.replicas[operation][1],
                 limits.upstream_s,
             )
             for name, operation, bundle in served_models(bundles)
         ]
         document = openapi_document("/", bundles, access.token is not None)
-        application = Application(self._models, document, limits)
+        self._application = Application(self._models, document, limits)
         self._metrics = metrics
         self._exposes_metrics = settings.exposes_metrics
-        self._find = application.api
         front = Front(self._endpoint, limits, Memory(limits), access.probe_secret, self._refusals)
         hosts = settings.allowed_hosts
         self._guarded = Guard(front, hosts, access.token, self._refusals)
@@ -235,15 +243,18 @@ class Ingress:
             raise stopping()
         if path == "/metrics" and self._exposes_metrics:
             return Endpoint(self._metrics_text)
-        return self._find(path)
+        return self._application.api(path)
 
     async def _metrics_text(self, request: Request) -> Answer:
         return metrics_answer(await self._metrics.text.remote())
 
     async def _look(self) -> None:
         """Keep track of which models have a replica that can compute."""
+        front = uuid.uuid4().hex
         while True:
-            await asyncio.gather(*(model.look() for model in self._models))
+            await asyncio.gather(
+                *(m.look(front, self._application.num_waiting(m.name)) for m in self._models)
+            )
             await asyncio.sleep(LOOK_S)
 
     def _measured(self) -> tuple[Measured, Mapping[str, int]]:

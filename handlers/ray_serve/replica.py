@@ -18,10 +18,11 @@ from handlers.limits import RESPONSE_TIMEOUT_S
 from handlers.ray_serve.calls import Answered, Asked
 from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
-from handlers.ray_serve.scaling import REQUESTS
+from handlers.ray_serve.scaling import REQUESTS, WAITING
 from serving.api.telemetry import STARTS
 
 logger = logging.getLogger(__name__)
+HEARD_S = 15.0  # after which what a front told is outdated; it looks more often
 
 
 class Job(NamedTuple):
@@ -63,6 +64,7 @@ class Replica:
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()
         self._requests = 0
+        self._fronts: dict[str, tuple[float, int]] = {}  # when they told how many requests wait
         self._computing_since: float | None = None
         self._queue_seconds = 0.0
         # Serve calls this in its event loop.
@@ -83,10 +85,19 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every few seconds, for :func:`handlers.ray_serve.scaling.by_requests`."""
-        return {REQUESTS: float(self._requests)}
+        since = time.monotonic() - HEARD_S
+        self._fronts = {f: told for f, told in self._fronts.items() if told[0] > since}
+        waiting = {WAITING + front: float(n) for front, (_, n) in self._fronts.items()}
+        return {REQUESTS: float(self._requests), **waiting}
 
-    async def ready(self) -> None:
-        """Return, which shows a front that the replica can compute."""
+    async def ready(self, front: str, num_waiting: int) -> None:
+        """Return, which shows a front that the replica can compute.
+
+        Args:
+            front: an id of it.
+            num_waiting: requests of this model that wait there.
+        """
+        self._fronts[front] = (time.monotonic(), num_waiting)
 
     async def _compute_all(self) -> None:
         """Compute what waits, a batch at a time.

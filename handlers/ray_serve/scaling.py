@@ -1,6 +1,7 @@
-"""How many replicas an operation needs, by the requests that its replicas have.
+"""How many replicas an operation needs, by the requests that its replicas and fronts have.
 
-Ray counts calls, and a call carries up to a batch of requests.
+Ray counts calls, and a call carries up to a batch of requests. What waits in the fronts it does not
+know: they send few requests at a time if answers take long.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from handlers.limits import MAX_BATCH
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-REQUESTS = "requests"  # what a replica reports: how many it has, on average over the last moments
+# What a replica reports, on average over the last moments.
+REQUESTS = "requests"  # how many it has
+WAITING = "waiting:"  # and the id of a front: how many wait there, as the replica was told last
 
 
 def by_requests(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -21,5 +24,9 @@ def by_requests(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
     Serve applies the least and the greatest number and the delays to it.
     """
-    of_replicas = (context.aggregated_metrics or {}).get(REQUESTS, {})
-    return max(1, math.ceil(sum(of_replicas.values()) / MAX_BATCH)), {}
+    metrics = context.aggregated_metrics or {}
+    num_requests = sum(metrics.get(REQUESTS, {}).values())
+    for name, told in metrics.items():
+        if name.startswith(WAITING):  # a front tells one replica now and another one then
+            num_requests += max(told.values(), default=0.0)
+    return max(1, math.ceil(num_requests / MAX_BATCH)), {}

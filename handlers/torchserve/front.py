@@ -97,7 +97,7 @@ class ModelServer:
                 infer,
                 INFERRING,
                 identities[name],
-                Lane(limits),
+                Lane(limits, workers),
                 _large_lane(limits, workers),
                 takes_forms=True,
             )
@@ -163,7 +163,7 @@ def _large_lane(limits: Limits, workers: int) -> Lane:
 
     A worker of TorchServe takes all that waits as one batch.
     """
-    return Lane(dataclasses.replace(limits, in_flight=(2 * workers,) * 3))
+    return Lane(dataclasses.replace(limits, in_flight=(2 * workers,) * 3), workers)
 
 
 def _passing_headers(response: aiohttp.ClientResponse) -> list[tuple[str, str]]:
