@@ -43,7 +43,7 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
 
-def no_change(x: Tensor) -> Tensor:
+def zero_log_det(x: Tensor) -> Tensor:
     """Log-determinant terms of a layer that preserves volume: zeros."""
     return torch.zeros_like(x[:, :1])
 
@@ -91,7 +91,7 @@ class Squeeze(Bijection):
     """Move each 2x2 patch into channels: ``(N, C, H, W)`` to ``(N, 4C, H/2, W/2)``."""
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pixel_unshuffle(x, 2), no_change(x)
+        return F.pixel_unshuffle(x, 2), zero_log_det(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.pixel_shuffle(y, 2)
@@ -119,7 +119,7 @@ class Rotation(Bijection):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, self.matrix()[:, :, None, None]), no_change(x)
+            return F.conv2d(x, self.matrix()[:, :, None, None]), zero_log_det(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
@@ -151,7 +151,14 @@ class _Coupling(Bijection):
         )
 
     def log_scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network computes from the values that are kept."""
+        """What the network computes from the values that are kept.
+
+        Args:
+            kept: ``(N, inputs, h, w)``.
+
+        Returns:
+            Log-scale and shift, ``(N, changed, h, w)`` each.
+        """
         bounded = self.MAX_INPUT * torch.tanh(kept / self.MAX_INPUT)
         raw, shift = self.coupling_net(bounded).to(kept.dtype).chunk(2, dim=1)
         return self.log_gain + self.max_log_scale * torch.tanh(raw / self.max_log_scale), shift

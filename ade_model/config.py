@@ -148,7 +148,7 @@ class ModelConfig:
         return self.channels * self.image_size**2
 
     @property
-    def level_sizes(self) -> list[int]:
+    def resolution_sizes(self) -> list[int]:
         """Height and width of each resolution's features, coarsest first."""
         return [self.image_size // (self.patch * 2**i) for i in reversed(range(len(self.widths)))]
 
@@ -157,7 +157,9 @@ class ModelConfig:
         """``(channels, height, width)`` of ``z``, level by level, coarsest first."""
         if not self.widths:
             return [(self.channels, self.image_size, self.image_size)]
-        return [(c, s, s) for c, s in zip(self.latent_channels, self.level_sizes, strict=True) if c]
+        return [
+            (c, s, s) for c, s in zip(self.latent_channels, self.resolution_sizes, strict=True) if c
+        ]
 
     @property
     def operations(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ade_model.quantization import NUM_LEVELS
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ElboTerms:
     """The terms of one draw's log-weight ``log p(x, z) - log q(z | x)``; each ``(N,)``, nats.
 
     Attributes:
@@ -22,7 +22,7 @@ class Evidence:
             of the positions within the pixels' bins, too.
         kl: one per level, ``log q(z_i | ...) - log p(z_i | ...)`` at the draw, or its expectation.
         kl_by_channel: one per level, ``(N, latent_channels)``, each channel's share of ``kl``; only
-            from :meth:`ade_model.model.ADEModel.expected_evidence`.
+            from :meth:`ade_model.model.ADEModel.elbo_terms_with_analytic_kl`.
     """
 
     log_prob_y: Tensor

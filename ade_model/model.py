@@ -1,7 +1,22 @@
 """The whole model, with two paths through it.
 
-* Likelihood: ``x -> flow -> y -> encoder -> z``, then the density of ``y`` under ``decoder(z)``.
-* Sampling: ``z`` from the prior, then ``decoder(z) -> y -> flow.inverse -> x``.
+Likelihood::
+
+    images (N, C, H, W), 0..255
+      -> ADEModel.dequantize         quantization.py, dequantizer.py
+    x = (images + u) / 256, in [0, 1]
+      -> flow                        flow.py, bijections.py
+    y (N, C, H, W) and log |det dy/dx|
+      -> encoder, decoder.infer      vae.py; flow_only.py without a VAE
+    z ~ q(z | y) and p(y | z)
+      -> ADEModel.elbo_terms         likelihood.py
+    log p(y | z) + log |det dy/dx| - sum of the KL, a bound on log p(x), (N,) nats
+      -> bits_per_dim                training/evaluate.py for a data set
+    (N,) bits per dimension
+
+Sampling::
+
+    z from the prior -> decoder(z) -> y -> flow.inverse -> x -> quantize -> images
 
 All randomness is outside: the caller passes the noise. So is the rounding of ``x`` to images,
 :mod:`ade_model.quantization`.
@@ -21,7 +36,7 @@ from ade_model.errors import ConfigError, ShapeError
 from ade_model.flow import build_flow
 from ade_model.flow_only import PointMass, StandardNormal
 from ade_model.layers import divide_among_pixels
-from ade_model.likelihood import Evidence
+from ade_model.likelihood import ElboTerms
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder, Draw, Encoder
 
@@ -50,10 +65,10 @@ class Dequantized:
 
 @dataclass(frozen=True)
 class Examination:
-    """What the graph ``score`` computes: the evidence in detail.
+    """What the graph ``score`` computes: the terms of the ELBO in detail.
 
     Attributes:
-        evidence: the terms of the log-weight.
+        terms: the terms of the log-weight.
         cost_nats: each pixel's share of ``-log_weight``, ``(N, 3, H, W)``, nats; the three maps are
             those of distortion, log-determinant and latents. Values of cells of several pixels,
             which latents and squeezed features have, are divided evenly among the pixels.
@@ -62,11 +77,29 @@ class Examination:
         standardized_z: ``z`` standardised by its prior, one tensor per level.
     """
 
-    evidence: Evidence
+    terms: ElboTerms
     cost_nats: Tensor
     y: Tensor
     residual: Tensor
     standardized_z: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Inference:
+    """What the model infers from images.
+
+    Attributes:
+        y: the flow's output, ``(N, C, H, W)``.
+        log_det_map: each position's share of ``log |det dy/dx|``, and of the positions within the
+            pixels' bins if these are learned, ``(N, H, W)``, nats.
+        draws: one per level, coarsest first.
+        p_y: ``p(y | z)`` at the draws, on ``(N, C, H, W)``.
+    """
+
+    y: Tensor
+    log_det_map: Tensor
+    draws: list[Draw]
+    p_y: DiagonalGaussian | PointMass
 
 
 class ADEModel(nn.Module):
@@ -86,6 +119,12 @@ class ADEModel(nn.Module):
         >>> eps = [torch.randn(3, *shape) for shape in model.config.latent_shapes]
         >>> model.sample(eps).shape
         torch.Size([3, 3, 8, 8])
+        >>> from ade_model.likelihood import bits_per_dim
+        >>> images = torch.randint(256, (3, 3, 8, 8)).float()
+        >>> dequantized = model.dequantize(images, torch.rand(images.shape))
+        >>> terms = model.elbo_terms(dequantized, eps)
+        >>> bits_per_dim(terms.log_weight, model.config.num_dims).shape
+        torch.Size([3])
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,11 +136,29 @@ class ADEModel(nn.Module):
             if config.dequantizer_width
             else None
         )
-        self.encoder: nn.Module | None = nn.Identity()
-        self.decoder: Decoder | StandardNormal = StandardNormal()
+        self.encoder: nn.Module | None
+        self.decoder: Decoder | StandardNormal
         if config.widths:
             self.encoder = Encoder(config) if config.encoder else None
             self.decoder = Decoder(config)
+        else:
+            self.encoder = nn.Identity()
+            self.decoder = StandardNormal()
+
+    def _infer(self, given: Dequantized | Tensor, eps: list[Tensor]) -> _Inference:
+        """From images to latents, as all methods do that take images."""
+        if self.encoder is None:
+            raise ConfigError("the model has no inference network, so it can only sample")
+        x, of_positions = (
+            (given, None) if isinstance(given, Tensor) else (given.x, given.log_det_map)
+        )
+        self._check_images("x", x)
+        self._check_latents("eps", eps, like=[x])
+        y, log_det_map = self.flow.with_map(x)
+        draws, p_y = self.decoder.infer(self.encoder(y), eps)
+        if of_positions is not None:
+            log_det_map = log_det_map + of_positions
+        return _Inference(y, log_det_map, draws, p_y)
 
     def sample(self, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
         """Draw new images.
@@ -118,7 +175,7 @@ class ADEModel(nn.Module):
         """
         self._check_latents("eps", eps, like=eps)
         _, p_y = self.decoder.generate(eps)
-        return self._observe(p_y, y_eps)
+        return self._x_from(p_y, y_eps)
 
     def decode(self, z: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
         """Decode latents to images.
@@ -134,7 +191,7 @@ class ADEModel(nn.Module):
             ShapeError: latents or noise have another shape.
         """
         self._check_latents("z", z, like=z)
-        return self._observe(self.decoder(z), y_eps)
+        return self._x_from(self.decoder(z), y_eps)
 
     def encode(self, x: Tensor, eps: list[Tensor]) -> Encoding:
         """Encode images to latents.
@@ -147,7 +204,7 @@ class ADEModel(nn.Module):
             ShapeError: images or noise have another shape.
             ConfigError: the model has no inference network.
         """
-        draws, _, _, _ = self._infer(x, eps)
+        draws = self._infer(x, eps).draws
         return Encoding([draw.posterior for draw in draws], [draw.z for draw in draws])
 
     def reconstruct(self, x: Tensor, eps: list[Tensor], y_eps: Tensor | None = None) -> Tensor:
@@ -165,8 +222,7 @@ class ADEModel(nn.Module):
             ShapeError: images or noise have another shape.
             ConfigError: the model has no inference network.
         """
-        _, p_y, _, _ = self._infer(x, eps)
-        return self._observe(p_y, y_eps)
+        return self._x_from(self._infer(x, eps).p_y, y_eps)
 
     def dequantize(self, images: Tensor, u: Tensor) -> Dequantized:
         """Spread each stored pixel over its bin, as the likelihood needs it.
@@ -185,7 +241,7 @@ class ADEModel(nn.Module):
         position, log_det_map = self.dequantizer(images, u)
         return Dequantized(dequantize(images, position), log_det_map)
 
-    def evidence(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Evidence:
+    def elbo_terms(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> ElboTerms:
         """The terms of one draw's log-weight; ``kl`` is the log-ratio at the draw.
 
         Args:
@@ -197,67 +253,58 @@ class ADEModel(nn.Module):
             ShapeError: images or noise have another shape.
             ConfigError: the model has no inference network.
         """
-        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
-        return Evidence(p_y.log_prob(y), sum_dims(log_det_map), [draw.log_ratio for draw in draws])
+        found = self._infer(dequantized, eps)
+        return ElboTerms(
+            found.p_y.log_prob(found.y),
+            sum_dims(found.log_det_map),
+            [draw.log_ratio for draw in found.draws],
+        )
 
     def examine(self, dequantized: Dequantized | Tensor, eps: list[Tensor]) -> Examination:
-        """The terms of :meth:`evidence`, each pixel's share of them, and the residuals."""
-        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
-        log_prob_terms = p_y.log_prob_terms(y)
-        evidence = Evidence(
-            sum_dims(log_prob_terms), sum_dims(log_det_map), [draw.log_ratio for draw in draws]
+        """The terms of :meth:`elbo_terms`, each pixel's share of them, and the residuals."""
+        found = self._infer(dequantized, eps)
+        log_prob_terms = found.p_y.log_prob_terms(found.y)
+        terms = ElboTerms(
+            sum_dims(log_prob_terms),
+            sum_dims(found.log_det_map),
+            [draw.log_ratio for draw in found.draws],
         )
-        latents = torch.zeros_like(log_det_map)
-        for draw in draws:
+        latents = torch.zeros_like(found.log_det_map)
+        for draw in found.draws:
             cells = sum_channels(draw.log_ratio_terms)
             latents = latents + divide_among_pixels(
                 cells, self.config.image_size // cells.shape[-1]
             )
         return Examination(
-            evidence,
-            torch.stack([-sum_channels(log_prob_terms), -log_det_map, latents], dim=1),
-            y,
-            p_y.standardize(y),
-            [draw.prior.standardize(draw.z) for draw in draws],
+            terms=terms,
+            cost_nats=torch.stack(
+                [-sum_channels(log_prob_terms), -found.log_det_map, latents], dim=1
+            ),
+            y=found.y,
+            residual=found.p_y.standardize(found.y),
+            standardized_z=[draw.prior.standardize(draw.z) for draw in found.draws],
         )
 
-    def expected_evidence(
+    def elbo_terms_with_analytic_kl(
         self, dequantized: Dequantized | Tensor, eps: list[Tensor]
-    ) -> tuple[Evidence, Tensor]:
-        """As :meth:`evidence`, with ``kl`` in closed form where possible.
+    ) -> tuple[ElboTerms, Tensor]:
+        """As :meth:`elbo_terms`, with ``kl`` in closed form where possible.
 
         Its variance is lower, which helps training.
 
         Returns:
             The terms, and the mean of ``p(y | z)``, ``(N, C, H, W)``.
         """
-        draws, p_y, y, log_det_map = self._infer(dequantized, eps)
-        evidence = Evidence(
-            p_y.log_prob(y),
-            sum_dims(log_det_map),
-            [draw.kl for draw in draws],
-            [draw.kl_terms.sum((2, 3)) for draw in draws],
+        found = self._infer(dequantized, eps)
+        terms = ElboTerms(
+            found.p_y.log_prob(found.y),
+            sum_dims(found.log_det_map),
+            [draw.kl for draw in found.draws],
+            [draw.kl_terms.sum((2, 3)) for draw in found.draws],
         )
-        return evidence, p_y.mean
+        return terms, found.p_y.mean
 
-    def _infer(
-        self, given: Dequantized | Tensor, eps: list[Tensor]
-    ) -> tuple[list[Draw], DiagonalGaussian | PointMass, Tensor, Tensor]:
-        """The draws of the latents, ``p(y | z)``, ``y`` and the map of the log-determinant."""
-        if self.encoder is None:
-            raise ConfigError("the model has no inference network, so it can only sample")
-        x, of_positions = (
-            (given, None) if isinstance(given, Tensor) else (given.x, given.log_det_map)
-        )
-        self._check_images("x", x)
-        self._check_latents("eps", eps, like=[x])
-        y, log_det_map = self.flow.with_map(x)
-        draws, p_y = self.decoder.infer(self.encoder(y), eps)
-        if of_positions is not None:
-            log_det_map = log_det_map + of_positions
-        return draws, p_y, y, log_det_map
-
-    def _observe(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
+    def _x_from(self, p_y: DiagonalGaussian | PointMass, y_eps: Tensor | None) -> Tensor:
         if y_eps is None:
             return self.flow.inverse(p_y.mean)
         _check_shapes("y_eps", [y_eps], [tuple(p_y.mean.shape)])

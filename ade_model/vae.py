@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, y: Tensor) -> list[Tensor]:
-        """Maps of ``y``, each ``(N, width, h, w)`` with the sizes of ``config.level_sizes``."""
+        """Maps of ``y``, ``(N, width, h, w)`` each, of the sizes ``config.resolution_sizes``."""
         h = F.pixel_unshuffle(y, self.patch)
         maps = []
         for stage in self.stages:
@@ -106,7 +106,7 @@ class Level(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         width, latent_channels = config.widths[index], config.latent_channels[index]
-        blocks, size = config.decoder_blocks[index], config.level_sizes[index]
+        blocks, size = config.decoder_blocks[index], config.resolution_sizes[index]
         self.is_bounded = config.posterior_bound
         self.above = conv3x3(config.widths[index - 1], width) if index else None
         # The coarsest level starts from a learned map, so that its prior is that of every image.
@@ -130,14 +130,22 @@ class Level(nn.Module):
         )
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
-        """Features of the level above, upsampled to this resolution."""
+        """Features of the level above, upsampled to this resolution.
+
+        Args:
+            features: ``(N, width above, h/2, w/2)``, unused at the coarsest level.
+            num_images: N.
+
+        Returns:
+            ``(N, width, h, w)``.
+        """
         if self.above is None or features is None:
             return self.top.expand(num_images, -1, -1, -1)
         fine: Tensor = self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
         return fine
 
     def prior(self, features: Tensor) -> DiagonalGaussian:
-        """``p(z_i | z_<i)``."""
+        """``p(z_i | z_<i)``, on ``(N, c, h, w)``, from features, ``(N, width, h, w)``."""
         mean, log_scale = (
             self.prior_net(features).to(self.from_latents.weight.dtype).chunk(2, dim=1)
         )
@@ -149,6 +157,11 @@ class Level(nn.Module):
         The posterior is a Gaussian, given as a correction to the prior's, and an autoregressive
         step if the model has one. A correction of 0 gives the prior unless that is narrow: its
         log-scale is bounded once more.
+
+        Args:
+            features: ``(N, width, h, w)``.
+            encoded: the encoder's map, of the same shape.
+            eps: standard normal noise, ``(N, c, h, w)``, the shape of ``z_i``.
         """
         assert self.posterior_net is not None
         prior = self.prior(features)
@@ -168,14 +181,22 @@ class Level(nn.Module):
     def posterior(
         self, prior: DiagonalGaussian, shift: Tensor, log_scale: Tensor
     ) -> DiagonalGaussian:
-        """The posterior's Gaussian, from the corrections to the prior's."""
+        """The posterior's Gaussian, from the corrections to the prior's; all ``(N, c, h, w)``."""
         corrected = bounded(prior.log_scale + log_scale)
         if self.is_bounded:
             corrected = torch.minimum(corrected, prior.log_scale + MAX_LOG_WIDENING)
         return DiagonalGaussian(prior.mean + shift, corrected)
 
     def finish(self, features: Tensor, z: Tensor | None) -> Tensor:
-        """Features that depend on ``z``, for the level below."""
+        """Features that depend on ``z``, for the level below.
+
+        Args:
+            features: ``(N, width, h, w)``.
+            z: ``(N, c, h, w)``; ``None`` without latents.
+
+        Returns:
+            ``(N, width, h, w)``.
+        """
         finished: Tensor = self.blocks(features if z is None else features + self.from_latents(z))
         return finished
 
@@ -232,7 +253,7 @@ class Decoder(nn.Module):
             if level.has_latents:
                 draws.append(level.infer(features, h, eps[len(draws)]))
             features = level.finish(features, draws[-1].z if level.has_latents else None)
-        return draws, self._observe(features)
+        return draws, self._p_y(features)
 
     def generate(self, eps: list[Tensor]) -> tuple[list[Tensor], DiagonalGaussian]:
         """Draw latents from the prior; returns ``z`` and ``p(y | z)``."""
@@ -243,7 +264,7 @@ class Decoder(nn.Module):
             if level.has_latents:
                 z.append(level.prior(features).sample(eps[len(z)]))
             features = level.finish(features, z[-1] if level.has_latents else None)
-        return z, self._observe(features)
+        return z, self._p_y(features)
 
     def forward(self, z: list[Tensor]) -> DiagonalGaussian:
         """``p(y | z)`` for given latents, coarsest first."""
@@ -252,8 +273,8 @@ class Decoder(nn.Module):
         for level in self.resolutions:
             features = level.start(features, z[0].shape[0])
             features = level.finish(features, next(remaining) if level.has_latents else None)
-        return self._observe(features)
+        return self._p_y(features)
 
-    def _observe(self, features: Tensor | None) -> DiagonalGaussian:
+    def _p_y(self, features: Tensor | None) -> DiagonalGaussian:
         mean = F.pixel_shuffle(self.to_mean(features), self.patch).to(self.log_sigma.dtype)
         return DiagonalGaussian(mean, self.log_sigma.expand_as(mean))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.bijections import Bijection, Rotation, no_change
+from ade_model.bijections import Bijection, Rotation, zero_log_det
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize, quantize
 
@@ -33,7 +33,7 @@ class _FixedRotation(Bijection):
         self.register_buffer("inverse_kernel", matrix.t()[:, :, None, None].contiguous().to(dtype))
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.conv2d(x, self.kernel), no_change(x)
+        return F.conv2d(x, self.kernel), zero_log_det(x)
 
     def inverse(self, y: Tensor) -> Tensor:
         return F.conv2d(y, self.inverse_kernel)
@@ -87,8 +87,8 @@ class Graphs(nn.Module):
     def score(self, images: Tensor, u: Tensor, *eps: Tensor) -> tuple[Tensor, ...]:
         dequantized = self.model.dequantize(_to_planes(images, u), u.permute(0, 3, 1, 2))
         found = self.model.examine(dequantized, list(eps))
-        evidence = found.evidence
-        nats = torch.stack([-evidence.log_prob_y, -evidence.log_det_jacobian, *evidence.kl], dim=1)
+        terms = found.terms
+        nats = torch.stack([-terms.log_prob_y, -terms.log_det_jacobian, *terms.kl], dim=1)
         parts = nats / (self.model.config.num_dims * math.log(2.0))
         cost = found.cost_nats / math.log(2.0)
         return parts, cost, found.y, found.residual, *found.standardized_z

@@ -81,18 +81,18 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
     pixels = held_out_images(dataset, found, CORRUPTED_IMAGES)
     held_out = pixels[:RECONSTRUCTED]
     findings = Findings(
-        dataclasses.replace(plan, stages=used),
-        found,
-        opened,
-        engine.sample([0] * SAMPLES, range(SAMPLES)),
-        held_out,
-        engine.reconstruct(held_out),
-        false_alarms(p_values, calibrations),
-        len(scanned),
-        outliers,
-        len(pixels),
-        _caught(engine, pixels),
-        _encoder_findings(engine, dataset, found, out),
+        plan=dataclasses.replace(plan, stages=used),
+        survey=found,
+        bundle=opened,
+        samples=engine.sample([0] * SAMPLES, range(SAMPLES)),
+        held_out=held_out,
+        rebuilt=engine.reconstruct(held_out),
+        alarms=false_alarms(p_values, calibrations),
+        scanned=len(scanned),
+        outliers=outliers,
+        corrupted=len(pixels),
+        caught=_caught(engine, pixels),
+        encoder=_encoder_findings(engine, dataset, found, out),
     )
     write_report(findings, out / "report.html")
 

@@ -232,18 +232,18 @@ def make_plan(
     size = "small" if on_gpu or budget >= SMALL_FROM_MINUTES else "tiny"
     device = "cuda" if on_gpu else "cpu"
     return Plan(
-        folder,
-        name,
-        image_size,
-        size,
-        device,
-        budget,
-        stages,
-        licence,
-        images,
-        has_classes,
-        guide,
-        FLOWS[size],
+        folder=folder,
+        name=name,
+        image_size=image_size,
+        size=size,
+        device=device,
+        budget=budget,
+        stages=stages,
+        licence=licence,
+        images=images,
+        has_classes=has_classes,
+        guide_minutes=guide,
+        flow=FLOWS[size],
     )
 
 

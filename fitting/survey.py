@@ -165,18 +165,18 @@ def survey(sizes: Sizes, dataset: Dataset) -> Survey:
             f"Images that are not {side} x {side}, whose centre squares were resized: {other}."
         )
     return Survey(
-        sum(sizes.values()),
-        {
+        files=sum(sizes.values()),
+        sizes={
             UNREADABLE if size is None else f"{size[0]} x {size[1]}": n
             for size, n in sizes.most_common()
         },
-        dataset.skipped,
-        twice,
-        [name for _, name in leaking],
-        content.hexdigest(),
-        parts,
-        fitted,
-        warnings,
+        broken=dataset.skipped,
+        twice=twice,
+        leaking=[name for _, name in leaking],
+        content=content.hexdigest(),
+        parts=parts,
+        fitted=fitted,
+        warnings=warnings,
     )
 
 

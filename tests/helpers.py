@@ -157,10 +157,10 @@ def with_calibrations(
 def encoder_file(path: Path, size: int, classes: int = 0, seed: int = 0) -> Path:
     """An encoder with random weights, whose normalisations are not the identity."""
     from export.to_onnx import export_encoder
-    from training.encoder_network import Encoder
+    from training.encoder_network import SmallEncoder
 
     torch.manual_seed(seed)
-    network = Encoder(size, 3, classes).eval().requires_grad_(False)
+    network = SmallEncoder(size, 3, classes).eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for values in (module.running_mean, module.weight, module.bias):

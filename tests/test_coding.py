@@ -98,7 +98,7 @@ def log_weights(model: ADEModel, images: np.ndarray, generator: torch.Generator)
     seen = model.dequantize(pixels, torch.rand(pixels.shape, generator=generator))
     shapes = model.config.latent_shapes
     eps = [torch.randn(len(images), *shape, generator=generator) for shape in shapes]
-    return model.evidence(seen, eps).log_weight - model.config.num_dims * np.log(256)
+    return model.elbo_terms(seen, eps).log_weight - model.config.num_dims * np.log(256)
 
 
 def make_bundle(folder: Path, name: str, images: np.ndarray, scores: bool) -> Bundle:

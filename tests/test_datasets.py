@@ -571,6 +571,8 @@ def test_stl10_without_its_unlabelled_images_has_labels(
     assert dataset.splits["test"] == "test[0:10]"
     assert parts["train"].labels.tolist() == [*range(10), *range(8)]
     assert parts["calibrate"].labels.tolist() == [9]
+    (tmp_path / "train_y.bin").unlink()
+    assert load_dataset("stl10", str(tmp_path), 96).splits == dataset.splits
 
 
 @pytest.mark.parametrize("kind", ["npz", "pickle"])

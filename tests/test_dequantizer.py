@@ -74,11 +74,12 @@ def test_the_bound_counts_its_density() -> None:
     dequantized = model.dequantize(images, torch.rand(images.shape))
     assert dequantized.log_det_map is not None
     difference = (
-        model.evidence(dequantized, eps).log_weight - model.evidence(dequantized.x, eps).log_weight
+        model.elbo_terms(dequantized, eps).log_weight
+        - model.elbo_terms(dequantized.x, eps).log_weight
     )
     assert torch.allclose(difference, dequantized.log_det_map.sum((1, 2)), rtol=1e-4, atol=1e-3)
     found = model.examine(dequantized, eps)
-    assert torch.allclose(found.cost_nats.sum((1, 2, 3)), -found.evidence.log_weight, rtol=1e-4)
+    assert torch.allclose(found.cost_nats.sum((1, 2, 3)), -found.terms.log_weight, rtol=1e-4)
 
 
 def test_it_makes_the_bound_tighter() -> None:
@@ -93,7 +94,7 @@ def test_it_makes_the_bound_tighter() -> None:
     eps = [torch.zeros(64, *shape) for shape in TINY.latent_shapes]
 
     def bound() -> torch.Tensor:
-        return model.evidence(model.dequantize(images, torch.rand(images.shape)), eps).log_weight
+        return model.elbo_terms(model.dequantize(images, torch.rand(images.shape)), eps).log_weight
 
     with torch.no_grad():
         before = torch.stack([bound() for _ in range(20)]).mean()
@@ -113,7 +114,7 @@ def test_a_model_without_it_grows_it_and_scores_the_same() -> None:
     grown_weights(small.state_dict(), TINY, large)
     images, u = torch.randint(0, 256, (3, 3, 8, 8)).float(), torch.rand(3, 3, 8, 8)
     eps = [torch.randn(3, *shape) for shape in TINY.latent_shapes]
-    old, new = (model.evidence(model.dequantize(images, u), eps) for model in (small, large))
+    old, new = (model.elbo_terms(model.dequantize(images, u), eps) for model in (small, large))
     assert torch.allclose(old.log_weight, new.log_weight, rtol=1e-4)
 
 

@@ -60,7 +60,7 @@ from training.datasets.folder import load_folder
 from training.datasets.sketch import record_of
 from training.distillation import Distillation
 from training.encoder import make_encoder
-from training.encoder_network import Encoder
+from training.encoder_network import SmallEncoder
 from training.labels import class_labels
 from training.metrics import efficientnet
 from training.small_encoder import train_small_encoder
@@ -1087,10 +1087,10 @@ def test_a_small_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
 ) -> None:
     monkeypatch.setattr("training.small_encoder.bfloat16_is_faster", lambda device: is_faster)
 
-    def forward(self: Encoder, images: torch.Tensor) -> None:
+    def forward(self: SmallEncoder, images: torch.Tensor) -> None:
         raise RuntimeError(f"in bfloat16: {torch.is_autocast_enabled('cpu')}")
 
-    monkeypatch.setattr(Encoder, "forward", forward)
+    monkeypatch.setattr(SmallEncoder, "forward", forward)
     images = ImageSet(small_images[:16], np.arange(16) % 2)
     with pytest.raises(RuntimeError, match=f"in bfloat16: {is_faster}"):
         train_small_encoder(images, 1, torch.device("cpu"))
@@ -1121,7 +1121,7 @@ def test_class_labels_come_from_folders() -> None:
 
 
 def test_the_encoder_of_larger_images_sees_them_smaller() -> None:
-    network = Encoder(96, 3).eval()
+    network = SmallEncoder(96, 3).eval()
     assert network.shrink == 3
     assert network(torch.zeros(2, 96, 96, 3, dtype=torch.uint8))[0].shape == (2, 256)
     assert isinstance(network.blocks, nn.Sequential)

@@ -97,7 +97,7 @@ def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
     with torch.no_grad():
         weights = torch.stack(
             [
-                model.evidence(
+                model.elbo_terms(
                     x, [torch.randn(64, 1, 1, 1, generator=generator, dtype=torch.float64)]
                 ).log_weight
                 for _ in range(draws)
@@ -139,8 +139,8 @@ def test_the_kl_by_level_is_the_mean_of_the_models_own_terms() -> None:
     u = torch.rand(pixels.shape, generator=generator)
     eps = [torch.randn(7, *shape, generator=generator) for shape in TINY.latent_shapes]
     with torch.no_grad():
-        evidence = model.evidence(model.dequantize(pixels, u), eps)
-    kl = [level.mean().item() / (TINY.num_dims * math.log(2)) for level in evidence.kl]
+        terms = model.elbo_terms(model.dequantize(pixels, u), eps)
+    kl = [level.mean().item() / (TINY.num_dims * math.log(2)) for level in terms.kl]
     assert found["kl"].pop("images") == 7 and len(kl) == len(TINY.widths)
     named = {**{f"kl_{level}": each for level, each in enumerate(kl)}, "sum": sum(kl)}
     assert found["kl"] == pytest.approx(named)
@@ -206,7 +206,7 @@ def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
     )
     weights = torch.stack(
         [
-            model.evidence(
+            model.elbo_terms(
                 x, [torch.randn(5, 1, 1, 1, generator=generator, dtype=torch.float64)]
             ).log_weight
             for _ in range(16)
@@ -263,11 +263,11 @@ def test_kl_in_closed_form_is_the_mean_of_the_sampled_one() -> None:
     assert torch.equal(q.kl_terms(q), torch.zeros(shape, dtype=torch.float64))
 
 
-def test_evidence_and_score_differ_in_the_kl_alone() -> None:
+def test_elbo_terms_and_score_differ_in_the_kl_alone() -> None:
     model = make_model().double()
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(4, *shape, dtype=torch.float64) for shape in TINY.latent_shapes]
-    sampled, closed = model.evidence(x, eps), model.expected_evidence(x, eps)[0]
+    sampled, closed = model.elbo_terms(x, eps), model.elbo_terms_with_analytic_kl(x, eps)[0]
     assert torch.equal(sampled.log_prob_y, closed.log_prob_y)
     assert torch.equal(sampled.log_det_jacobian, closed.log_det_jacobian)
     assert all((kl >= 0).all() for kl in closed.kl)

@@ -40,7 +40,7 @@ def test_sizes_and_channels(size: int, channels: int) -> None:
     assert model.config.latent_shapes[-1][1] == size // 2
     for made in (model.sample(eps), model.decode(encoding.z), model.reconstruct(x, eps)):
         assert made.shape == x.shape
-    assert model.evidence(x, eps).log_weight.shape == (2,)
+    assert model.elbo_terms(x, eps).log_weight.shape == (2,)
     assert model.config.num_dims == channels * size * size
 
 
@@ -97,7 +97,7 @@ def test_every_option_changes_the_model(change: dict) -> None:
     shapes, others = ([tuple(p.shape) for p in model.parameters()] for model in (base, other))
     x, eps = torch.rand(2, 3, 8, 8), noise(base)
     assert shapes != others or not torch.equal(
-        base.evidence(x, eps).log_weight, other.evidence(x, eps).log_weight
+        base.elbo_terms(x, eps).log_weight, other.elbo_terms(x, eps).log_weight
     )
 
 
@@ -109,7 +109,7 @@ def test_noise_comes_in() -> None:
     y_eps = torch.randn(2, 3, 8, 8)
     state = torch.get_rng_state()
     first, second = (
-        [model.sample(eps, y_eps), model.reconstruct(x, eps), model.evidence(x, eps).log_weight]
+        [model.sample(eps, y_eps), model.reconstruct(x, eps), model.elbo_terms(x, eps).log_weight]
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -182,7 +182,7 @@ def test_wrong_shapes_are_named() -> None:
     model = make_model()
     x, eps, y_eps = torch.rand(2, 3, 8, 8), noise(model), torch.randn(2, 3, 8, 8)
     with pytest.raises(ShapeError, match=r"x must have .*\(2, 3, 8, 8\), got \(2, 3, 9, 8\)"):
-        model.evidence(torch.rand(2, 3, 9, 8), eps)
+        model.elbo_terms(torch.rand(2, 3, 9, 8), eps)
     with pytest.raises(ShapeError, match=r"eps must have .*\), \(.*, got \(2, 3, 2, 2\)$"):
         model.sample(eps[:1])
     with pytest.raises(ShapeError, match="eps must have .*, got none"):
@@ -215,7 +215,7 @@ def test_a_checkpoint_is_enough(tmp_path) -> None:
     again = load_model(tmp_path)
     assert again.config == model.config
     x, eps = torch.rand(2, 3, 8, 8), noise(model)
-    assert torch.equal(model.evidence(x, eps).log_weight, again.evidence(x, eps).log_weight)
+    assert torch.equal(model.elbo_terms(x, eps).log_weight, again.elbo_terms(x, eps).log_weight)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(
         text.replace('"format_version": 1', '"format_version": 99')
@@ -251,10 +251,8 @@ def test_a_flow_alone_is_exact() -> None:
     assert (model.decode(encoding.z) - x).abs().max() < 1e-9
     normal = torch.distributions.Normal(0.0, 1.0)
     expected = normal.log_prob(y).flatten(1).sum(1) + log_det
-    for evidence in (model.evidence(x, eps), model.expected_evidence(x, eps)[0]):
-        assert (
-            torch.allclose(evidence.log_weight, expected) and evidence.log_prob_y.abs().max() == 0
-        )
+    for terms in (model.elbo_terms(x, eps), model.elbo_terms_with_analytic_kl(x, eps)[0]):
+        assert torch.allclose(terms.log_weight, expected) and terms.log_prob_y.abs().max() == 0
     assert torch.allclose(model.sample(eps), model.flow.inverse(eps[0]))
 
 
@@ -268,12 +266,12 @@ def test_levels_without_latents() -> None:
         flow_scales=0,
     )
     model = make_model(config)
-    assert config.latent_shapes == [(3, 4, 4)] and config.level_sizes == [4, 8]
+    assert config.latent_shapes == [(3, 4, 4)] and config.resolution_sizes == [4, 8]
     eps = [torch.randn(2, 3, 4, 4)]
     x = torch.rand(2, 3, 8, 8)
     encoding = model.encode(x, eps)
     assert len(encoding.z) == 1 and model.decode(encoding.z).shape == x.shape
-    assert torch.isfinite(model.evidence(x, eps).log_weight).all()
+    assert torch.isfinite(model.elbo_terms(x, eps).log_weight).all()
 
 
 def test_a_model_without_an_inference_network_can_only_sample() -> None:
@@ -314,14 +312,12 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in config.latent_shapes]
     found = model.examine(x, eps)
-    evidence = found.evidence
+    terms = found.terms
     assert found.cost_nats.shape == (3, 3, 8, 8)
-    for part, whole in enumerate(
-        (-evidence.log_prob_y, -evidence.log_det_jacobian, sum(evidence.kl))
-    ):
+    for part, whole in enumerate((-terms.log_prob_y, -terms.log_det_jacobian, sum(terms.kl))):
         assert torch.allclose(found.cost_nats[:, part].sum((1, 2)), whole, rtol=1e-10, atol=1e-9)
     assert torch.allclose(
-        found.cost_nats.sum((1, 2, 3)), -model.evidence(x, eps).log_weight, rtol=1e-12
+        found.cost_nats.sum((1, 2, 3)), -model.elbo_terms(x, eps).log_weight, rtol=1e-12
     )
 
 

@@ -309,7 +309,7 @@ def test_a_system_that_fails_before_it_begins_has_a_row(
 ) -> None:
     job = Job(narrow("vae"), options(1))
 
-    def fail(*given: object) -> None:
+    def fail(**given: object) -> None:
         raise MemoryError("no room for the weights")
 
     with monkeypatch.context() as patched:

@@ -34,7 +34,7 @@ from ade_model import ADEModel, ConfigError, ModelConfig
 from ade_model.bijections import CheckerboardCoupling
 from ade_model.checkpoint import load_model, read_config, save_model
 from ade_model.layers import ResidualBlock
-from ade_model.likelihood import Evidence
+from ade_model.likelihood import ElboTerms
 from benchmarks.training import _compiled
 from export.write import ExportError, evaluation_of, export_bundle
 from serving.engine.bundle import verify_bundle
@@ -369,23 +369,23 @@ def test_free_bits_charge_only_what_exceeds_them() -> None:
         torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True),
         torch.tensor([[0.5], [0.7]], requires_grad=True),
     ]
-    evidence = Evidence(torch.zeros(2), torch.zeros(2), [level.sum(1) for level in kl], kl)
+    terms = ElboTerms(torch.zeros(2), torch.zeros(2), [level.sum(1) for level in kl], kl)
     same = lambda flat: flat
     dims, nat = 12, 1 / (12 * math.log(2))
-    bound = coverage_loss(evidence, dims)
-    assert latent_surcharge(evidence, dims, 0.0, 1.0, same).item() == pytest.approx(0, abs=1e-6)
-    surcharge = latent_surcharge(evidence, dims, 2.0, 1.0, same)  # channels have 1.5, 4 and 0.6
+    bound = coverage_loss(terms, dims)
+    assert latent_surcharge(terms, dims, 0.0, 1.0, same).item() == pytest.approx(0, abs=1e-6)
+    surcharge = latent_surcharge(terms, dims, 2.0, 1.0, same)  # channels have 1.5, 4 and 0.6
     assert surcharge.item() == pytest.approx((2.0 + 4.0 + 2.0 - 6.1) * nat)
     (bound + surcharge).backward()
     assert kl[0].grad is not None and kl[1].grad is not None
     assert torch.allclose(kl[0].grad, torch.tensor([[0.0, nat / 2]] * 2)) and not kl[1].grad.any()
-    assert latent_surcharge(evidence, dims, 2.0, 0.5, same).item() == pytest.approx(
+    assert latent_surcharge(terms, dims, 2.0, 0.5, same).item() == pytest.approx(
         (0.5 * 8.0 - 6.1) * nat
     )
     # Whether a channel is charged is decided over all processes: here others' batches had 4 nats
     # more.
     assert latent_surcharge(
-        evidence, dims, 2.0, 1.0, lambda flat: flat.add_(4)
+        terms, dims, 2.0, 1.0, lambda flat: flat.add_(4)
     ).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -422,22 +422,22 @@ def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarr
     shake(trained.model)
     plain.model.load_state_dict(trained.model.state_dict())
     (batch,) = batches(small_images, 1, config)
-    evidence: list[Evidence] = []
-    infer = trained.model.expected_evidence
+    terms: list[ElboTerms] = []
+    infer = trained.model.elbo_terms_with_analytic_kl
 
-    def watched(x: torch.Tensor, eps: list[torch.Tensor]) -> tuple[Evidence, torch.Tensor]:
+    def watched(x: torch.Tensor, eps: list[torch.Tensor]) -> tuple[ElboTerms, torch.Tensor]:
         found = infer(x, eps)
-        evidence.append(found[0])
+        terms.append(found[0])
         return found
 
-    trained.model.expected_evidence = watched  # type: ignore[method-assign]
+    trained.model.elbo_terms_with_analytic_kl = watched  # type: ignore[method-assign]
     losses = trained.run(batch)
     dims = config.model.num_dims * math.log(2)
     assert [losses[f"kl_{i}"] for i in range(2)] == pytest.approx(
-        [kl.mean().item() / dims for kl in evidence[0].kl]
+        [kl.mean().item() / dims for kl in terms[0].kl]
     )
     assert losses["bpd"] == pytest.approx(
-        coverage_loss(evidence[0], config.model.num_dims).item(), abs=1e-6
+        coverage_loss(terms[0], config.model.num_dims).item(), abs=1e-6
     )
     # The bound itself, without free bits or warm-up.
     assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)
@@ -456,7 +456,7 @@ def test_the_benchmark_compiles_the_methods_that_training_calls(
 
     monkeypatch.setattr(torch, "compile", watched)
     _compiled(trainer(SMALL)).run(*batches(small_images, 1))
-    assert called == {"expected_evidence", "sample"}
+    assert called == {"elbo_terms_with_analytic_kl", "sample"}
 
 
 def test_rates_fall_in_the_last_part_of_a_budget(
@@ -1059,6 +1059,7 @@ def test_an_option_may_need_another_one() -> None:
     """Without which it changes nothing and is refused, as below."""
     assert recipe("vae", 32, 3, flow_scales=1, flow_width=8).model.flow_width == 8
     assert recipe("flow-gan-h", 32, 3, dequantizer_width=4, beta1=0.5).beta1 == 0.5
+    assert recipe("gan", 32, 3, free_bits=1.0, beta1=0.9).free_bits == 1
     assert len(trainer(narrow("flow-gan-h", dequantizer_width=4)).optimizer.param_groups) == 2
 
 
@@ -1087,6 +1088,11 @@ def test_a_grid_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) ->
         ("vae", {"flow_width": 8}, "flow_width: vae has no flow"),
         ("real-nvp", {"sigma": "scalar"}, "sigma: real-nvp has no VAE"),
         ("flow-gan-h", {"beta1": 0.5}, "beta1: flow-gan-h has no weights that the likelihood al"),
+        ("gan", {"inference_share": 0.0, "beta1": 0.5}, "beta1: gan has no weights that the lik"),
+        ("gan", {"inference_share": 0.0, "free_bits": 1.0}, "free_bits: gan has no L_C"),
+        ("flow-gan-a", {"dequantizer_width": 32}, "dequantizer_width: flow-gan-a has no L_C"),
+        ("av-ade-pd", {"d_patch": 4}, "d_patch: av-ade-pd has no discriminator of pixels"),
+        ("av-ade-pd", {"gp_every": 2}, "gp_every: av-ade-pd has no gradient penalty"),
         (
             "av-ade",
             {"d_widths": (8,) * 7},
@@ -1102,6 +1108,12 @@ def test_a_grid_of_scales_and_blocks_can_be_trained(small_images: np.ndarray) ->
 def test_impossible_networks_are_refused(name: str, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(name, 32, 3, **change)
+
+
+def test_a_run_with_an_idle_option_still_loads() -> None:
+    """Earlier versions accepted it."""
+    before = dataclasses.replace(recipe("av-ade-pd", 32, 3), gp_every=2)
+    assert TrainConfig.from_dict(before.to_dict()) == before
 
 
 @pytest.mark.parametrize(
@@ -1283,6 +1295,17 @@ def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) 
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path} cannot be read: No such file or directory$"):
         load_checkpoint(folder, trainer())
+
+
+def test_a_checkpoint_without_the_norm_of_the_penalty_loads(tmp_path: Path) -> None:
+    """As earlier versions wrote them."""
+    folder = save_checkpoint(tmp_path, trainer(), Progress(step=3), {"recipe": "av-ade"})
+    state = read_state(folder)
+    state["usual_norm"] = {"model": 1.0, "discriminator": 2.0}
+    write_json(folder / "state.json", state)
+    resumed = trainer()
+    assert load_checkpoint(folder, resumed) == Progress(step=3)
+    assert resumed.usual_norm == {"model": 1.0, "discriminator": 2.0, "penalty": 0.0}
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,14 @@
 """Training of AV-ADE and of the systems it is compared with.
 
-Start with :mod:`training.loop`.
+Modules in an order for reading:
+
+* a run: :mod:`~training.recipes` (the systems), :mod:`~training.loop`, :mod:`~training.step`,
+  :mod:`~training.losses`, :mod:`~training.evaluate`
+* adversarial parts: :mod:`~training.discriminator`, :mod:`~training.projected`,
+  :mod:`~training.augment`
+* matching of features: :mod:`~training.guide`, :mod:`~training.moments`
+* a run's folder: :mod:`~training.run_start`, :mod:`~training.runs`, :mod:`~training.run_log`,
+  :mod:`~training.report`
+* the verdict's encoder: :mod:`~training.encoder`, :mod:`~training.small_encoder`,
+  :mod:`~training.encoder_network`, :mod:`~training.distillation`, :mod:`~training.labels`
 """

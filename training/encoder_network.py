@@ -40,7 +40,7 @@ class _Block(nn.Module):
         return x + F.relu(self.second_norm(self.second(x)))
 
 
-class Encoder(nn.Module):
+class SmallEncoder(nn.Module):
     """Pixels to features, and to logits of classes if it was trained with them.
 
     Args:

@@ -62,9 +62,9 @@ def _batch_bpd(
     for _ in range(samples):
         u = torch.rand(pixels.shape, generator=generator, device=pixels.device)
         eps = _noise(model, len(u), generator)
-        evidence = model.evidence(model.dequantize(pixels, u), eps)
-        log_weights.append(evidence.log_weight.double())
-        kls.append(torch.stack(evidence.kl).double())
+        terms = model.elbo_terms(model.dequantize(pixels, u), eps)
+        log_weights.append(terms.log_weight.double())
+        kls.append(torch.stack(terms.kl).double())
     bound = importance_weighted_bound(torch.stack(log_weights))
     num_dims = model.config.num_dims
     kl = torch.stack(kls).mean(0) / (num_dims * math.log(2.0))

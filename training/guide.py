@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ade_model.quantization import NUM_LEVELS
 from serving.onnx_runtime import cpu_session
-from training.encoder_network import MIN_SIZE, WIDTHS, Encoder
+from training.encoder_network import MIN_SIZE, WIDTHS, SmallEncoder
 from training.metrics.efficientnet import LEVEL_CHANNELS, load_efficientnet
 from training.metrics.features import FeatureError
 
@@ -34,7 +34,7 @@ class Guide(nn.Module):
         encoder: in evaluation mode; its weights become constants.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: SmallEncoder) -> None:
         super().__init__()
         self._encoder = encoder.requires_grad_(False)
         self.dims = sum(WIDTHS)
@@ -92,7 +92,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
     found = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
     try:
         classes = len(found["classifier.bias"]) if "classifier.bias" in found else 0
-        encoder = Encoder(max(image_size, MIN_SIZE), channels, classes).eval()
+        encoder = SmallEncoder(max(image_size, MIN_SIZE), channels, classes).eval()
         encoder.load_state_dict(_unfolded(found, encoder))
     except (KeyError, RuntimeError) as error:
         raise FeatureError(
@@ -107,7 +107,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
     return Guide(encoder)
 
 
-def _unfolded(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+def _unfolded(found: dict[str, Tensor], encoder: SmallEncoder) -> dict[str, Tensor]:
     """The state dict of an encoder, from what the exporter made of it.
 
     It folds a batch normalisation into the convolution before it, which thereby gets a bias. Here
@@ -130,7 +130,7 @@ def _unfolded(found: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     return state
 
 
-def _check(path: Path, encoder: Encoder, image_size: int, channels: int) -> None:
+def _check(path: Path, encoder: SmallEncoder, image_size: int, channels: int) -> None:
     """Compare the network with the file's own results, on noise."""
     images = np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, channels))
     (wanted,) = cpu_session(path).run(["features"], {"images": images.astype(np.uint8)})

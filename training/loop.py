@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ade_model.checkpoint import read_config
 from serving.signals import signals_held
+from training.budget import Budget
 from training.data import Dataset
 from training.datasets.sketch import KEY, VERSION, record_of, sketch_in, version_of
 from training.device import bfloat16_is_faster, choose_device
@@ -219,14 +220,14 @@ def _prepare(
         return mean
 
     trainer = Trainer(
-        config,
-        fabric.device,
-        fabric.autocast,
-        average,
-        options.seed,
-        fabric.global_rank,
-        fabric.world_size,
-        guide,
+        config=config,
+        device=fabric.device,
+        autocast=fabric.autocast,
+        average=average,
+        seed=options.seed,
+        rank=fabric.global_rank,
+        processes=fabric.world_size,
+        guide=guide,
     )
     progress = Progress()
     before: dict[str, Any] = {}
@@ -236,7 +237,7 @@ def _prepare(
     elif options.init is not None:
         start_from(Path(options.init), trainer)
         before = {"started_from": _lineage(Path(options.init))}
-    if not _out_of_time(progress, options.minutes):
+    if not Budget(options.images, options.minutes).is_out_of_time(progress):
         check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     return trainer, progress, before
 
@@ -268,14 +269,16 @@ def _run_steps(
     recent: dict[str, float] = {}
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
-    # Training the inference network of a GAN comes on top of the budget.
-    whole = 1 + config.inference_share
-    excess = _excess(trainer, progress, options)
-    total = round(options.images * whole) + excess.images
-    minutes = options.minutes and options.minutes * whole + excess.seconds / 60
+    budget = Budget(
+        images=options.images,
+        minutes=options.minutes,
+        inference_share=config.inference_share,
+        excess=_excess(trainer, progress, options),
+    )
+    minutes = budget.total_minutes
     generator_seconds = progress.generator_seconds
     bar = tqdm(
-        total=total if minutes is None else None,
+        total=budget.total_images if minutes is None else None,
         initial=progress.images,
         unit="img",
         unit_scale=True,
@@ -284,8 +287,8 @@ def _run_steps(
         dynamic_ncols=True,
     )
     try:
-        while progress.images < total and not _out_of_time(progress, minutes):
-            spent = _spent(progress, excess, options)
+        while not budget.is_spent(progress):
+            spent = budget.fraction(progress)
             drawn = [
                 torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
                 for _ in range(batches_a_step)
@@ -304,7 +307,12 @@ def _run_steps(
                     with _with_others(fabric):
                         seconds = float(fabric.broadcast(seconds))
                 images = progress.images + config.batch_size
-                progress = Progress(trainer.step, images, seconds, generator_seconds)
+                progress = Progress(
+                    step=trainer.step,
+                    images=images,
+                    seconds=seconds,
+                    generator_seconds=generator_seconds,
+                )
                 is_intact = True
             if log is None:
                 continue
@@ -363,10 +371,6 @@ def _lineage(init: Path) -> dict[str, Any]:
     return found | {key: source[key] for key in known if key in source}
 
 
-def _out_of_time(progress: Progress, minutes: float | None) -> bool:
-    return minutes is not None and progress.seconds >= 60 * minutes
-
-
 def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progress:
     """Images and seconds that a GAN's generator was trained on beyond its budget.
 
@@ -380,15 +384,5 @@ def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progre
     if trainer.inferring_since is not None:
         step, seconds = trainer.inferring_since, progress.generator_seconds
     steps = max(0, step - math.ceil(options.images / batch_size))
-    budget = 60 * options.minutes if options.minutes else math.inf
-    return Progress(steps, steps * batch_size, max(0.0, seconds - budget))
-
-
-def _spent(progress: Progress, excess: Progress, options: RunOptions) -> float:
-    """The larger of the fractions of the budgets of images and of time that are spent.
-
-    The excess does not count. It is above 1 while the inference network of a GAN is trained.
-    """
-    images, seconds = progress.images - excess.images, progress.seconds - excess.seconds
-    of_time = seconds / (60 * options.minutes) if options.minutes else 0.0
-    return max(images / options.images, of_time)
+    limit = 60 * options.minutes if options.minutes else math.inf
+    return Progress(step=steps, images=steps * batch_size, seconds=max(0.0, seconds - limit))

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.likelihood import Evidence, bits_per_dim
+from ade_model.likelihood import ElboTerms, bits_per_dim
 
 
-def coverage_loss(evidence: Evidence, num_dims: int) -> Tensor:
+def coverage_loss(terms: ElboTerms, num_dims: int) -> Tensor:
     """L_C, the mean bound on the negative log-likelihood (paper, eq. 4); scalar, bits per dim."""
-    return bits_per_dim(evidence.log_weight, num_dims).mean()
+    return bits_per_dim(terms.log_weight, num_dims).mean()
 
 
 def latent_surcharge(
-    evidence: Evidence,
+    terms: ElboTerms,
     num_dims: int,
     free_bits: float,
     weight: float,
@@ -32,14 +32,14 @@ def latent_surcharge(
     bits"). The sum over channels is weighted.
 
     Args:
-        evidence: result of :meth:`ade_model.model.ADEModel.expected_evidence`.
+        terms: result of :meth:`ade_model.model.ADEModel.elbo_terms_with_analytic_kl`.
         num_dims: values per image, ``C * H * W``.
         free_bits: nats per channel and image.
         weight: of the KL, 1 in L_C.
         average: averages a flat vector over processes, in place; the mean decides whether a channel
             is charged.
     """
-    kl = torch.cat([level.mean(0) for level in evidence.kl_by_channel])
+    kl = torch.cat([level.mean(0) for level in terms.kl_by_channel])
     charged = torch.where(average(kl.detach().clone()) > free_bits, kl, free_bits)
     return (weight * charged.sum() - kl.sum()) / (num_dims * math.log(2.0))
 

@@ -128,7 +128,7 @@ class MomentMatching(nn.Module):
         share: float,
         covariance_share: float | None = None,
     ) -> None:
-        """Move the moments a share of the way to those of a batch, of ``count`` a process."""
+        """Move the moments a share of the way to a batch's, of ``count`` images per process."""
         mean, covariance = getattr(self, prefix + "mean"), getattr(self, prefix + "covariance")
         mean.lerp_(self._average(features.sum(0)) / count, share)
         centered = features - mean

@@ -286,6 +286,16 @@ _ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of 
 _OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_max_log_scale"}
 _OF_VAE = {"sigma", "patch", "posterior_iaf", "posterior_bound"}
 _OF_LIKELIHOOD = {"learning_rate", "beta1", "beta2"}
+# Fields that need L_C, a discriminator of pixels, or a gradient penalty.
+_OF_COVERAGE = {
+    "free_bits",
+    "kl_warmup",
+    "dequantizer_width",
+    "posterior_iaf",
+    "posterior_bound",
+}
+_OF_PIXEL_DISCRIMINATOR = {"d_patch"}
+_OF_PENALTY = {"gp_target", "gp_every"}
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
 
 
@@ -438,30 +448,47 @@ def recipe(
         if idle:
             raise ConfigError(f"{min(idle)}: {name} has no discriminator")
     training |= {**system.training, **changes}
-    if system.vae:
-        options = {
-            "flow_scales": system.flow_scales,
-            "posterior_bound": True,
-            **sized.model,
-            **system.model,
-        }
-        if size == "paper":
-            options = _paper_networks(options, image_size)
-        latents = options.get("latent_channels", ModelConfig.latent_channels)
-        widths = options.get("widths", ModelConfig.widths)
-        if system.wide:
-            options["widths"] = tuple(2 * width for width in widths)
-        if not system.coverage:  # a GAN's noise enters at the coarsest level only
-            options["latent_channels"] = (sum(latents), *(0 for _ in latents[1:]))
-            options["encoder"] = training["inference_share"] > 0
-    else:
-        options = {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
+    fields = _model_fields(system, size, image_size, training.get("inference_share", 0) > 0)
     model = ModelConfig(
-        **{"image_size": image_size, "channels": channels, **options, **of_the_model}
+        **{"image_size": image_size, "channels": channels, **fields, **of_the_model}
     )
     config = TrainConfig(recipe=name, size=size, model=model, **training)
-    _check_effect(config, {*of_the_model, *changes})
+    _check_effect(
+        config, {*of_the_model, *changes, *(f"d_{name}" for name in of_the_discriminator)}
+    )
     return config
+
+
+def _model_fields(
+    system: _System, size: str, image_size: int, has_inference: bool
+) -> dict[str, Any]:
+    """Fields of a system's model.
+
+    Args:
+        system: the system.
+        size: of the networks, one of :data:`SIZES`.
+        image_size: height and width of the images, pixels.
+        has_inference: whether a GAN gets an inference network.
+    """
+    sized = _SIZES[size]
+    if not system.vae:
+        return {**sized.flow_alone, "widths": (), "latent_channels": (), "decoder_blocks": ()}
+    fields: dict[str, Any] = {
+        "flow_scales": system.flow_scales,
+        "posterior_bound": True,
+        **sized.model,
+        **system.model,
+    }
+    if size == "paper":
+        fields = _paper_networks(fields, image_size)
+    latents = fields.get("latent_channels", ModelConfig.latent_channels)
+    widths = fields.get("widths", ModelConfig.widths)
+    if system.wide:
+        fields["widths"] = tuple(2 * width for width in widths)
+    if not system.coverage:  # a GAN's noise enters at the coarsest level only
+        fields["latent_channels"] = (sum(latents), *(0 for _ in latents[1:]))
+        fields["encoder"] = has_inference
+    return fields
 
 
 def _check_effect(config: TrainConfig, given: set[str]) -> None:
@@ -472,7 +499,8 @@ def _check_effect(config: TrainConfig, given: set[str]) -> None:
     """
     has_flow, has_vae = config.model.flow_scales > 0, bool(config.model.widths)
     # As :class:`training.step.Trainer` groups the weights.
-    likelihood_trains = (
+    has_coverage = config.coverage or config.inference_share > 0
+    likelihood_trains = has_coverage and (
         has_vae
         or config.discriminator is None
         or not config.flow_sees_quality
@@ -482,6 +510,9 @@ def _check_effect(config: TrainConfig, given: set[str]) -> None:
         (has_flow, _OF_FLOW, "flow"),
         (has_vae, _OF_VAE, "VAE"),
         (likelihood_trains, _OF_LIKELIHOOD, "weights that the likelihood alone trains"),
+        (has_coverage, _OF_COVERAGE, "L_C"),
+        (not config.compares_images, _OF_PIXEL_DISCRIMINATOR, "discriminator of pixels"),
+        (config.gp_weight > 0, _OF_PENALTY, "gradient penalty"),
     ):
         if not has and (idle := names & given):
             raise ConfigError(f"{min(idle)}: {config.recipe} has no {what}")

@@ -1,8 +1,9 @@
 """The folder of a training run, and its checkpoints.
 
-``RUN/run.json`` holds the run's configuration, ``RUN/checkpoints/step-N/`` everything that is
-needed to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and ``RUN/report.md``
-the report at the end.
+``RUN/run.json`` holds the run's configuration, ``RUN/data.json`` where its images are,
+``RUN/guide.onnx`` a copy of its guide if it has one, ``RUN/checkpoints/step-N/`` everything else
+that is needed to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and
+``RUN/report.md`` and ``RUN/pictures/`` the report at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,6 @@ MOMENTS_NAMES = {
     "classifier_loss": "classifier_moments.safetensors",
 }
 STATE_NAME = "state.json"
-STATE = (
-    "step",
-    "images",
-    "seconds",
-    "generator_seconds",
-    "processes",
-    "skipped_in_a_row",
-    "skipped",
-    "usual_norm",
-    "inferring_since",
-    "rescued_at",
-)
 MANIFEST_NAME = "manifest.json"  # only bundles have one
 
 
@@ -77,6 +66,12 @@ class Progress:
     images: int = 0
     seconds: float = 0.0
     generator_seconds: float = 0.0
+
+
+# Fields of state.json.
+PROGRESS = tuple(field.name for field in fields(Progress))
+TRAINER_STATE = ("skipped_in_a_row", "skipped", "usual_norm", "inferring_since", "rescued_at")
+STATE = (*PROGRESS, "processes", *TRAINER_STATE)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -205,16 +200,9 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         write_json(
             folder / STATE_NAME,
             {
-                "step": progress.step,
-                "images": progress.images,
-                "seconds": progress.seconds,
+                **asdict(progress),
                 "processes": trainer.processes,
-                "skipped_in_a_row": trainer.skipped_in_a_row,
-                "skipped": trainer.skipped,
-                "usual_norm": trainer.usual_norm,
-                "inferring_since": trainer.inferring_since,
-                "generator_seconds": progress.generator_seconds,
-                "rescued_at": trainer.rescued_at,
+                **{name: getattr(trainer, name) for name in TRAINER_STATE},
             },
         )
         for path in folder.iterdir():
@@ -249,15 +237,15 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
     if trainer.d_optimizer is not None:
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-    trainer.step = state["step"]
-    trainer.skipped_in_a_row = state["skipped_in_a_row"]
-    trainer.skipped = state["skipped"]
-    trainer.usual_norm |= state["usual_norm"]
-    trainer.rescued_at = state["rescued_at"]
-    trainer.inferring_since = state["inferring_since"]
+    progress = Progress(**{name: state[name] for name in PROGRESS})
+    trainer.step = progress.step
+    # Earlier checkpoints lack the norm of steps with the penalty.
+    state["usual_norm"] = trainer.usual_norm | state["usual_norm"]
+    for name in TRAINER_STATE:
+        setattr(trainer, name, state[name])
     if trainer.inferring:
         trainer.begin_inference()
-    return Progress(state["step"], state["images"], state["seconds"], state["generator_seconds"])
+    return progress
 
 
 def read_state(folder: Path) -> dict[str, Any]:

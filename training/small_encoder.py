@@ -20,7 +20,7 @@ from training.data import DataError, ImageSet, Report
 from training.device import bfloat16_is_faster
 from training.distillation import Distillation
 from training.encoder import MIN_IMAGES, SEED, TrainedEncoder
-from training.encoder_network import WIDTHS, Encoder, check_size
+from training.encoder_network import WIDTHS, SmallEncoder, check_size
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -61,7 +61,7 @@ def train_small_encoder(
     started = time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        network = Encoder(size, channels, classes)
+        network = SmallEncoder(size, channels, classes)
         distillation = Distillation(images.images, WIDTHS[-1], 60 * TEACHER_SHARE * minutes, SEED)
     seen_by_teacher = len(distillation.rows)
     report(f"encoder: the larger network has seen {seen_by_teacher} of {len(images)} images")

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 # the average if that is longer, mean divergence.
 SPIKE = 8.0
 GROWTH = 4.0  # a norm enters its running mean as at most GROWTH times that mean
+NORM_MEMORY, NORM_NEWS = 0.95, 0.05  # shares of the running mean before, and of a step's norm
 MAX_SKIPPED_STEPS = 10
 MAX_RESCUES = 3
 RESCUES_WITHIN = 2000
@@ -291,6 +292,9 @@ class Trainer:
         """Draw samples, some with the decoder's noise.
 
         Gradients reach the flow's weights only if ``flow_sees_quality``, and never reach sigma.
+
+        Returns:
+            ``x``, ``(n, C, H, W)``, with the generator's graph if ``with_graph``.
         """
         eps, y_eps = self._eps(n, noise), None
         model = self.config.model
@@ -348,6 +352,18 @@ class Trainer:
     def _discriminator_step(
         self, x: Tensor, x_fake: Tensor, noise: _Noise, count: int
     ) -> dict[str, float]:
+        """One step of the discriminator alone.
+
+        Args:
+            x: dequantised images, ``(N, C, H, W)``.
+            x_fake: samples without a graph, of the same shape.
+            noise: of this iteration.
+            count: steps of the discriminator before this one, which decide whether the gradient
+                penalty is computed.
+
+        Returns:
+            As :meth:`_apply`.
+        """
         assert (
             self.discriminator is not None
             and self.d_optimizer is not None
@@ -401,50 +417,85 @@ class Trainer:
         ``x_real`` are the images that the discriminator saw beside ``x_fake``.
         """
         losses: dict[str, float] = {}
-        u = noise.uniform(*pixels.shape)
+        u = noise.uniform(*pixels.shape)  # without L_C too: the augmentation draws after it
         if self.config.coverage or self.inferring:
-            with self.autocast():
-                dequantized = self.model.dequantize(pixels, u)
-                x = dequantized.x.contiguous(memory_format=torch.channels_last)
-                evidence, y_mean = self.model.expected_evidence(
-                    dataclasses.replace(dequantized, x=x), self._eps(len(x), noise)
-                )
-            loss = coverage_loss(evidence, self.config.model.num_dims)
-            losses["bpd"] = loss.item()
-            losses |= {
-                f"kl_{level}": (kl.mean() / (self.config.model.num_dims * math.log(2.0))).item()
-                for level, kl in enumerate(evidence.kl)
-            }
-            if self.config.reconstruction_weight:
-                error = self._reconstruction_error(y_mean, x.detach())
-                losses["reconstruction_error"] = error.item()
-                loss = loss + self.config.reconstruction_weight * error
-            if self.config.free_bits or self._kl_weight < 1:
-                loss = loss + latent_surcharge(
-                    evidence,
-                    self.config.model.num_dims,
-                    self.config.free_bits,
-                    self._kl_weight,
-                    self.average,
-                )
-            loss.backward()
+            objective, found = self._coverage_objective(pixels, u, noise)
+            objective.backward()
+            losses |= found
         if self.discriminator is not None and x_real is not None and x_fake is not None:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
-            shown = self._augmented(x_fake, noise)
-            with self.autocast():
-                logits_fake = self.discriminator(shown)
-            loss = quality_loss(logits_fake)
-            losses["quality_loss"] = loss.item()
-            loss = self.config.quality_weight * loss
-            for name, guide in self.guides.items():
-                distance = self._moment_loss(guide, x_real, x_fake)
-                losses[name] = distance.item()
-                loss = loss + guide.weight * distance
-            loss.backward()
+            objective, found = self._quality_objective(self.discriminator, x_real, x_fake, noise)
+            objective.backward()
+            losses |= found
             self.discriminator.requires_grad_(True)
         return self._apply("model", self.model, self.optimizer, losses)
+
+    def _coverage_objective(
+        self, pixels: Tensor, u: Tensor, noise: _Noise
+    ) -> tuple[Tensor, dict[str, float]]:
+        """L_C and what is added to it.
+
+        Args:
+            pixels: ``(N, C, H, W)``, 0..255.
+            u: uniform noise of the dequantisation, of the same shape.
+            noise: of this iteration.
+
+        Returns:
+            Scalar, bits per dimension, and the losses by name.
+        """
+        with self.autocast():
+            dequantized = self.model.dequantize(pixels, u)
+            x = dequantized.x.contiguous(memory_format=torch.channels_last)
+            terms, y_mean = self.model.elbo_terms_with_analytic_kl(
+                dataclasses.replace(dequantized, x=x), self._eps(len(x), noise)
+            )
+        loss = coverage_loss(terms, self.config.model.num_dims)
+        losses = {"bpd": loss.item()}
+        losses |= {
+            f"kl_{level}": (kl.mean() / (self.config.model.num_dims * math.log(2.0))).item()
+            for level, kl in enumerate(terms.kl)
+        }
+        if self.config.reconstruction_weight:
+            error = self._reconstruction_error(y_mean, x.detach())
+            losses["reconstruction_error"] = error.item()
+            loss = loss + self.config.reconstruction_weight * error
+        if self.config.free_bits or self._kl_weight < 1:
+            loss = loss + latent_surcharge(
+                terms,
+                self.config.model.num_dims,
+                self.config.free_bits,
+                self._kl_weight,
+                self.average,
+            )
+        return loss, losses
+
+    def _quality_objective(
+        self, discriminator: nn.Module, x_real: Tensor, x_fake: Tensor, noise: _Noise
+    ) -> tuple[Tensor, dict[str, float]]:
+        """``w L_Q`` and the guides' losses.
+
+        Args:
+            discriminator: with frozen weights.
+            x_real: dequantised images, ``(N, C, H, W)``.
+            x_fake: samples with their graph, of the same shape.
+            noise: of this iteration.
+
+        Returns:
+            Scalar, and the losses by name, without their weights.
+        """
+        shown = self._augmented(x_fake, noise)
+        with self.autocast():
+            logits_fake = discriminator(shown)
+        loss = quality_loss(logits_fake)
+        losses = {"quality_loss": loss.item()}
+        loss = self.config.quality_weight * loss
+        for name, guide in self.guides.items():
+            distance = self._moment_loss(guide, x_real, x_fake)
+            losses[name] = distance.item()
+            loss = loss + guide.weight * distance
+        return loss, losses
 
     def _apply(
         self,
@@ -460,59 +511,79 @@ class Trainer:
             which is left out if it is not finite.
         """
         gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
-        local = torch.tensor(list(losses.values()), device=self.device)
-        flat = self.average(
-            torch.cat([local, *(gradient.flatten() for gradient in gradients.values())])
-        )
-        losses = dict(zip(losses, flat[: len(local)].tolist(), strict=True))
-        flat = flat[len(local) :]
+        losses, flat = self._averaged(losses, gradients.values())
         bad = {key: value for key, value in losses.items() if not math.isfinite(value)}
         if bad:
             raise TrainingDiverged(f"step {self.step}: losses must be finite, got {bad}")
         norm = flat.norm().item()
         kind = "penalty" if "gradient_penalty" in losses else name
         usual = self.usual_norm[kind]
-        # Large gradients of the discriminator are legitimate: it reacts to a weakness that the
-        # model has found.
-        in_proportion = (
-            module is self.discriminator
-            or self._age < SPIKE_AFTER_STEPS
-            or usual == 0
-            or norm < SPIKE * usual
-        )
-        if math.isfinite(norm) and in_proportion:
-            # Adam ignores the usual scale of gradients, but an outlier would move weights far and,
-            # through the mean of squares, shorten the steps after it.
-            kept = min(norm, self.config.clip * usual) if usual else norm
-            flat *= kept / (norm + 1e-12)
-            offset = 0
-            for p in gradients:
-                p.grad = flat[offset : offset + p.numel()].view(p.shape)
-                offset += p.numel()
+        if self._is_usual(name, norm, usual):
+            self._set_clipped(gradients, flat, norm, usual)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * self._rate_share(name)
             optimizer.step()
-            counted_norm = min(norm, GROWTH * usual) if usual else norm
             self.usual_norm[kind] = (
-                counted_norm if usual == 0 else 0.95 * usual + 0.05 * counted_norm
+                NORM_MEMORY * usual + NORM_NEWS * min(norm, GROWTH * usual) if usual else norm
             )
             self.skipped_in_a_row[name] = 0
         else:
-            self.skipped[name] += 1
-            self.skipped_in_a_row[name] += 1
-            if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
-                self._rescue(
-                    name,
-                    f"{MAX_SKIPPED_STEPS} steps in a row had gradients that were not finite or "
-                    f"whose norm was over {SPIKE:g} times its running mean (last {norm:.3g}, "
-                    f"mean {usual:.3g})",
-                )
+            self._skip(name, norm, usual)
         optimizer.zero_grad(set_to_none=True)
-        prefix = "d_" if module is self.discriminator else ""
+        prefix = "d_" if name == "discriminator" else ""
         losses[f"{prefix}skipped"] = self.skipped[name]
         if math.isfinite(norm):
             losses[f"{prefix}grad_norm"] = norm
         return losses
+
+    def _averaged(
+        self, losses: dict[str, float], gradients: Iterable[Tensor]
+    ) -> tuple[dict[str, float], Tensor]:
+        """The losses and the flat gradient, averaged over processes in one exchange."""
+        local = torch.tensor(list(losses.values()), device=self.device)
+        flat = self.average(torch.cat([local, *(gradient.flatten() for gradient in gradients)]))
+        values, gradient = flat[: len(local)], flat[len(local) :]
+        return dict(zip(losses, values.tolist(), strict=True)), gradient
+
+    def _is_usual(self, name: str, norm: float, usual: float) -> bool:
+        """Whether a step with a gradient of this norm can be made.
+
+        Large gradients of the discriminator are legitimate: it reacts to a weakness that the model
+        has found.
+        """
+        return math.isfinite(norm) and (
+            name == "discriminator"
+            or self._age < SPIKE_AFTER_STEPS
+            or usual == 0
+            or norm < SPIKE * usual
+        )
+
+    def _set_clipped(
+        self, parameters: Iterable[nn.Parameter], flat: Tensor, norm: float, usual: float
+    ) -> None:
+        """Give parameters their parts of the flat gradient, which is shortened in place.
+
+        Adam ignores the usual scale of gradients, but an outlier would move weights far and,
+        through the mean of squares, shorten the steps after it.
+        """
+        kept = min(norm, self.config.clip * usual) if usual else norm
+        flat *= kept / (norm + 1e-12)
+        offset = 0
+        for p in parameters:
+            p.grad = flat[offset : offset + p.numel()].view(p.shape)
+            offset += p.numel()
+
+    def _skip(self, name: str, norm: float, usual: float) -> None:
+        """Count a step that is not made; rescue the model after too many in a row."""
+        self.skipped[name] += 1
+        self.skipped_in_a_row[name] += 1
+        if self.skipped_in_a_row[name] >= MAX_SKIPPED_STEPS:
+            self._rescue(
+                name,
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that were not finite or "
+                f"whose norm was over {SPIKE:g} times its running mean (last {norm:.3g}, "
+                f"mean {usual:.3g})",
+            )
 
     def _rate_share(self, name: str) -> float:
         """Fraction of the highest rates: lower in warm-up and cooldown, and after a rescue."""

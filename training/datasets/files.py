@@ -286,9 +286,9 @@ def split_by_name(
     rows = {part: shuffled(r) for part, r in rows.items()}
     splits = {part: f"{name}: {len(r)} files {_BY_NAME}" for part, r in rows.items()}
     return Dataset(
-        name,
-        {part: ImageSet(Rows(pixels, r)) for part, r in rows.items()},
-        splits,
-        {files[row]: why for row, why in sorted(skipped.items())},
-        {part: [files[row] for row in r] for part, r in rows.items()},
+        name=name,
+        parts={part: ImageSet(Rows(pixels, r)) for part, r in rows.items()},
+        splits=splits,
+        skipped={files[row]: why for row, why in sorted(skipped.items())},
+        files={part: [files[row] for row in r] for part, r in rows.items()},
     )

@@ -43,7 +43,7 @@ def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
     report(f"resizing STL-10 to {size} pixels")
     images, test_images = _images(content, f"{name}_X.bin", size), _images(test, "test_X.bin", size)
     parts, splits = split_tail(name, ImageSet(images, _classes(labels)))
-    count = round(CALIBRATING * len(test_images)) if labels is None else 0
+    count = round(CALIBRATING * len(test_images)) if name == "unlabeled" else 0
     tested = ImageSet(test_images, _classes(test_labels))
     if count:
         parts["calibrate"], splits["calibrate"] = tested.slice(0, count), f"test[0:{count}]"
