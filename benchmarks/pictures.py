@@ -55,21 +55,26 @@ def grids(engine: InferenceEngine) -> dict[str, Image.Image]:
     return found
 
 
-def gate_picture(bundle: Path) -> Image.Image:
-    """What the gate decides on three photographs and on three images that are none."""
-    photographs = [(path.stem, path) for path in EXAMPLES if path.stem in ("cat", "horse", "truck")]
-    with Image.open(photographs[0][1]) as opened:
-        first = opened.convert("RGB")
+def gate_images() -> list[tuple[str, np.ndarray]]:
+    """Three photographs and three images that are none, each with its title."""
+    paths = [path for path in EXAMPLES if path.stem in ("cat", "horse", "truck")]
+    photographs = [Image.open(path).convert("RGB") for path in paths]
+    first = photographs[0]
     character = Image.new("RGB", first.size, "#1f5a38")
     font = ImageFont.load_default(0.8 * first.height)
     middle = (first.width / 2, first.height / 2)
     ImageDraw.Draw(character).text(middle, "R", "white", font, anchor="mm")
-    shown = [("photograph", np.asarray(Image.open(path).convert("RGB"))) for _, path in photographs]
-    shown += [
-        ("character", np.asarray(character)),
-        ("blurred photograph", np.asarray(first.filter(ImageFilter.GaussianBlur(2)))),
-        ("one colour", np.asarray(Image.new("RGB", first.size, "#426aa0"))),
+    shown = [("photograph", photograph) for photograph in photographs] + [
+        ("character", character),
+        ("blurred photograph", first.filter(ImageFilter.GaussianBlur(2))),
+        ("one colour", Image.new("RGB", first.size, "#426aa0")),
     ]
+    return [(title, np.asarray(image)) for title, image in shown]
+
+
+def gate_picture(bundle: Path) -> Image.Image:
+    """What the gate decides on these images."""
+    shown = gate_images()
     decisions = Gate(bundle, ALPHA).check([pixels for _, pixels in shown])
     colours = dict(re.findall(r"--ade-(\w+): light-dark\((#\w+)", STYLE))
     step = CELL + GAP
@@ -77,7 +82,7 @@ def gate_picture(bundle: Path) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for i, ((name, pixels), decision) in enumerate(zip(shown, decisions, strict=True)):
         colour = colours.get(decision.decision, colours["none"])
-        left = GAP + i * step + (GAP if i >= len(photographs) else 0)
+        left = GAP + i * step + (GAP if name != "photograph" else 0)
         side = CELL - 2 * EDGE
         draw.rectangle((left, 22, left + CELL - 1, 22 + CELL - 1), colour)
         inside = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)

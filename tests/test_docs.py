@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from serving import ports
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import conformal_p_values
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import DATA, PRETRAINED, ROOT
 from tests.service import RunningService
 from training.comparison.compare import read_rows
 from training.comparison.report import write_comparison
@@ -235,10 +236,16 @@ def test_python(
     assert printed and (page.name != "README.md" or "(16, 32, 32, 3)" in printed)
 
 
-def run_curl(block: str, service: RunningService, folder: Path) -> None:
-    """Run a block of commands in a folder, with the service's address instead of the default."""
+def run_curl(block: str, service: RunningService, folder: Path) -> str:
+    """Run a block of commands in a folder, with the service's address instead of the default.
+
+    Returns:
+        What they print.
+    """
     command = block.replace("curl ", "curl --fail -sS ").replace(DEFAULT_URL, service.url)
-    subprocess.run(["bash", "-euc", command], cwd=folder, check=True, capture_output=True)
+    return subprocess.run(
+        ["bash", "-euc", command], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -248,13 +255,20 @@ def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
     shutil.copy(ROOT / "serving" / "examples" / "cat.png", tmp_path)
     commands = [block for block in blocks(page, "bash") if "curl " in block]
     assert all(f"/{operation}" in "".join(commands) for operation in OPERATIONS)
-    for block in commands:
-        run_curl(block, service, tmp_path)
+    printed = "".join(run_curl(block, service, tmp_path) for block in commands)
+    decisions = re.findall(r'"decision": ?"(\w+)"', printed)
     with Image.open(tmp_path / "reconstruction.png") as reconstruction:
         assert reconstruction.size == (32, 32)
     if page.name == "README.md":
         with Image.open(tmp_path / "samples.png") as samples:
             assert samples.text["ade:seed"] == "7"
+        assert decisions == ["accept", "reject", "accept"]
+        (shown,) = re.findall(r'"bpd": ([\d.]+)…, "p_value": ([\d.]+)…, ', page.read_text())
+        first, _ = json.JSONDecoder().raw_decode(printed)
+        (cat,) = first["results"]
+        assert str(cat["bpd"]).startswith(shown[0]) and str(cat["p_value"]).startswith(shown[1])
+    else:
+        assert decisions == ["accept"]
 
 
 def test_the_page_on_generating_images(
@@ -282,14 +296,18 @@ def test_the_page_on_generating_images(
     assert "(8, 32, 32, 3)" in capsys.readouterr().out
 
 
-def test_the_example_of_a_score_is_of_the_shipped_calibration() -> None:
-    text = (ROOT / "docs" / "api.md").read_text()
-    (found,) = re.findall(r'"ood_score": ([\d.]+), "p_value": ([\d.]+)', text)
-    (version,) = re.findall(r'"version": "(\w+)"', text)
+def test_the_example_of_a_score_is_of_the_shipped_bundle() -> None:
+    """And as recorded, without most of what explains it."""
+    (block,) = blocks(ROOT / "docs" / "api.md", "json")
+    shown = json.loads(block.replace(", …]", "]"))
+    record = json.loads((DATA / "contract.json").read_text())["answers"]["score: file"]["body"]
+    (result,) = record["results"]
+    assert shown == {**record, "results": [{**result, "explain": result["explain"][:1]}]}
     calibrations = Calibrations.load(PRETRAINED / "calibration.npz")
-    assert calibrations.version == version and calibrations.exact is not None
-    (p_value,) = conformal_p_values(calibrations.exact.scores, np.array([float(found[0])]))
-    assert p_value == float(found[1])
+    assert calibrations.version == result["calibration"]["version"]
+    assert calibrations.exact is not None
+    (p_value,) = conformal_p_values(calibrations.exact.scores, np.array([result["ood_score"]]))
+    assert p_value == result["p_value"]
 
 
 def test_javascript(service: RunningService) -> None:
@@ -309,6 +327,16 @@ def test_javascript(service: RunningService) -> None:
         browser.close()
     bpd, decision = lines[-1].split()
     assert 0 < float(bpd) < 20 and decision in ("accept", "reject")
+
+
+def test_javascript_in_node(service: RunningService, tmp_path: Path) -> None:
+    """As the page says; Playwright brings a Node.js of its own."""
+    playwright = pytest.importorskip("playwright")
+    node = shutil.which("node") or Path(playwright.__file__).parent / "driver" / "node"
+    (block,) = blocks(ROOT / "docs" / "api.md", "javascript")
+    (tmp_path / "score.mjs").write_text(block.replace(DEFAULT_URL, service.url))
+    done = subprocess.run([node, "score.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    assert re.fullmatch(r"\d+\.\d+ (accept|reject)\n", done.stdout), done.stderr
 
 
 @pytest.mark.slow

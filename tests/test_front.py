@@ -42,6 +42,7 @@ from handlers.front.listen import open_socket
 from handlers.limits import LARGE_BYTES
 from handlers.torchserve.front import ModelServer, ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
+from serving.api import forms, pipelining
 from serving.api.errors import ApiError
 from serving.api.guard import Receive, Scope, Send
 from serving.api.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
@@ -791,7 +792,7 @@ def test_a_length_with_many_zeros(front: RunningFront, upstream: Upstream) -> No
     with front.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: " + b"0" * 5000 + b"3\r\n\r\nabc")
         assert read_answer(connection)[0] == 200
-    assert "abc" in [one["body"] for one in upstream.seen]
+    assert [one["body"] for one in upstream.seen] == ["abc"], upstream.seen
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
@@ -964,12 +965,38 @@ def test_what_is_too_large_is_refused_before_it_is_sent(
     front: RunningFront, upstream: Upstream
 ) -> None:
     with front.connect() as connection:
-        connection.sendall(HEAD + b"Content-Length: 67108865\r\nExpect: 100-continue\r\n\r\n")
+        length = b"Content-Length: %d\r\n" % (32 * 2**20 + 1)
+        connection.sendall(HEAD + length + b"Expect: 100-continue\r\n\r\n")
         status, body = read_answer(connection)
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
     # A client that ignores the announced limit and sends the whole body.
-    answer = post(front, content=b"\0" * (64 * 2**20 + 1), timeout=60)
+    answer = post(front, content=b"\0" * (32 * 2**20 + 1), timeout=60)
     assert answer.status_code == 413 and upstream.seen == []
+    assert post(front, "ours", b"\0" * (32 * 2**20), timeout=60).status_code == 415
+    assert [len(one["body"]) for one in upstream.seen] == [32 * 2**20]
+
+
+def test_the_documented_limits_are_those_of_the_front() -> None:
+    limits = Limits()
+    page = " ".join((ROOT / "docs" / "api.md").read_text().split())
+    for text in (
+        f"more than {limits.body_bytes / 2**20:g} MiB; more than {forms.MAX_FIELDS} fields in a "
+        "form",
+        f"no part of the body arrived for {limits.body_idle_s:g} seconds, or the body fell "
+        f"{limits.body_grace_s:g} seconds behind {limits.body_rate / 2**10:g} KiB/s",
+        f"a body in more than {pipelining.MANY_PARTS:,} chunks of fewer than "
+        f"{pipelining.LEAST_PART} bytes on average",
+        f"headers of more than {limits.head_bytes / 2**10:g} KiB or {pipelining.MAX_FIELDS} fields",
+        f"{limits.waiting} requests for the model are waiting, this one has waited for "
+        f"{limits.waiting_s:g} seconds, the bodies of all clients exceed "
+        f"{limits.memory_bytes / 2**20:g} MiB, or the port has {limits.connections:,} connections",
+        f"did not answer within {limits.upstream_s:g} seconds. A request may wait for "
+        f"{limits.waiting_s:g} seconds before that",
+        f"the headers take longer than {limits.head_s:g} seconds",
+        f"of its answer in {limits.write_s:g} seconds; or more than {pipelining.MAX_AHEAD} "
+        f"requests, or {pipelining.MAX_AHEAD_BYTES / 2**10:g} KiB of their headers and bodies",
+    ):
+        assert text in page
 
 
 def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None:

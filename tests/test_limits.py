@@ -243,16 +243,15 @@ def test_a_full_batch_of_scores_ends_no_worker(
     workers = {process.pid for process in service.workers()}
     body = request(real_images[:128], samples=8).body
 
-    def ask(_: int) -> tuple[int, float]:
-        answer = httpx.post(
+    def ask(_: int) -> int:
+        return httpx.post(
             f"{service.url}/predictions/score",
             content=body,
-            timeout=300,
+            timeout=250,  # as docs/api.md recommends
             headers={"Content-Type": "application/json"},
-        )
-        return answer.status_code, answer.elapsed.total_seconds()
+        ).status_code
 
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(ask, range(8)))
-    assert {status for status, _ in answers} <= {200, 503} and (200 in dict(answers))
+        answers = set(pool.map(ask, range(8)))
+    assert answers <= {200, 503} and 200 in answers
     assert {process.pid for process in service.workers()} == workers

@@ -221,7 +221,9 @@ def test_answers_are_as_the_document_says(
 
     statuses: set[int] = set()
     check()
-    assert statuses & {200, 400, 415, 422}
+    # The others need an image, which is rarely generated: see the next test.
+    is_valid = operation == "sample" and mode is schemathesis.GenerationMode.POSITIVE
+    assert statuses & ({200} if is_valid else {400, 415, 422})
 
 
 @pytest.mark.slow

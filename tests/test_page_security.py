@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,15 +134,32 @@ class RunningPage:
         self.process.wait(30)
 
 
-@pytest.fixture(scope="module", params=[None, TOKEN], ids=["open", "login"])
+@pytest.fixture(scope="module")
+def started(
+    service: RunningService, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str | None], RunningPage]]:
+    """The page with a token or without, started when a test first needs it."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start(token: str | None) -> RunningPage:
+            running = RunningPage(service.url, tmp_path_factory.mktemp("page"), token)
+            stack.callback(running.stop)
+            return running
+
+        yield start
+
+
+@pytest.fixture
 def page(
-    request: pytest.FixtureRequest,
-    service: RunningService,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningPage]:
-    running = RunningPage(service.url, tmp_path_factory.mktemp("page"), request.param)
-    yield running
-    running.stop()
+    request: pytest.FixtureRequest, started: Callable[[str | None], RunningPage]
+) -> RunningPage:
+    """Without a login, unless the test is marked."""
+    return started(getattr(request, "param", None))
+
+
+login = pytest.mark.parametrize("page", [TOKEN], ids=["login"], indirect=True)
+open_or_login = pytest.mark.parametrize("page", [None, TOKEN], ids=["open", "login"], indirect=True)
 
 
 def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path: Path) -> None:
@@ -349,6 +367,7 @@ def test_our_own_code_reads_no_other_file(
         read_file(own)
 
 
+@open_or_login
 @pytest.mark.parametrize(
     "headers",
     [
@@ -383,10 +402,9 @@ def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> 
     assert sorted(path.name for path in (page.inbox / "uploads").iterdir()) == before
 
 
+@login
 def test_without_login_nothing_is_kept(page: RunningPage) -> None:
     """And an answer reveals only that there is a login."""
-    if page.token is None:
-        pytest.skip("this page has no login")
     for cookies in ({}, {"access-token-unsecure": "x"}):
         with httpx.Client(base_url=page.url, cookies=cookies) as client:
             files = [("files", ("cat.png", EXAMPLE.read_bytes()))]
@@ -411,6 +429,7 @@ def test_without_login_nothing_is_kept(page: RunningPage) -> None:
             )
 
 
+@open_or_login
 def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
     """New routes of a new version of Gradio stay closed, because open ones are listed."""
     client = page.client()
@@ -451,6 +470,7 @@ def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
     assert route_of("GET", "/gradio_api/upload") is None and route_of("HEAD", "/") == "/"
 
 
+@open_or_login
 @pytest.mark.parametrize(
     "origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"]
 )
@@ -469,6 +489,7 @@ def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> N
         )
 
 
+@open_or_login
 def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     """Except for the folder of uploads, which is part of Gradio's URLs of files."""
     client = page.client()
@@ -493,6 +514,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
     assert "access-token" not in client.get("/config").text
 
 
+@open_or_login
 def test_errors_reveal_nothing(page: RunningPage) -> None:
     """Neither answer nor log of an unexpected error has the request or the page's path."""
     client, mark = page.client(), "a-mark-of-the-payload"
@@ -644,6 +666,7 @@ def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
             assert answer.status_code == 400 and "64 characters" in answer.text, route
 
 
+@open_or_login
 def test_the_form_of_a_login_is_small_and_plain(page: RunningPage) -> None:
     """Gradio reads it in the event loop, by the codec that the client names: in minutes."""
     client = page.client()

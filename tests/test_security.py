@@ -111,7 +111,7 @@ def test_no_archive_is_fetched_registered_or_run(
             assert by_query.status_code in (400, 404, 405), (api, name)
             by_json = management.post(api, json={"url": name, "workflow_url": name})
             assert by_json.status_code in (400, 404, 405, 500), (api, name)
-    assert not was_run(marker) and sorted(service.folder.path.rglob("evil*")) == before
+    assert not was_run(marker, 1.0) and sorted(service.folder.path.rglob("evil*")) == before
     assert management.get("/workflows").json()["workflows"] == []
 
 

@@ -33,7 +33,7 @@ from handlers.launch.options import ServingOptions
 from handlers.launch.run_folder import RunFolder
 from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.torchserve.configuration import BROADCAST, write_configuration
-from handlers.torchserve.status import read_status
+from handlers.torchserve.status import describe_models, read_status
 from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from serving.cores import available_cores
 from serving.images import write_png
@@ -722,9 +722,9 @@ def test_a_killed_worker_comes_back(
     service: RunningService, client: AdeClient, real_images: np.ndarray
 ) -> None:
     expected = client.score(real_images[:1])
-    workers = service.workers()
-    assert len(workers) >= 4
-    for worker in workers:
+    killed = service.workers()
+    assert len(killed) >= 4
+    for worker in killed:
         worker.kill()
     # TorchServe loses a request that leaves the queue in the millisecond in which the worker
     # dies: it is not answered.
@@ -733,10 +733,21 @@ def test_a_killed_worker_comes_back(
             try:
                 assert patient.score(real_images[:1]) == expected
                 break
-            except (AdeError, httpx.ReadTimeout):
-                time.sleep(0.5)
+            except AdeError as error:
+                assert error.code == "unavailable"
+            except httpx.ReadTimeout:
+                pass
+            time.sleep(0.5)
         else:
             pytest.fail("no worker came back")
+
+    def are_replaced() -> bool:
+        models = describe_models(service.folder).values()
+        found = [worker for model in models for worker in model["workers"]]
+        ready = {worker["pid"] for worker in found if worker["status"] == "READY"}
+        return len(ready) == len(killed) and ready.isdisjoint(worker.pid for worker in killed)
+
+    wait_for(are_replaced, 120)  # the next tests get a whole service
 
 
 @pytest.mark.slow
