@@ -87,14 +87,13 @@ def read_picture(name: str, data: bytes, keep_metadata: bool) -> Picture:
     format = WRITTEN.get(PurePosixPath(name).suffix.lower())
     has_metadata = False
     if format == "PNG":
-        chunks = _chunks(data)
-        types = [type for type, _ in chunks]
+        types, contents = _chunks(data)
         has_metadata = not _NEEDED_CHUNKS.issuperset(types)
         # Fewer bits would be decoded, and restored, as eight.
         is_whole = (
             types[-1:] == [b"IEND"]
             and data[_DEPTH_AT : _DEPTH_AT + 1] == b"\x08"
-            and _is_srgb(chunks)
+            and _is_srgb(types, contents)
         )
     else:
         is_whole = _is_plain_bmp(data)
@@ -176,26 +175,30 @@ def _decode(blob: bytes) -> DecodedImage:
     )
 
 
-def _is_srgb(chunks: list[tuple[bytes, memoryview]]) -> bool:
+def _is_srgb(types: list[bytes], contents: dict[bytes, bytes]) -> bool:
     """Whether the pixels of a PNG with these chunks are shown in the same colours without them."""
-    types = {type for type, _ in chunks}
     return _COLOUR_CHUNKS.isdisjoint(types) and (
-        b"sRGB" in types or all(_OF_SRGB.get(type, content) == content for type, content in chunks)
+        b"sRGB" in types or all(_OF_SRGB[type] == content for type, content in contents.items())
     )
 
 
-def _chunks(data: bytes) -> list[tuple[bytes, memoryview]]:
-    """Type and content of a PNG's chunks; empty if it is damaged, cut off, or has more behind."""
-    found: list[tuple[bytes, memoryview]] = []
-    view = memoryview(data)
+def _chunks(data: bytes) -> tuple[list[bytes], dict[bytes, bytes]]:
+    """The types of a PNG's chunks, and the contents of those in ``_OF_SRGB``.
+
+    Both are empty if the file is damaged, cut off, or has more behind the chunks.
+    """
+    found: list[bytes] = []
+    contents: dict[bytes, bytes] = {}
     position = 8
-    while position + 12 <= len(data) and (not found or found[-1][0] != b"IEND"):
+    while position + 12 <= len(data) and found[-1:] != [b"IEND"]:
         end = position + 8 + int.from_bytes(data[position : position + 4], "big")
         if int.from_bytes(data[end : end + 4], "big") != zlib.crc32(data[position + 4 : end]):
-            return []
-        found.append((data[position + 4 : position + 8], view[position + 8 : end]))
+            return [], {}
+        found.append(data[position + 4 : position + 8])
+        if found[-1] in _OF_SRGB:
+            contents[found[-1]] = data[position + 8 : end]
         position = end + 4
-    return found if position == len(data) else []
+    return (found, contents) if position == len(data) else ([], {})
 
 
 def _is_plain_bmp(data: bytes) -> bool:

@@ -220,8 +220,8 @@ class AdeClient:
         retries: how often a request is repeated after a dropped or refused connection, the status
             429, 503 or 507, or another status of 500 or more that is not in the API's error shape,
             such as a proxy's 502. The client waits as advised, or twice as long each time, from
-            0.1 s on. It does not repeat a request after a timeout, or after ``internal_error``,
-            which would occur again.
+            0.1 s on. It does not repeat a request after a timeout, of its own or of a gateway
+            (504), or after ``internal_error``, which would occur again.
         timeout: seconds for one answer. The default is longer than the service itself keeps a
             small request: 120 s until its turn, and 125 s after that.
         identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
@@ -485,7 +485,8 @@ def asked_to_wait(answer: httpx.Response) -> float | None:
 def _may_succeed_later(answer: httpx.Response) -> bool:
     """Whether the same request may get another answer a little later."""
     status = answer.status_code
-    return status in RETRIED or (status >= 500 and _problem(answer) is None)
+    is_of_a_proxy = status >= 500 and _problem(answer) is None
+    return status in RETRIED or (is_of_a_proxy and status != 504)  # a gateway's timeout
 
 
 def _values(

@@ -454,16 +454,19 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
     assert {one.result().content for one in others} == {first.result().content}
 
 
+@pytest.mark.parametrize("body", [IMAGE, IMAGE.ljust(300_000)], ids=["small", "large"])
 def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
-    app: RunningApplication,
+    app: RunningApplication, body: bytes
 ) -> None:
-    length = f"Host: localhost\r\nContent-Length: {len(IMAGE)}\r\n\r\n"
+    length = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
         with suspended(app.worker("score")):
             first = app.begin(pool, "score")
             for path in ("/predictions/score", "/v2/models/score/infer"):
                 with socket.create_connection(("127.0.0.1", app.port)) as gone:
-                    gone.sendall(f"POST {path} HTTP/1.1\r\n{length}".encode() + IMAGE)
+                    gone.sendall(f"POST {path} HTTP/1.1\r\n{length}".encode())
+                    wait_for(lambda: app.in_flight() == 1)
+                    gone.sendall(body)
                     wait_for(lambda: app.queued("score") == 1)
                 wait_for(lambda: app.in_flight() == 1 and app.queued("score") == 0)
         assert first.result().status_code == 200

@@ -472,6 +472,8 @@ def test_the_resolution_of_a_scan_is_metadata(small_images: np.ndarray) -> None:
         ("a.png", grey_of(4)),
         ("a.png", with_chunks(iCCP=b"name\0\0" + zlib.compress(b"a profile"))),
         ("a.png", with_chunks(gAMA=(100_000).to_bytes(4, "big"))),
+        ("a.png", with_chunks(cHRM=bytes(range(32)))),
+        ("a.png", with_chunks(cICP=b"\x0c\x0d\0\1")),
     ],
 )
 def test_a_file_that_its_pixels_do_not_restore_is_kept(name: str, data: bytes) -> None:

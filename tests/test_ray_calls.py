@@ -18,7 +18,7 @@ from handlers.limits import MAX_BATCH
 from handlers.ray_serve import reporter
 from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
 from handlers.ray_serve.reporter import MetricsReplica
-from handlers.ray_serve.scaling import REQUESTS, WAITING, by_requests
+from handlers.ray_serve.scaling import REQUESTS, WAITING, LastingQueue, by_requests
 from serving.api.telemetry import BROKEN, IMAGES
 
 SMALL = Asked({}, b"image")
@@ -226,6 +226,14 @@ def test_replicas_follow_the_requests_that_wait_in_the_fronts() -> None:
     }
     context: Any = SimpleNamespace(aggregated_metrics=metrics)
     assert by_requests(context) == (4, {})
+
+
+def test_a_queue_of_a_moment_asks_for_no_replica() -> None:
+    queue, lengths = LastingQueue(), []
+    for num_waiting in (200, 0, 0, 0, 200, 150, 180, 190, 0):
+        queue.look(num_waiting)
+        lengths.append(queue.length)
+    assert lengths == [0, 0, 0, 0, 0, 0, 150, 150, 0]
 
 
 # Metrics

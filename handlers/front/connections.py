@@ -167,6 +167,9 @@ class BoundedProtocol(PipeliningProtocol):
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
+            if not self.pipeline:
+                # It pauses in a large body, and nobody would notice that the client leaves.
+                self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -28,6 +28,7 @@ from handlers.ray_serve.calls import Asked, Calls
 from handlers.ray_serve.environment import DRAINING_S
 from handlers.ray_serve.logs import open_log
 from handlers.ray_serve.reporter import Measured, Reporter
+from handlers.ray_serve.scaling import LastingQueue
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.api.errors import no_answer, overloaded, stopping, worker_died
 from serving.api.guard import App, Guard, Message, Receive, Scope, Send
@@ -251,10 +252,11 @@ class Ingress:
     async def _look(self) -> None:
         """Keep track of which models have a replica that can compute."""
         front = uuid.uuid4().hex
+        queues = {model.name: LastingQueue() for model in self._models}
         while True:
-            await asyncio.gather(
-                *(m.look(front, self._application.num_waiting(m.name)) for m in self._models)
-            )
+            for name, queue in queues.items():
+                queue.look(self._application.num_waiting(name))
+            await asyncio.gather(*(m.look(front, queues[m.name].length) for m in self._models))
             await asyncio.sleep(LOOK_S)
 
     def _measured(self) -> tuple[Measured, Mapping[str, int]]:

@@ -7,6 +7,7 @@ know: they send few requests at a time if answers take long.
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from handlers.limits import MAX_BATCH
@@ -17,6 +18,28 @@ if TYPE_CHECKING:
 # What a replica reports, on average over the last moments.
 REQUESTS = "requests"  # how many it has
 WAITING = "waiting:"  # and the id of a front: how many wait there, as the replica was told last
+
+
+class LastingQueue:
+    """The requests that wait in a front, as far as they have done so at each of the last looks.
+
+    A queue of a moment needs no further replica. But a replica that hears of it would report it
+    until it hears of the next, which may be another's turn.
+
+    Attributes:
+        length: the smallest number at the last looks.
+    """
+
+    LOOKS = 3
+
+    def __init__(self) -> None:
+        self._last = deque([0] * self.LOOKS, self.LOOKS)
+        self.length = 0
+
+    def look(self, num_waiting: int) -> None:
+        """Note how many requests wait."""
+        self._last.append(num_waiting)
+        self.length = min(self._last)
 
 
 def by_requests(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
