@@ -789,6 +789,7 @@ def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: Runnin
         expect(panel.locator("img[src*='step-1.png']")).to_be_visible()
         panel.get_by_label("number input for Position").press("Tab")
         expect(panel.locator("img[src*='step-8.png']")).to_be_visible()
+        assert page.get_by_test_id("toast-text").all_inner_texts() == []
 
 
 def test_an_alpha_that_is_moved_while_an_image_is_scored(page: Page) -> None:

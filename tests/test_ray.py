@@ -573,7 +573,22 @@ def all_processes(service: RunningService) -> list[psutil.Process]:
         for process in service.descendants()
         if (value := variable_of(process, MARK)) is not None
     }
-    return [psutil.Process(pid) for pid in processes_of(mark, Path(folder))]
+    return living(processes_of(mark, Path(folder)))
+
+
+def living(pids: Iterable[int]) -> list[psutil.Process]:
+    """Those that have not ended meanwhile."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
+
+
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return "ray::IDLE"  # it has ended
 
 
 def variable_of(process: psutil.Process, name: str) -> str | None:
@@ -769,7 +784,7 @@ def test_a_replica_a_node_and_the_proxy_die_under_load(
     )
 
     def processes() -> list[psutil.Process]:
-        return [psutil.Process(pid) for pid in processes_of(cluster.mark, cluster.folder)]
+        return living(processes_of(cluster.mark, cluster.folder))
 
     def kill_a_replica() -> None:
         replicas_of(processes(), "score")[0].kill()
@@ -828,104 +843,6 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
     assert set(load.counts) <= {"ok", "dropped", "503"}, load.counts
     with capsys.disabled():
         print(dict(load.counts), {name: round(s, 1) for name, s in seconds.items()})
-
-
-class Deployed:
-    """A cluster of one node, as the documentation starts it, which serves."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        (self.port,) = free_ports(1)
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.headers = {"Authorization": f"Bearer {cluster.environment['ADE_TOKEN']}"}
-
-    def deploy(self, bundle: Path) -> None:
-        """What ``deploy/ray/serve-config.yaml`` names, with another bundle and port."""
-        config = yaml.safe_load((DEPLOYED / "serve-config.yaml").read_text())
-        config["http_options"]["port"] = self.port
-        args = config["applications"][0]["args"]
-        args |= {"bundles": [str(bundle)], "logs": str(self._cluster.folder / "logs")}
-        file = self._cluster.folder / "serve-config.yaml"
-        file.write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)]
-        subprocess.run(
-            [*command, "--address", self._cluster.dashboard],
-            env=self._cluster.environment,
-            check=True,
-            capture_output=True,
-        )
-
-    def is_ready(self) -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
-        return False
-
-    def outside(self) -> set[tuple[str, str, int]]:
-        """Command, address and port of all that listens besides 127.0.0.1.
-
-        Workers that have nothing to do are left out: they come and go.
-        """
-        processes = map(psutil.Process, processes_of(self._cluster.mark, self._cluster.folder))
-        return {
-            (command, connection.laddr.ip, connection.laddr.port)
-            for process in processes
-            for connection in connections_of(process)
-            if connection.status == psutil.CONN_LISTEN
-            and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-            and not (command := " ".join(process.cmdline())).startswith("ray::IDLE")
-        }
-
-
-@pytest.fixture(scope="module")
-def deployed() -> Iterator[Deployed]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADE_TOKEN", secrets.token_hex(32))  # of the node, which inherits it
-        with ray_cluster(is_alone=True) as cluster:
-            made = Deployed(cluster)
-            made.deploy(PRETRAINED)
-            wait_for(made.is_ready, 180)
-            yield made
-
-
-@needs_ray
-@pytest.mark.slow
-def test_what_a_node_listens_on_is_documented(deployed: Deployed) -> None:
-    text = (ROOT / "docs" / "how-to" / "several-machines.md").read_text()
-    table = text.split("### Ports of a node")[1].split("##")[0]
-    processes = " ".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))
-    documented = re.findall("`(.*?)`", processes)
-    outside = deployed.outside()
-    found = {name: [one for one in outside if name in one[0]] for name in documented}
-    assert all(found.values()), found
-    assert outside == {one for several in found.values() for one in several}
-    for name in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"):
-        ((_, host, port),) = [one for one in found[name] if one[1] == "127.0.0.2"]
-        job = f"http://{host}:{port}/api/job_agent/jobs/"
-        assert httpx.post(job, json={"entrypoint": "true"}, timeout=30).status_code == 401
-    ((_, _, port),) = found["ray.util.client.server"]
-    assert refusal(port, b"", None, "/ray.rpc.RayletDriver/ClusterInfo") == "UNAUTHENTICATED"
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_cluster_serves_its_configuration_and_changes_the_bundle_under_load(
-    deployed: Deployed, tmp_path: Path
-) -> None:
-    for path in ("/ping", "/metrics"):
-        assert httpx.get(f"{deployed.url}{path}", timeout=60).status_code == 401
-        answer = httpx.get(f"{deployed.url}{path}", headers=deployed.headers, timeout=60)
-        assert answer.status_code == 200
-    assert "ade_" in answer.text
-    # Of another name, and its answers have no verdict.
-    other = with_calibrations(PRETRAINED, tmp_path / "other", lambda _: None, "other")
-    with Load(deployed.url, 2, content=CAT, headers=deployed.headers) as load:
-        deployed.deploy(other)
-        wait_for(lambda: len(load.answers) == 2, 180)
-        load.wait_for_answers(50)
-    # One of several models would be "wrong".
-    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
-    assert set(load.answers) == {open_bundle(one).model_id for one in (PRETRAINED, other)}
-    assert len(set(load.answers.values())) == 2
 
 
 def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
@@ -1042,3 +959,104 @@ def test_replicas_follow_the_queue(most: int, num_clients: int, request_: dict[s
         assert set(load.counts) == {"ok"}
     finally:
         service.stop()
+
+
+# A cluster by its documentation; last, because it takes many processes
+
+
+class Deployed:
+    """A cluster of one node, as the documentation starts it, which serves."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        (self.port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.headers = {"Authorization": f"Bearer {cluster.environment['ADE_TOKEN']}"}
+
+    def deploy(self, bundle: Path) -> None:
+        """What ``deploy/ray/serve-config.yaml`` names, with another bundle and port."""
+        config = yaml.safe_load((DEPLOYED / "serve-config.yaml").read_text())
+        config["http_options"]["port"] = self.port
+        args = config["applications"][0]["args"]
+        args |= {"bundles": [str(bundle)], "logs": str(self._cluster.folder / "logs")}
+        file = self._cluster.folder / "serve-config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(file)]
+        subprocess.run(
+            [*command, "--address", self._cluster.dashboard],
+            env=self._cluster.environment,
+            check=True,
+            capture_output=True,
+        )
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        return False
+
+    def outside(self) -> set[tuple[str, str, int]]:
+        """Command, address and port of all that listens besides 127.0.0.1.
+
+        Workers that have nothing to do are left out: they come and go.
+        """
+        processes = living(processes_of(self._cluster.mark, self._cluster.folder))
+        return {
+            (command, connection.laddr.ip, connection.laddr.port)
+            for process in processes
+            for connection in connections_of(process)
+            if connection.status == psutil.CONN_LISTEN
+            and connection.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+            and not (command := command_of(process)).startswith("ray::IDLE")
+        }
+
+
+@pytest.fixture(scope="module")
+def deployed() -> Iterator[Deployed]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADE_TOKEN", secrets.token_hex(32))  # of the node, which inherits it
+        with ray_cluster(is_alone=True) as cluster:
+            made = Deployed(cluster)
+            made.deploy(PRETRAINED)
+            wait_for(made.is_ready, 180)
+            yield made
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_a_node_listens_on_is_documented(deployed: Deployed) -> None:
+    text = (ROOT / "docs" / "how-to" / "several-machines.md").read_text()
+    table = text.split("### Ports of a node")[1].split("##")[0]
+    processes = " ".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))
+    documented = re.findall("`(.*?)`", processes)
+    outside = deployed.outside()
+    found = {name: [one for one in outside if name in one[0]] for name in documented}
+    assert all(found.values()), found
+    assert outside == {one for several in found.values() for one in several}
+    for name in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"):
+        ((_, host, port),) = [one for one in found[name] if one[1] == "127.0.0.2"]
+        job = f"http://{host}:{port}/api/job_agent/jobs/"
+        assert httpx.post(job, json={"entrypoint": "true"}, timeout=30).status_code == 401
+    ((_, _, port),) = found["ray.util.client.server"]
+    assert refusal(port, b"", None, "/ray.rpc.RayletDriver/ClusterInfo") == "UNAUTHENTICATED"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_serves_its_configuration_and_changes_the_bundle_under_load(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    for path in ("/ping", "/metrics"):
+        assert httpx.get(f"{deployed.url}{path}", timeout=60).status_code == 401
+        answer = httpx.get(f"{deployed.url}{path}", headers=deployed.headers, timeout=60)
+        assert answer.status_code == 200
+    assert "ade_" in answer.text
+    # Of another name, and its answers have no verdict.
+    other = with_calibrations(PRETRAINED, tmp_path / "other", lambda _: None, "other")
+    with Load(deployed.url, 2, content=CAT, headers=deployed.headers) as load:
+        deployed.deploy(other)
+        wait_for(lambda: len(load.answers) == 2, 180)
+        load.wait_for_answers(50)
+    # One of several models would be "wrong".
+    assert set(load.counts) <= {"ok", "dropped", "500", "502", "503", "504"}, load.counts
+    assert set(load.answers) == {open_bundle(one).model_id for one in (PRETRAINED, other)}
+    assert len(set(load.answers.values())) == 2
