@@ -60,6 +60,7 @@ bench-training: $(VENV)/.test  ## training steps: images and operations per seco
 bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, choice of statistics: make bench-ood DATA=CIFAR10
 	$(BIN)/python -m benchmarks.ood_cost $(BUNDLE)
 	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
+	$(BIN)/python -m benchmarks.ood_resized $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.drift_thresholds
 

@@ -1,0 +1,87 @@
+"""How often the verdict rejects test images that a request resized, by size and filter.
+
+CIFAR-10's test images are enlarged and resized as by a request, and judged by both calibrations of
+the bundle: the one for resized images, and the one for images of the model's size.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.ood_resized pretrained/cifar10 --root DIR --ood SETS.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from export.verdict.kinds import resize_and_back
+from export.verdict.measuring import statistics_of
+from serving.engine.engine import InferenceEngine
+from serving.images import resize_centre
+from serving.verdict.false_alarms import false_alarm_band
+from training.datasets import load_dataset
+
+ALPHAS = (0.1, 0.05, 0.01)
+OOD_COUNT = 600
+NEAREST, BILINEAR, BICUBIC, LANCZOS = (
+    getattr(Image.Resampling, name) for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")
+)
+WAYS = (
+    (48, BICUBIC),
+    (64, BILINEAR),
+    (64, NEAREST),
+    (224, LANCZOS),
+    (224, BILINEAR),
+    (24, BICUBIC),
+)
+
+
+def resized(images: Iterable[np.ndarray], size: int, kind: Image.Resampling) -> np.ndarray:
+    """Images uint8 ``(N, H, W, C)``, brought to ``size`` and back as a request does it."""
+    return np.stack(
+        [
+            resize_centre(
+                np.asarray(Image.fromarray(image).resize((size, size), kind)), *image.shape[:2]
+            )
+            for image in images
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--ood", type=Path, nargs="*", default=[], metavar="NPZ")
+    args = parser.parse_args()
+    engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
+    test = load_dataset("cifar10", args.root).parts["test"].images[:]
+    calibrations = engine.store.get()
+    judges = [one for one in (calibrations.resized, calibrations.exact) if one is not None]
+
+    def report(name: str, images: np.ndarray) -> None:
+        statistics = statistics_of(engine, images, name)
+        cells = []
+        for judge in judges:
+            p_values = np.array([verdict.p_value for verdict in judge.verdicts(statistics)])
+            cells.append(" / ".join(f"{(p_values <= alpha).mean():.3f}" for alpha in ALPHAS))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    alphas = " / ".join(map(str, ALPHAS))
+    print(f"| rejected at alpha {alphas} | resized calibration | judged as if not resized |")
+    print("|---|---|---|")
+    report("as the calibration simulates", np.stack([resize_and_back(image) for image in test]))
+    for size, kind in WAYS:
+        report(f"{size} pixels, {kind.name.lower()}", resized(test, size, kind))
+    bands = [false_alarm_band(len(judges[0].scores), alpha, 0.95, len(test)) for alpha in ALPHAS]
+    cells = " / ".join(f"{low:.3f} to {high:.3f}" for low, high in bands)
+    print(f"| band of 95 %, of the resized calibration | {cells} | |")
+    for path in args.ood:
+        with np.load(path) as file:
+            images = file["images"][:OOD_COUNT]
+        report(f"{path.stem}, 48 pixels, bicubic", resized(images, 48, BICUBIC))
+
+
+if __name__ == "__main__":
+    main()
