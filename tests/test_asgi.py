@@ -465,7 +465,7 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
             for path in ("/predictions/score", "/v2/models/score/infer"):
                 with socket.create_connection(("127.0.0.1", app.port)) as gone:
                     gone.sendall(f"POST {path} HTTP/1.1\r\n{length}".encode())
-                    wait_for(lambda: app.in_flight() == 1)
+                    wait_for(lambda: app.in_flight() == 2)
                     gone.sendall(body)
                     wait_for(lambda: app.queued("score") == 1)
                 wait_for(lambda: app.in_flight() == 1 and app.queued("score") == 0)

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 pytest.importorskip("constriction")
 
@@ -843,7 +844,9 @@ def test_a_resumed_archive_reports_what_is_lost_and_keeps_its_verification(
     (tmp_path / "in").mkdir()
     for i, image in enumerate(hard_images((8, 8, 3))):
         path = tmp_path / "in" / f"{i}.png"
-        Image.fromarray(image).save(path, icc_profile=np.random.default_rng(i).bytes(500))
+        comment = PngInfo()
+        comment.add_text("Comment", "a" * 500)
+        Image.fromarray(image).save(path, pnginfo=comment)
     out = tmp_path / "out.ade"
     source = open_source(tmp_path / "in", False)
     count = compress(source, out, bundle).without_metadata
