@@ -1459,7 +1459,7 @@ def test_images_to_bundle_and_back(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The first commands of the training guide, with seconds instead of minutes, and what follows.
+    """The first commands of the training guide, in seconds and on tiny images, and what follows.
 
     The bundle is evaluated, its gate is measured, and a run starts from it.
     """
@@ -1469,7 +1469,7 @@ def test_images_to_bundle_and_back(
     *commands, serve = ade_commands(ROOT / "docs" / "training.md")[:5]
     printed: dict[str, str] = {}
     for verb, *words in commands:
-        words = [{"16": "0.05"}.get(word, word) for word in words]
+        words = [{"16": "0.05", "64": "8"}.get(word, word) for word in words]
         assert main([verb, *words, *(NARROW if verb == "train" else ())]) == 0, words
         printed[verb] = capfd.readouterr().out
     assert [*printed, serve[0]] == ["train", "evaluate", "export", "calibrate", "serve"]
