@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Resampling
 
 from export.verdict.kinds import resize_and_back
 from export.verdict.measuring import statistics_of
@@ -24,20 +25,17 @@ from training.datasets import load_dataset
 
 ALPHAS = (0.1, 0.05, 0.01)
 OOD_COUNT = 600
-NEAREST, BILINEAR, BICUBIC, LANCZOS = (
-    getattr(Image.Resampling, name) for name in ("NEAREST", "BILINEAR", "BICUBIC", "LANCZOS")
-)
 WAYS = (
-    (48, BICUBIC),
-    (64, BILINEAR),
-    (64, NEAREST),
-    (224, LANCZOS),
-    (224, BILINEAR),
-    (24, BICUBIC),
+    (48, Resampling.BICUBIC),
+    (64, Resampling.BILINEAR),
+    (64, Resampling.NEAREST),
+    (224, Resampling.LANCZOS),
+    (224, Resampling.BILINEAR),
+    (24, Resampling.BICUBIC),
 )
 
 
-def resized(images: Iterable[np.ndarray], size: int, kind: Image.Resampling) -> np.ndarray:
+def resized(images: Iterable[np.ndarray], size: int, kind: Resampling) -> np.ndarray:
     """Images uint8 ``(N, H, W, C)``, brought to ``size`` and back as a request does it."""
     return np.stack(
         [
@@ -58,7 +56,9 @@ def main() -> None:
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     test = load_dataset("cifar10", args.root).parts["test"].images[:]
     calibrations = engine.store.get()
-    judges = [one for one in (calibrations.resized, calibrations.exact) if one is not None]
+    if calibrations.resized is None or calibrations.exact is None:
+        parser.error(f"{args.bundle} must have calibrations for resized images and for others")
+    judges = (calibrations.resized, calibrations.exact)
 
     def report(name: str, images: np.ndarray) -> None:
         statistics = statistics_of(engine, images, name)
@@ -80,7 +80,7 @@ def main() -> None:
     for path in args.ood:
         with np.load(path) as file:
             images = file["images"][:OOD_COUNT]
-        report(f"{path.stem}, 48 pixels, bicubic", resized(images, 48, BICUBIC))
+        report(f"{path.stem}, 48 pixels, bicubic", resized(images, 48, Resampling.BICUBIC))
 
 
 if __name__ == "__main__":
