@@ -60,7 +60,12 @@ from serving.engine.bundle import (
 )
 from serving.page.served import Served
 from serving.verdict.calibration_file import Calibrations
-from serving.verdict.store import FOLDER, write_calibrations
+from serving.verdict.store import (
+    FOLDER,
+    disk_of_default,
+    path_of,
+    write_calibrations,
+)
 from tests.helpers import PRETRAINED, ROOT, suspended, wait_for, with_calibrations
 from tests.service import RunningService
 from tests.test_asgi import RunningApplication, is_running, release_of
@@ -391,6 +396,16 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     with pytest.raises(UpgradeError, match="--name default") as refused:
         check_contract(new, old)
     assert "remove" not in str(refused.value)  # the old one's decides now
+    # Bundles of earlier versions have no digests; feedback keeps the density.
+    grid = exact.normal.grid + np.float32(1)
+    moved = dataclasses.replace(exact, normal=dataclasses.replace(exact.normal, grid=grid))
+    write_calibrations(tmp_path, dataclasses.replace(default, exact=moved))
+    with pytest.raises(UpgradeError, match="--name default"):
+        check_contract(new, old)
+    # The running service still decides by what it read of a file that is damaged now.
+    path_of(tmp_path, "default").write_bytes(b"damaged")
+    with pytest.raises(UpgradeError, match="--name default"):
+        check_contract(new, old)
     # Nor has one whose bundle has no calibration of its own.
     gone = dict(old.manifest["files"])
     del gone[CALIBRATION_NAME]
@@ -489,6 +504,38 @@ def test_an_upgrade_keeps_the_bundle_that_a_link_led_to(second: Path, tmp_path: 
         PRETRAINED.resolve(),
         second.resolve(),
     ]
+
+
+def with_default(folder: Path) -> Path:
+    """A copy of the shipped bundle with a ``default.npz``, which is its own calibration."""
+    folder.mkdir()
+    for path in PRETRAINED.iterdir():
+        (folder / path.name).symlink_to(path)
+    own = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+    networks = open_bundle(PRETRAINED).networks
+    write_calibrations(folder, dataclasses.replace(own, name="default", model=networks))
+    return folder
+
+
+def test_a_default_that_has_vanished_with_its_folder_is_missed(
+    second: Path, tmp_path: Path
+) -> None:
+    """Otherwise the bundle's own calibration would decide, or that of the next one."""
+    old, new = (with_default(tmp_path / name) for name in ("old", "new"))
+    disk = disk_of_default(old)
+    engine = SwitchingEngine()
+    upgrades = upgrades_of(engine, old)
+    (old / FOLDER).rename(tmp_path / "unmounted")
+    with pytest.raises(UpgradeError, match="has vanished with its folder or disk"):
+        upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
+    assert engine.changes == [] and disk is not None
+    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
+    upgrades.handle({"do": ROLLBACK}, lambda text: None)
+    assert [release.default_disks for (release,) in engine.changes] == [(disk,), (disk,)]
+    # Somebody who removes the file alone wants the bundle's own calibration.
+    upgrades = upgrades_of(engine, new)
+    (new / FOLDER / "default.npz").unlink()
+    upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
 
 
 def test_of_several_bundles_the_one_of_the_same_name_is_replaced(

@@ -8,6 +8,8 @@ that leaves the old one serving.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_
 from serving.engine.calibrations import open_calibrations
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.store import ALL, FOLDER, SUFFIX, path_of
+from serving.verdict.store import ALL, FOLDER, SUFFIX, device_of, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
 ALPHA = 0.01  # of a request that gives none
@@ -150,7 +152,8 @@ class Upgrades:
             and canary.number not in {one["number"] for one in running},
             "previous": previous and previous.models,
             "releases": running,
-            "commands": [asdict(one) for one in self._commands],
+            # A copy, because another thread may append to it meanwhile.
+            "commands": [asdict(one) for one in self._commands.copy()],
         }
 
     def _upgrade(self, folder: Path, share: float | None, say: Say) -> None:
@@ -213,6 +216,11 @@ class Upgrades:
         except UpgradeError as error:  # going back is urgent
             say(f"warning: {error}")
         release = self._release(bundles)
+        # If the disk of a default.npz by which it decided is gone, its workers must know that they
+        # miss one.
+        pairs = zip(release.default_disks, self._previous.default_disks, strict=True)
+        disks = tuple(before if now is None else now for now, before in pairs)
+        release = dataclasses.replace(release, default_disks=disks)
         say(f"starting {_names(release)} beside {_names(self._current)}")
         self._replace(release, say)
 
@@ -277,19 +285,29 @@ class Upgrades:
                 "several bundles are served: a new one must have the name of one of them, "
                 f"{', '.join(names)}, got {bundle.name}"
             )
-        place = names.index(bundle.name) if bundle.name in names else 0
-        check_contract(bundles[place], bundle, say)
-        bundles[place] = bundle
+        bundles[names.index(bundle.name) if bundle.name in names else 0] = bundle
+        self._check_contracts(bundles, say)
         return bundles
 
     def _check_contracts(self, bundles: Sequence[Bundle], say: Say) -> None:
         """Check bundles that take the place of the present release's.
 
         Raises:
-            UpgradeError: see :func:`check_contract`.
+            UpgradeError: see :func:`check_contract`; or a ``default.npz`` has vanished with its
+                folder or disk.
         """
-        for old, new in zip(self._bundles[self._current.number], bundles, strict=True):
+        served = self._bundles[self._current.number]
+        for old, new, disk in zip(served, bundles, self._current.default_disks, strict=True):
+            if new is old:
+                continue
             check_contract(old, new, say)
+            if _has_lost_default(old.folder, disk) and DEFAULT not in _calibrations(new):
+                raise UpgradeError(
+                    f"{FOLDER}/{DEFAULT}{SUFFIX} of {old.model_id}, by which requests without a "
+                    "name are decided, has vanished with its folder or disk: restore it, or "
+                    "run ade calibrate "
+                    f"{new.folder} --data … --into {new.folder} --name {DEFAULT}"
+                )
 
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
         self._last_number += 1
@@ -377,20 +395,43 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
                 )
 
 
+def _has_lost_default(bundle: Path, disk: int | None) -> bool:
+    """Whether a ``default.npz`` is gone, but not because somebody removed the file alone.
+
+    Then the bundle's own calibration does not decide in its place.
+
+    Args:
+        bundle: the folder of the bundle.
+        disk: that the file was on when the service started; ``None`` if there was none.
+    """
+    if disk is None or os.path.lexists(path_of(bundle, DEFAULT)):
+        return False
+    with contextlib.suppress(OSError):
+        return device_of(bundle / FOLDER) != disk
+    return True
+
+
 def _has_another_default(bundle: Bundle) -> bool:
-    """Whether ``default.npz`` is more than the bundle's own calibration with feedback's images."""
-    try:
-        default = Calibrations.load(path_of(bundle.folder, DEFAULT), DEFAULT)
-    except (CalibrationError, OSError):  # missing, or of no use
+    """Whether ``default.npz`` is, or may be, another calibration than the bundle's own.
+
+    What feedback makes of the bundle's own has the same density and more images.
+    """
+    path = path_of(bundle.folder, DEFAULT)
+    if not os.path.lexists(path):
         return False
     try:
+        default = Calibrations.load(path, DEFAULT)
         own = Calibrations.load(bundle.file(CALIBRATION_NAME))
     except (BundleError, CalibrationError, OSError):
-        return True
+        return True  # a running service decides by what it read before, or gives no verdict
     pairs = ((default.exact, own.exact), (default.resized, own.resized))
     return any(
         one is not None
-        and (other is None or not np.array_equal(one.fitted_digests, other.fitted_digests))
+        and (
+            other is None
+            or not np.array_equal(one.fitted_digests, other.fitted_digests)
+            or not np.array_equal(one.normal.grid, other.normal.grid)
+        )
         for one, other in pairs
     )
 

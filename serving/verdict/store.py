@@ -68,7 +68,7 @@ def disk_of_default(bundle: Path) -> int | None:
     ``None`` if there is no such file.
     """
     path = path_of(bundle, DEFAULT)
-    return _device(path.parent) if os.path.lexists(path) else None
+    return device_of(path.parent) if os.path.lexists(path) else None
 
 
 def folder_of(bundle: Path) -> Path:
@@ -277,7 +277,7 @@ class CalibrationStore:
         if self._folder is None:
             return
         try:
-            found, device = _files(self._folder), _device(self._folder)
+            found, device = _files(self._folder), device_of(self._folder)
         except FileNotFoundError:
             if self._may_hold_files or self._folder.is_symlink():  # moved, or unmounted
                 self._keep(f"{self._folder} is gone")
@@ -369,8 +369,8 @@ def _printable(name: str) -> str:
     return shown if len(shown) <= 64 else f"{shown[:63]}?"  # not the name of another calibration
 
 
-def _device(folder: Path) -> int:
-    """Identifies the disk, and so the mount, that a folder is on."""
+def device_of(folder: Path) -> int:
+    """Identify the disk, and so the mount, that a folder is on."""
     return folder.stat().st_dev
 
 
