@@ -28,7 +28,7 @@ VERBS = {
     "train": "train a model on a data set or a folder of images",
     "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
     "compare": "train several systems under one budget, measure them alike, and write one report",
-    "encoder": "make a network whose features show what images contain",
+    "encoder": "make an encoder, a network whose features the gate also uses",
     "export": "turn a run's checkpoint into a bundle that can be served",
     "calibrate": "calibrate a bundle's gate on your images, without training",
     "gate": "forecast a gate's alarms per day, or give it feedback on images",

@@ -40,7 +40,8 @@ def _releases(found: dict[str, Any]) -> list[str]:
         share = f"{releases['share']:.3g} of the requests"
         if releases.get("canary_is_lost"):
             share = (
-                "is not running: it is being started, or front.out says why; ade rollback ends it"
+                "is not running: it is starting, or front.out in the folder of logs says why it "
+                "failed; ade rollback ends it"
             )
         for what, models in (("current", releases["current"]), ("canary", releases["canary"])):
             lines.append(f"{what:11} {', '.join(models)}{f', {share}' if what == 'canary' else ''}")

@@ -594,7 +594,7 @@ def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> No
     assert reached["ood"] is True and "notes" not in reached and reached["decision"] == "reject"
     assert missed["ood"] is None and missed["p_value"] > 0 and missed["decision"] == "no_verdict"
     assert missed["decision_reason"].startswith(
-        "alpha_too_small: alpha 0.000166611 takes 6,001 calibration images or more"
+        "alpha_too_small: alpha 0.000166611 needs 6,001 calibration images or more"
     )
     assert missed["notes"][0].startswith("nothing can be flagged at alpha 0.000166611: 3000 images")
 

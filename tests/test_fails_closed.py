@@ -336,7 +336,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
     ("name", "reason"),
     [
         ("exact", "he bundle has no calibration for resized images; ade calibrate makes one"),
-        ("few", "lpha 0.04 takes 24 calibration images or more, there are 20"),
+        ("few", "lpha 0.04 needs 24 calibration images or more; there are 20"),
         ("none", "he bundle has no calibration; ade calibrate makes one"),
     ],
 )
@@ -428,11 +428,11 @@ def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> 
         and decide(0.9, few, False, 1 / 21).ood is False
         and decide(1 / 21, few, False, 1 / 21).choice == "reject"
     )
-    assert "takes more than 1,000,000,000 calibration images" in str(
+    assert "needs more than 1,000,000,000 calibration images" in str(
         decide(0.9, few, False, 1e-320).reason
     )
     assert decide(0.9, few, False, 0.047).reason == (
-        "alpha_too_small: alpha 0.047 takes 21 calibration images or more, there are 20"
+        "alpha_too_small: alpha 0.047 needs 21 calibration images or more; there are 20"
     )
 
 

@@ -194,7 +194,7 @@ def test_without_a_verdict_nothing_is_accepted(
         said = f"{which} will not be accepted: nothing can be flagged at alpha 0.0001"
         assert said in caplog.text
     assert not floor.accepted and floor.reason.startswith(
-        "alpha_too_small: alpha 0.0001 takes 9,999 "
+        "alpha_too_small: alpha 0.0001 needs 9,999 "
     )
     whole = gate._engine.backend.run
     monkeypatch.setattr(

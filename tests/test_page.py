@@ -620,7 +620,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
     panel = panel_of(page)
     drop(panel, EXAMPLE)
     expect(verdict_on(panel, "Accepted", "1 %")).to_be_visible()
-    expect(panel.get_by_text("For an ordinary image, about 0.6 would be")).to_be_visible()
+    expect(panel.get_by_text("For an in-distribution image, about 0.6 would be")).to_be_visible()
     place = panel.get_by_role("img", name="calibration images by how unusual they are")
     expect(place).to_have_accessible_name(re.compile("; this image is within the level of rej"))
     expect(panel.locator("[aria-live]").filter(has=page.locator(".ade-verdict"))).to_have_count(1)
@@ -1305,7 +1305,7 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
         with pytest.raises(gr.Error, match="It failed"):
             _scores(services, "model", files, False, 0.01)
     upgraded = SimpleNamespace(clients={"model": Failing(412, "other_model")})
-    with pytest.raises(gr.Error, match="another model by now. Reload the page"):
+    with pytest.raises(gr.Error, match="now has another model. Reload the page"):
         _scores(upgraded, "model", files, False, 0.01)
 
 

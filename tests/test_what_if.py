@@ -470,12 +470,12 @@ def test_a_report_replaces_none_of_another_program(
 
 def test_advice_on_a_weak_gate() -> None:
     good = {**dict.fromkeys(CORRUPTIONS, 1.0), **dict.fromkeys(SUBTLE, 0.8)}
-    assert advice(600, True, good) == []
+    assert advice(500, True, good) == []
     # Of none of these images a likelihood could be computed: they cannot be accepted.
-    assert advice(600, True, {name: 1.0 for name in CORRUPTIONS if name != "uniform noise"}) == []
-    (few,) = advice(599, True, good)
+    assert advice(500, True, {name: 1.0 for name in CORRUPTIONS if name != "uniform noise"}) == []
+    (few,) = advice(499, True, good)
     assert "1,000 images or more" in few
-    (blind,) = advice(600, False, good)
+    (blind,) = advice(500, False, good)
     assert "ade encoder" in blind
     for weak, named in (
         ({**good, "constant": 0.89}, "(constant)"),

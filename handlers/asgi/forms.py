@@ -45,7 +45,7 @@ def _collect(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, bytes]:
 def _urlencoded(body: bytes) -> Iterable[tuple[bytes, bytes]]:
     if not body.isascii():
         raise malformed(
-            f"a form of the type {URLENCODED} is ASCII: a file needs a header of its own "
+            f"a form of the type {URLENCODED} must be ASCII: to send a file as the body, give its "
             "type, such as Content-Type: application/octet-stream"
         )
     if _BAD_ESCAPE.search(body):

@@ -153,7 +153,7 @@ class BoundedProtocol(PipeliningProtocol):
                 ApiError(
                     501,
                     "not_implemented",
-                    "the service speaks HTTP/1.1 and upgrades to nothing else",
+                    "the service does not support the method CONNECT",
                 )
             )
         elif not self.parser.should_upgrade():  # otherwise the head comes again

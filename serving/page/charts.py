@@ -58,7 +58,7 @@ def reasons(calibration: Calibration, explain: Sequence[Unusual], alpha: float) 
     verb = "is" if len(unusual) == 1 else "are"
     head = (
         f"<strong>{len(unusual)} of {count} measurements</strong> of this image {verb} unusual. "
-        f"For an ordinary image, about {count * step * math.floor(level / step + 1e-9):.1f} "
+        f"For an in-distribution image, about {count * step * math.floor(level / step + 1e-9):.1f} "
         "would be."
     )
     rows = sorted(families.items(), key=lambda item: (-len(item[1]), min(item[1])))[:FAMILIES]
@@ -220,7 +220,7 @@ def place_chart(calibration: Calibration, ood_score: float, alpha: float) -> str
             )
     axis = (
         f'<line x1="0" x2="{WIDTH}" y1="{base}" y2="{base}" class="ade-base"/>'
-        f'<text x="0" y="{height - 4}" class="ade-axis ade-end">ordinary</text>'
+        f'<text x="0" y="{height - 4}" class="ade-axis ade-end">less unusual</text>'
         f'<text x="{WIDTH}" y="{height - 4}" text-anchor="end" class="ade-axis ade-end">'
         "more unusual →</text>"
     )
@@ -284,7 +284,7 @@ def histogram_chart(reference: np.ndarray, value: float) -> str:
     return (
         '<div class="ade-part"><h3>Bits per dimension of the calibration images</h3>'
         f"{chart}<p><small>Likelihood alone decides little: an out-of-distribution image can have "
-        "an ordinary number of bits.</small></p></div>"
+        "as many bits per dimension as an in-distribution one.</small></p></div>"
     )
 
 

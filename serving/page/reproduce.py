@@ -23,7 +23,7 @@ from serving.page.served import (
     read,
 )
 
-CHANGED = "The model or the picture was just changed: press Make it again once more."
+CHANGED = "The model or the picture was just changed: press the button again."
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
 
 
@@ -37,7 +37,9 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
         raise gr.Error("This is not a PNG file.")
     width, height = size
     if width * height > MAX_PIXELS:
-        raise gr.Error(f"This picture has {width} × {height} pixels: none was made so large here.")
+        raise gr.Error(
+            f"This picture has {width} × {height} pixels, more than any that is made here."
+        )
     found = open_png(data)
     if found is None:
         raise gr.Error("This is not a PNG file.")
@@ -85,7 +87,10 @@ def add_part(shared: Shared) -> None:
         if same:
             said = "**The same picture, pixel for pixel.**"
         elif made_by != bundle.model_id:
-            said = f"**Another picture**: it was made by {made_by}, this is {bundle.model_id}."
+            said = (
+                f"**Another picture**: it was made by {made_by}, and this model is "
+                f"{bundle.model_id}."
+            )
         else:
             said = (
                 "**Not the same**: the picture was changed after it was made, or made on another "

@@ -67,7 +67,7 @@ def alpha_input(button: str | None = None) -> gr.Slider:
     Args:
         button: that applies a change; ``None`` if changes apply at once.
     """
-    info = "Share of images like the known ones that are rejected by mistake."
+    info = "Share of images like the calibration images that are rejected by mistake."
     return slider(
         MIN_ALPHA,
         MAX_ALPHA,
@@ -139,7 +139,7 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
         return "no_verdict", _sentence(ruling.reason or "")
     count = len(calibration.scores)
     others = round(result.p_value * (count + 1)) - 1
-    finding = "Nothing sets this image apart from the known images"
+    finding = "This image is not unusual enough to be rejected"
     how_many = f"{others:,}"
     if ruling.choice == "reject":
         finding = "This image looks unlike the known images"

@@ -44,7 +44,7 @@ NO_IMAGE = "There is no image yet: drop one, or choose an example."
 NOT_AN_IMAGE = (
     "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
 )
-OTHER_MODEL = "The service has another model by now. Reload the page."
+OTHER_MODEL = "The service now has another model. Reload the page."
 NOT_STARTED = "The page could not start this. Try again; if that does not help, reload the page."
 UNEXPECTED = (
     "Something went wrong on the page. Reload it and try again. If it happens again, tell the "

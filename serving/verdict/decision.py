@@ -74,8 +74,8 @@ def decide(
     if alpha < calibration.smallest_p_value:
         return Ruling(
             "no_verdict",
-            f"alpha_too_small: alpha {alpha:g} takes {_many(images_needed(alpha))} calibration "
-            f"images or more, there are {len(calibration.scores):,}",
+            f"alpha_too_small: alpha {alpha:g} needs {_many(images_needed(alpha))} calibration "
+            f"images or more; there are {len(calibration.scores):,}",
         )
     return Ruling("reject" if p_value <= alpha else "accept")
 
@@ -90,8 +90,8 @@ def _many(count: int) -> str:
 
 
 TWO_CALIBRATIONS = (
-    "two calibrations judged these images, one of them those that were resized: the guarantees for "
-    "a group hold if a single calibration judges all its images"
+    "two calibrations judged these images, one the resized images and one the others: the "
+    "guarantees for a group hold only if a single calibration judges all its images"
 )
 
 

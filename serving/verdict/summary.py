@@ -66,7 +66,7 @@ def summarize(shares: Mapping[str, float | None], calibrated: int, alpha: float)
     narrow, wide = false_alarm_band(calibrated + MORE, alpha)
     notes = [
         f"Its true false-alarm rate lies between {percent(low)} and {percent(high)} with a "
-        f"probability of 95 % (or below, if a picture repeats among them as it does in use): "
+        f"probability of 95 % (or below it, if a picture repeats among the calibration images): "
         f"{calibrated:,} images calibrated it. {MORE:,} more calibration images would narrow the "
         f"band to {percent(narrow)} to {percent(wide)}."
     ]
