@@ -6,6 +6,7 @@ import argparse
 import base64
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -54,6 +55,7 @@ from serving.images import coder_version, write_png
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import decide
+from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import (
     FOLDER,
     CalibrationStore,
@@ -520,7 +522,7 @@ def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     version = engine.store.get().version
     (bundle / FOLDER / "default.npz").rename(bundle / "default.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_device", lambda folder: -1)
+        patch.setattr(store_module, "device_of", lambda folder: -1)
         engine.store.refresh()
         assert engine.store.get().version == version
         reason = f"{bundle / FOLDER} is on another disk than before, without default"
@@ -529,12 +531,33 @@ def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     engine.store.refresh()
     assert engine.store.get().version == version and not engine.store.broken
     with monkeypatch.context() as patch:  # mounted again, by another number
-        patch.setattr(store_module, "_device", lambda folder: -1)
+        patch.setattr(store_module, "device_of", lambda folder: -1)
         engine.store.refresh()
     engine.store.refresh()
     (bundle / FOLDER / "default.npz").unlink()  # on the same disk: the operator removed it
     engine.store.refresh()
     assert engine.store.get().version != version and not engine.store.broken
+
+
+def test_a_mount_that_goes_away_while_it_is_read_is_not_forgotten(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, night_file, "default")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    version = engine.store.get().version
+    files, device_of = store_module._files, store_module.device_of
+
+    def unmounted_after(folder: Path) -> dict[str, Any]:
+        found = files(folder)
+        if found:
+            (folder / "default.npz").rename(bundle / "default.npz")
+            monkeypatch.setattr(store_module, "device_of", lambda folder: device_of(folder) + 1)
+        return found
+
+    monkeypatch.setattr(store_module, "_files", unmounted_after)
+    for _ in range(2):
+        engine.store.refresh()
+        assert engine.store.get().version == version and "/" in engine.store.broken
 
 
 def test_a_storage_that_hangs_stops_no_request(
@@ -621,7 +644,7 @@ def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(
     assert store.broken == {"/": f"{folder} is gone"}
     folder.mkdir()
     with monkeypatch.context() as patch:  # its mount point, on the disk of the bundle
-        patch.setattr(store_module, "_device", lambda folder: -1)
+        patch.setattr(store_module, "device_of", lambda folder: -1)
         store.refresh()
         reason = f"{folder} is on another disk than before, without default"
         for one in (store, start()):
@@ -1169,7 +1192,12 @@ def test_more_unusual_calibration_images_count_among_those_beyond(
     larger = SimpleNamespace(
         scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
     )
-    former = SimpleNamespace(scores=scores, joined=None, scores_of=lambda statistics: new)
+    former = SimpleNamespace(
+        scores=scores,
+        joined=None,
+        scores_of=lambda statistics: new,
+        false_alarm_band=functools.partial(false_alarm_band, n),
+    )
     before, after = SimpleNamespace(of=lambda _: former), SimpleNamespace(of=lambda _: larger)
     joining = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * count
     lines: list[str] = []
@@ -1184,6 +1212,31 @@ def test_more_unusual_calibration_images_count_among_those_beyond(
         assert lines[1:] == [
             f"images like {passing} of these {count} are no longer rejected at alpha 0.01"
         ]
+
+
+@pytest.mark.parametrize("let_pass", [False, True])
+def test_feedback_warns_of_images_that_a_gate_let_pass(let_pass: bool) -> None:
+    """They lack the most unusual ones, so that more than alpha would be rejected."""
+    rng = np.random.default_rng(0)
+    scores = np.sort(rng.normal(size=550))
+    new = rng.normal(size=1000)
+    if let_pass:
+        new = new[new < scores[-5]]  # five of 550 are rejected at alpha 0.01
+    larger = SimpleNamespace(
+        scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
+    )
+    former = SimpleNamespace(
+        scores=scores,
+        joined=None,
+        scores_of=lambda statistics: new,
+        false_alarm_band=functools.partial(false_alarm_band, 550),
+    )
+    before: Any = SimpleNamespace(of=lambda _: former)
+    after: Any = SimpleNamespace(of=lambda _: larger)
+    joining: Any = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * len(new)
+    lines: list[str] = []
+    _report_unusual(before, after, joining, lines.append)
+    assert any(line.startswith("WARNING: of ") for line in lines) == let_pass
 
 
 def test_one_outlier_among_the_calibration_images_hides_no_wrong_folder(

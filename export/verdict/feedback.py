@@ -256,6 +256,14 @@ def _report_unusual(
                 else ""
             )
         )
+        low, _ = calibration.false_alarm_band(level, 0.98, tested=len(mine))
+        if rejected < (least := round(low * len(mine))):
+            report(
+                f"WARNING: of {len(mine)} images like the calibration images, the gate would "
+                f"reject at least {least} in 99 of 100 cases. If these are images that a gate let "
+                f"pass, more than a share of {level:.2g} of images like them will be rejected at "
+                f"alpha {level:.2g}: also give those that it rejected by mistake"
+            )
         which = f"{passing} of these" if passing < unusual else "these"
         is_disabled = unusual >= most or (unusual >= FEW and 2 * passing > unusual)
         if _num_rejected(former, scores, level) and is_disabled:

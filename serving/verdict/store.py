@@ -68,7 +68,10 @@ def disk_of_default(bundle: Path) -> int | None:
     ``None`` if there is no such file.
     """
     path = path_of(bundle, DEFAULT)
-    return device_of(path.parent) if os.path.lexists(path) else None
+    with contextlib.suppress(FileNotFoundError):
+        device = device_of(path.parent)  # first, because the disk may be unmounted meanwhile
+        return device if os.path.lexists(path) else None
+    return None
 
 
 def folder_of(bundle: Path) -> Path:
@@ -277,7 +280,11 @@ class CalibrationStore:
         if self._folder is None:
             return
         try:
-            found, device = _files(self._folder), device_of(self._folder)
+            device: int | None = device_of(self._folder)
+            found = _files(self._folder)
+            if device_of(self._folder) != device:
+                self._keep(f"{self._folder} was mounted or unmounted while it was read")
+                return
         except FileNotFoundError:
             if self._may_hold_files or self._folder.is_symlink():  # moved, or unmounted
                 self._keep(f"{self._folder} is gone")
