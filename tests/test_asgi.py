@@ -1012,6 +1012,10 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
     about = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8"}
     image = {**about, "data": [9] * 3072}
     in_bytes = {**about, "parameters": {"binary_data_size": 3072}}
+    # A proxy may have checked the first.
+    twice = b'{"parameters": {"calibration": "a"}, "parameters": {}, "inputs": []}'
+    answer = httpx.post(f"{app.url}/v2/models/score/infer", content=twice)
+    assert answer.status_code == 400 and "'parameters' more than once" in v2_error_of(answer)
     for answer, status, message in (
         (ask([image, image]), 400, "several inputs 'images'"),
         (ask([in_bytes], b"\t" * 3073), 400, "has 1 bytes that belong to no input"),

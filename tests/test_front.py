@@ -265,6 +265,11 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
             name.encode(),
         )
 
+    def encoded(how: bytes) -> bytes:
+        return part("image").replace(
+            b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: %s\r\n\r\n" % how
+        )
+
     def check(body: bytes) -> str:
         return checked_type("multipart/form-data; boundary=B", bytearray(body))
 
@@ -272,15 +277,19 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
     whole = part("image") + part("alpha")
     assert check(whole + end) and check(whole + end[:-2]) and check(whole + end + b"\r\n")
     assert check(b"\r\n" + whole + end)
+    assert check(encoded(b"binary") + end) and check(encoded(b" 8BIT") + end)
     for body, message in (
         (part("image") + b"--Bx\r\n" + part("alpha") + end, "cannot be parsed"),
         (part("image")[:-2] + b"\n" + part("alpha") + end, "cannot be parsed"),
+        (part("image")[:-2] + b"\r" + part("alpha") + end, "cannot be parsed"),
         (part("image") + b"--B " + part("alpha")[3:] + end, "cannot be parsed"),
         (whole, "cannot be parsed"),
         (whole[:-9], "cannot be parsed"),
         (part("image") + end + part("alpha") + end, "cannot be parsed"),
         (part("image", "Multipart/Mixed; boundary=C") + end, "holds several files"),
         (part("image", "\tmultipart/mixed;boundary=C") + end, "holds several files"),
+        # Django decodes it, and may find another file.
+        (encoded(b"base64") + end, "must not be encoded"),
         # A header with many parameters takes long to parse.
         (part("image", "a" + ";x" * 2040) + end, "at most 32 semicolons"),
         (end + part("alpha") + end, "cannot be parsed"),

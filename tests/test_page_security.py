@@ -901,6 +901,9 @@ def test_clients_lose_their_own_oldest_files_only(
     with pytest.raises(UploadRefused, match="try again later") as refused:
         send("c", "8", 100)
     assert refused.value.status == 503 and other.exists()
+    with pytest.raises(UploadRefused, match="try again later"), quota.sending("c", 60):
+        send("b", "8", 90)
+    assert other.exists() and (tmp_path / "7" / "a.png").exists(), "nothing lost for a refusal"
     send("c", "9", 1)
     send("c", "10", 1)
     with pytest.raises(UploadRefused, match="try again later"):

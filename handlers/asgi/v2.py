@@ -30,8 +30,8 @@ from serving.api.requests import (
     JsonLimits,
     RawRequest,
     array_of,
-    counted_json,
     is_image_field,
+    parse_json,
 )
 from serving.api.responses import Response, check_size, error_response
 from serving.engine.bundle import Bundle
@@ -193,10 +193,7 @@ def _head(text: bytes, operation: str, bundle: Bundle) -> dict[str, Any]:
     )
     if operation == "sample":
         limits = json_limits(bundle.latent_shapes)
-    try:
-        head = orjson.loads(counted_json(text, "the request", limits))
-    except ValueError as error:
-        raise malformed(f"the request is not JSON: {error}") from None
+    head = parse_json(text, "the request", limits)
     if not isinstance(head, dict) or not isinstance(head.get("inputs"), list):
         raise malformed("the request must be a JSON object with a list of inputs")
     _only(REQUEST_KEYS, head, "the request")

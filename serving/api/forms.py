@@ -15,6 +15,7 @@ MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation ha
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header
 MAX_SEMICOLONS = 32  # of a part's header, which takes long to parse with many
 CHARSETS = (b"utf-8", b"us-ascii")
+PLAIN = (b"binary", b"8bit", b"7bit")  # transfer encodings that change nothing
 
 
 def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
@@ -56,6 +57,9 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
             name = parse_options_header(bytes(value))[1].get(b"name")
             is_named = name is not None
             names.append(name or b"")
+        elif kind == b"content-transfer-encoding" and value.strip().lower() not in PLAIN:
+            # Some parsers decode it, others ignore it.
+            raise malformed("a field of a form must not be encoded (Content-Transfer-Encoding)")
         elif kind == b"content-type" and b"multipart/" in value.lower():  # also behind a tab
             raise malformed(
                 "a field of the form holds several files: name further images image1, image2, …"
@@ -78,7 +82,7 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
         raise not_a_form()
     line = b"--" + boundary
     # The parser takes far longer for boundaries, also for those that end no part, than for data.
-    num_boundaries = body.startswith(line) + body.count(b"\n" + line)
+    num_boundaries = body.startswith(line) + body.count(b"\n" + line) + body.count(b"\r" + line)
     if num_boundaries > MAX_FIELDS + 1:
         raise too_many_fields()
     # The same holds for spaces and tabs behind one. Other parsers drop what follows them.
@@ -101,7 +105,8 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
     except (FormParserError, ValueError):
         raise not_a_form() from None
     # This parser takes a line that begins with the boundary for data if more is on it, or if the
-    # line before ends with a line feed alone. Others begin a part there, or drop what follows.
+    # line before ends with a line feed alone, or with a carriage return alone. Others begin a part
+    # there, or drop what follows.
     if num_boundaries != num_parts + 1:
         raise not_a_form()
     closing = line + b"--"

@@ -84,12 +84,14 @@ class Quota:
         if size > CLIENT_BYTES:
             raise UploadRefused(413, f"At most {CLIENT_BYTES >> 20} MiB at once.")
         kept = self._clients.setdefault(client, _Kept())
+        if kept.sending + size > CLIENT_BYTES:
+            raise self._busy()
+        others = sum(one.size for one in self._clients.values() if one is not kept)
+        # Before any of its files is dropped for an upload that is refused anyway.
+        if others + min(kept.size + size, CLIENT_BYTES) > ALL_BYTES:
+            raise self._full()
         while kept.files and kept.size + size > CLIENT_BYTES:
             self._drop(kept, next(iter(kept.files)))
-        if kept.size + size > CLIENT_BYTES:
-            raise self._busy()
-        if sum(one.size for one in self._clients.values()) + size > ALL_BYTES:
-            raise self._full()
         arriving = 0
 
         def add_file() -> None:
