@@ -75,9 +75,9 @@ def export_encoder(
     model = traced(network, example, outputs, ({0: torch.export.Dim("N")},))
     if data is not None:
         helper.set_model_props(model, {DATA_KEY: json.dumps(data)})
+    onnx.checker.check_model(model)
     with replacing(path) as file:
         file.write(model.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(path))
 
 
 def traced(

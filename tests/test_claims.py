@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training.comparison.judging import _comparable, _deciding, judge_claims
+from training.comparison.judging import _comparable, _deciding, _shared_budget, judge_claims
 from training.comparison.paper import Claim, Finding, claims
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
@@ -146,3 +146,29 @@ def test_unreliable_distances_decide_nothing() -> None:
     }
     found = {"bpd": 4.0, "bpd_error": 0.1, RESNET20: 8.0, EFFICIENTNET: None, INCEPTION: None}
     assert _deciding({"measured": measured}) == found
+
+
+def test_the_time_of_an_inference_network_is_not_that_of_its_generator() -> None:
+    def row(system: str, **state: Any) -> dict[str, Any]:
+        config = recipe(system, 32, 3, "tiny")
+        return {"config": config, "budget": {"minutes": 60}, "state": state}
+
+    gan = row(
+        "gan",
+        images=500_000,
+        step=15_625,
+        inferring_since=12_500,
+        seconds=3720.0,
+        generator_seconds=3000.0,
+    )
+    timed = row(
+        "av-ade",
+        images=250_000,
+        step=7_813,
+        inferring_since=None,
+        seconds=3601.0,
+        generator_seconds=0.0,
+    )
+    assert _shared_budget([timed, gan]) is None
+    gan["state"]["generator_seconds"] = 3600.5
+    assert _shared_budget([timed, gan]) == "60 minutes"

@@ -628,6 +628,7 @@ def test_the_inference_network_is_trained_around_a_frozen_generator(
         ({"free_bits": -1.0}, "free_bits must be at least 0"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be at least 0"),
         ({"noisy_share": 1.5}, "noisy_share must be from 0 to 1"),
+        ({"noisy_share": 0.05, "batch_size": 16}, "noisy_share must be 0 or at least 1/16"),
         ({"noisy_share": 0.5, "discriminator": None}, "noisy_share must be 0 without a discrim"),
         ({"noisy_share": 0.5, "coverage": False}, "noisy_share must be 0 without L_C"),
         (

@@ -36,7 +36,8 @@ NEW_POSTERIOR_SCALE = 0.1
 def grown_weights(weights: dict[str, Tensor], before: ModelConfig, model: ADEModel) -> None:
     """Give ``model`` the weights of a smaller one, in place.
 
-    Samples stay the same, and so does the bound, apart from the KL of new latent channels.
+    Samples stay the same, and so does the bound, apart from the KL of new latent channels and from
+    posteriors that ``posterior_bound`` narrows.
 
     Args:
         weights: the state dict of the smaller model.

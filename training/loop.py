@@ -385,4 +385,4 @@ def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progre
         step, seconds = trainer.inferring_since, progress.generator_seconds
     steps = max(0, step - math.ceil(options.images / batch_size))
     limit = 60 * options.minutes if options.minutes else math.inf
-    return Progress(step=steps, images=steps * batch_size, seconds=max(0.0, seconds - limit))
+    return Progress(images=steps * batch_size, seconds=max(0.0, seconds - limit))

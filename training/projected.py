@@ -101,7 +101,9 @@ class _BatchComparison(nn.Module):
         self.head = spectral_norm(nn.Linear(COMPARISONS, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        embedded = self.embed(features.mean((2, 3))).unflatten(1, (COMPARISONS, COMPARED_DIMS))
+        # Of bfloat16, what is left after the 1 is subtracted below would be multiples of 1/128.
+        embedded = self.embed(features.mean((2, 3))).float()
+        embedded = embedded.unflatten(1, (COMPARISONS, COMPARED_DIMS))
         distances = (embedded[:, None] - embedded).abs().sum(3)
         others = torch.exp(-distances * self.log_scale.exp()).sum(1) - 1
         logits: Tensor = self.head(others)
@@ -110,18 +112,13 @@ class _BatchComparison(nn.Module):
 
 def _head(width: int, size: int) -> nn.Module:
     """Build the network from a level's features to logits, ``(N, 1, h, w)``, of at most 4x4."""
-    layers: list[nn.Module] = []
     halvings = max(0, int(math.log2(size / POSITIONS)))
-    for i in range(max(1, halvings)):
-        out = HEAD_WIDTH if i + 1 >= halvings else width
-        conv = (
-            nn.Conv2d(width, out, 4, stride=2, padding=1)
-            if halvings
-            else nn.Conv2d(width, out, 3, padding=1)
-        )
+    kernel, stride = (4, 2) if halvings else (3, 1)
+    layers: list[nn.Module] = []
+    for out in (*[width] * (halvings - 1), HEAD_WIDTH):
+        conv = nn.Conv2d(width, out, kernel, stride, padding=1)
         layers += [spectral_norm(conv), nn.LeakyReLU(0.2)]
-        width = out
-    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(width, 1, 3, padding=1)))
+    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(HEAD_WIDTH, 1, 3, padding=1)))
 
 
 def _random_conv(ins: int, outs: int, kernel: int, generator: torch.Generator) -> nn.Conv2d:

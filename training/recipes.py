@@ -168,6 +168,11 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
+        if 0 < self.noisy_share * self.batch_size < 1:
+            raise ConfigError(
+                f"noisy_share must be 0 or at least 1/{self.batch_size}, one image of each batch, "
+                f"got {self.noisy_share:g}"
+            )
         for name in ("noisy_share", "guide_weight", "classifier_weight"):
             if getattr(self, name) and self.discriminator is None:
                 raise ConfigError(

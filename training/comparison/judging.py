@@ -108,6 +108,12 @@ def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
     return len({shared(row) for row in rows}) == 1
 
 
+def _learning_seconds(row: dict[str, Any]) -> float:
+    """Seconds of training, of a GAN those of its generator alone."""
+    state = row["state"]
+    return float(state.get("generator_seconds") or state["seconds"])
+
+
 def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
     """The budget that runs share: a number of images or a time; ``None`` if neither."""
     first = rows[0]
@@ -115,7 +121,7 @@ def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
         return f"{learned(first):,} images"
     minutes = first["budget"]["minutes"]
     timed = minutes is not None and all(
-        row["budget"]["minutes"] == minutes and row["state"]["seconds"] >= 60 * minutes
+        row["budget"]["minutes"] == minutes and _learning_seconds(row) >= 60 * minutes
         for row in rows
     )
     return f"{minutes:g} minutes" if timed else None
