@@ -25,7 +25,8 @@ COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli
-RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
+RUN /opt/venv/bin/pip install --no-deps --force-reinstall . \
+    && /opt/venv/bin/pip install --no-deps "pillow>=13,<14"  # pyproject.toml says why
 
 FROM python:${PYTHON}-slim
 ARG DEVICE

@@ -73,15 +73,16 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
-	{ echo "$(PYTHON) must be Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 …" >&2; exit 2; }
+	{ echo "$(PYTHON) must be Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 … (docs/faq.md says where to get one)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # pip install --editable .[cpu,EXTRAS], or .[cuda,EXTRAS]. The files of the two ONNX Runtime wheels overlap: to replace
-# one by the other, both have to be removed first.
+# one by the other, both have to be removed first. pyproject.toml says why Pillow comes last.
 define install
 @if $(BIN)/python -m pip show --quiet $(OTHER_RUNTIME) 2>/dev/null; then \
 	$(BIN)/python -m pip uninstall --yes onnxruntime onnxruntime-gpu; fi
 $(BIN)/python -m pip install --editable ".[$(DEVICE),$(1)]"
+$(BIN)/python -m pip install --no-deps "pillow>=13,<14"
 @touch $@
 endef
 
