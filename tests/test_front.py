@@ -1618,7 +1618,7 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             assert await probe() == 200
             slow = asyncio.create_task(send(b"slow"))
-            while not score._num_clients:
+            while not score.clients.number:
                 await asyncio.sleep(0)
             assert await probe() == 200  # computed: probes are no sign that others are answered
             assert await send(path="/v1") == 200  # which waits in the same lane

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -24,12 +24,10 @@ async def _serve_batches(scorer: Scorer) -> None:
     computing = ThreadPoolExecutor(1)
     while True:
         batch = [await waiting.get()]
-        until = loop.time() + DELAY_S
-        while len(batch) < BATCH:
-            try:
-                batch.append(await asyncio.wait_for(waiting.get(), max(0.0, until - loop.time())))
-            except TimeoutError:
-                break
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DELAY_S):
+                while len(batch) < BATCH:
+                    batch.append(await waiting.get())  # at once if there is one
         bodies = await loop.run_in_executor(computing, scorer, [request for request, _ in batch])
         for (_, future), body in zip(batch, bodies, strict=True):
             if not future.cancelled():
@@ -62,4 +60,5 @@ if __name__ == "__main__":
         port=PORT,
         workers=WORKERS,
         log_level="warning",
+        access_log=False,
     )

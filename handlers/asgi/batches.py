@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from handlers.limits import LARGE_BYTES, MAX_BATCH, MAX_BATCH_DELAY_S
@@ -66,11 +66,13 @@ class BatchQueue(Generic[Job]):
         try:
             async with self._turn():
                 batch.append(await self._next())
+                num_bytes = batch[0].num_bytes
                 if self._last_was_shared or len(self):
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(MAX_BATCH_DELAY_S):
-                            while not _is_full(batch):
+                            while len(batch) < MAX_BATCH and num_bytes < LARGE_BYTES:
                                 batch.append(await self._next())
+                                num_bytes += batch[-1].num_bytes
                 self._last_was_shared = len(batch) > 1
         except BaseException:
             self.put(*batch)
@@ -113,7 +115,3 @@ class BatchQueue(Generic[Job]):
 
     def _leave(self, answer: asyncio.Future[Any]) -> None:
         self._queue.pop(answer, None)
-
-
-def _is_full(batch: Sequence[Waiting]) -> bool:
-    return len(batch) >= MAX_BATCH or sum(job.num_bytes for job in batch) >= LARGE_BYTES

@@ -149,19 +149,17 @@ class Pool:
         """
         if self._is_stopping:
             raise stopping()
-        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        job = Job(request, str(uuid.uuid4()), v2, answered)
+        loop = asyncio.get_running_loop()
+        job = Job(request, str(uuid.uuid4()), v2, loop.create_future())
         self.waiting.put(job)
+        timer = loop.call_later(self._timeout_s, job.fail, no_answer())
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await job.answer
-        except TimeoutError:
-            self._fail(request, no_answer())
-            raise no_answer() from None
+            return await job.answer
         except ApiError as error:
             self._fail(request, error)
             raise
         finally:
+            timer.cancel()
             if not request.is_probe:
                 self._count(ANSWER_SECONDS, time.perf_counter() - request.arrived)
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -78,16 +78,18 @@ class Memory:
         self._used = 0
         self._shares: set[Share] = set()
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Share]:
-        """The share of one request, released at the end of the block."""
-        share = Share(self)
+    def share(self) -> Share:
+        """The share of one request, to be entered."""
+        return Share(self)
+
+    def add(self, share: Share) -> None:
+        """Count a share from now on."""
         self._shares.add(share)
-        try:
-            yield share
-        finally:
-            share.hold(0)
-            self._shares.discard(share)
+
+    def remove(self, share: Share) -> None:
+        """Release what a share holds."""
+        self.fits(share, 0)
+        self._shares.discard(share)
 
     def fits(self, share: Share, size: int) -> bool:
         """Count the new size of a share and make room for it; returns whether there is room."""
@@ -107,7 +109,7 @@ class Memory:
 
 
 class Share:
-    """The memory of one request: its body, later its answer.
+    """The memory of one request: its body, later its answer. Released at the end of the block.
 
     Attributes:
         size: in bytes.
@@ -120,6 +122,13 @@ class Share:
         self.size = 0
         self.patience: asyncio.Timeout | None = None
         self.was_dropped = False
+
+    def __enter__(self) -> Share:
+        self._memory.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.remove(self)
 
     def hold(self, size: int) -> bool:
         """Set the size; returns whether there is room. The size counts in either case."""
@@ -213,6 +222,19 @@ def _too_large(limits: Limits) -> ApiError:
     )
 
 
+class Count:
+    """The number of blocks that it is entered for."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> None:
+        self.number += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.number -= 1
+
+
 class Lane:
     """Bounds the number of one model's requests in the model server; the others wait here.
 
@@ -227,14 +249,17 @@ class Lane:
     Args:
         limits: of the front.
         workers: that compute the model's answers, at most.
+
+    Attributes:
+        clients: entered while a client, which is no probe, has a request.
     """
 
     def __init__(self, limits: Limits, workers: int = 1) -> None:
+        self.clients = Count()
         self._limits = limits
         self._least, self._bound, self._most = (max(n, workers) for n in limits.in_flight)
         self._num_in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._num_clients = 0  # whose requests are in progress
         self._answered = -math.inf  # when the last of them had its answer
 
     @property
@@ -242,25 +267,15 @@ class Lane:
         """Number of requests that wait for their turn."""
         return len(self._waiting)
 
-    @contextlib.contextmanager
-    def client(self) -> Iterator[None]:
-        """Count a request of a client, which is no probe, for the block."""
-        self._num_clients += 1
-        try:
-            yield
-        finally:
-            self._num_clients -= 1
-
     def has_answered(self) -> None:
         """Note that a client has just got an answer."""
         self._answered = time.monotonic()
 
     def is_answering(self) -> bool:
         """Whether clients have requests in progress, and one had its answer lately."""
-        return self._num_clients > 0 and time.monotonic() - self._answered < ANSWERING_S
+        return self.clients.number > 0 and time.monotonic() - self._answered < ANSWERING_S
 
-    @contextlib.asynccontextmanager
-    async def turn(self, receive: Receive, waited_s: float = 0.0) -> AsyncIterator[None]:
+    def turn(self, receive: Receive, waited_s: float = 0.0) -> Turn:
         """Wait for a turn and hold it for the block.
 
         Args:
@@ -271,6 +286,10 @@ class Lane:
             ApiError: 503 if too many requests wait, or this one waited too long.
             ClientGone: the client closed the connection meanwhile.
         """
+        return Turn(self, receive, waited_s)
+
+    async def enter(self, receive: Receive, waited_s: float) -> int:
+        """Wait for a turn; returns the number of requests in flight, this one included."""
         if self._has_room():
             self._num_in_flight += 1
         else:
@@ -280,14 +299,9 @@ class Lane:
             except BaseException:
                 # Cancelled just as the turn came; a turn that comes later is given back by _wait.
                 if turn.done() and not turn.cancelled() and turn.exception() is None:
-                    self._leave()
+                    self.leave()
                 raise
-        num_sent, started = self._num_in_flight, asyncio.get_running_loop().time()
-        try:
-            yield
-            self._adapt(num_sent, asyncio.get_running_loop().time() - started)
-        finally:
-            self._leave()
+        return self._num_in_flight
 
     def _has_room(self) -> bool:
         return not self._waiting and self._num_in_flight < self._bound
@@ -305,27 +319,53 @@ class Lane:
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():  # it got its turn just as it gave up
-                self._leave()
+                self.leave()
             with contextlib.suppress(ValueError):  # removed already
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise overloaded("the request has waited too long") from None
             raise
 
-    def _adapt(self, num_sent: int, seconds: float) -> None:
+    def adapt(self, num_sent: int, seconds: float) -> None:
+        """Adapt the bound to an answer.
+
+        Args:
+            num_sent: requests in flight when the turn of the answered one came.
+            seconds: that the answer took.
+        """
         if seconds > self._limits.latency_s:
             fitting = int(num_sent * self._limits.latency_s / seconds)
             self._bound = max(self._least, min(self._bound, fitting))
         elif self._waiting:
             self._bound = min(self._bound + 1, self._most)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """End a turn."""
         self._num_in_flight -= 1
         while self._waiting and self._num_in_flight < self._bound:
             turn = self._waiting.popleft()
             if not turn.done():
                 self._num_in_flight += 1
                 turn.set_result(None)
+
+
+class Turn:
+    """A request's turn in a lane, see :meth:`Lane.turn`."""
+
+    def __init__(self, lane: Lane, receive: Receive, waited_s: float) -> None:
+        self._lane = lane
+        self._receive = receive
+        self._waited_s = waited_s
+
+    async def __aenter__(self) -> None:
+        self._num_sent = await self._lane.enter(self._receive, self._waited_s)
+        self._started = asyncio.get_running_loop().time()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            seconds = asyncio.get_running_loop().time() - self._started
+            self._lane.adapt(self._num_sent, seconds)
+        self._lane.leave()
 
 
 class Departure:

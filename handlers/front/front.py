@@ -93,7 +93,7 @@ class Endpoint:
         large_lane: bounds, before that, the number of those with a large body, if given.
         takes_forms: whether the body may be a form, which is checked before.
         route: returns the endpoint that answers a request, if that is not this one.
-        hold: entered while the endpoint has a request.
+        hold: entered while the endpoint has a request, of which there may be several.
         can_cancel: whether cancelling ``answer`` spares work. It is cancelled if the client leaves.
     """
 
@@ -104,7 +104,7 @@ class Endpoint:
     large_lane: Lane | None = None
     takes_forms: bool = False
     route: Callable[[Request], Endpoint] | None = None
-    hold: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     can_cancel: bool = False
 
 
@@ -222,8 +222,8 @@ class Front:
             error = shaped(overloaded("other requests come first"), request.path)
             return Answer.of_error(error, (MODEL_HEADER, endpoint.model))
         large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
-        counted = contextlib.nullcontext() if request.is_probe or not lane else lane.client()
-        with counted, endpoint.hold():
+        counted = contextlib.nullcontext() if request.is_probe or not lane else lane.clients
+        with counted, endpoint.hold:
             async with _turn(large_lane, receive), _turn(lane, receive, request.arrived):
                 departure = (scope.get("extensions") or {}).get("ade.departure")
                 if not endpoint.can_cancel:

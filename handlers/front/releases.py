@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -82,7 +82,7 @@ B = TypeVar("B", bound=Backend)
 
 
 class Running(Generic[B]):
-    """A release with its backend, and the number of requests that it is answering."""
+    """A release with its backend. It keeps running while a request has entered it."""
 
     def __init__(
         self, release: Release, backend: B, stack: contextlib.AsyncExitStack, drain_s: float
@@ -96,17 +96,14 @@ class Running(Generic[B]):
         self._idle.set()
         self.endpoints: dict[str, Endpoint] = {}  # those of workers, at their few paths
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep the release running for the block."""
+    def __enter__(self) -> None:
         self._num_requests += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_requests -= 1
-            if not self._num_requests:
-                self._idle.set()
+
+    def __exit__(self, *_: object) -> None:
+        self._num_requests -= 1
+        if not self._num_requests:
+            self._idle.set()
 
     async def close(self) -> None:
         """Finish what was accepted, for a while, and stop."""
@@ -253,7 +250,7 @@ class Releases(Generic[B]):
         if endpoint.lane is None:  # not computed by workers
             return endpoint
         one.endpoints[path] = dataclasses.replace(
-            endpoint, route=functools.partial(self._route, path), hold=one.hold
+            endpoint, route=functools.partial(self._route, path), hold=one
         )
         return one.endpoints[path]
 
