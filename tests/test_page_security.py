@@ -35,6 +35,7 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from serving.api.requests import MAX_BODY_BYTES
 from serving.engine.bundle import open_bundle
 from serving.images import write_png
 from serving.page import app as page_app
@@ -901,8 +902,8 @@ def test_clients_lose_their_own_oldest_files_only(
     with pytest.raises(UploadRefused, match="try again later") as refused:
         send("c", "8", 100)
     assert refused.value.status == 503 and other.exists()
-    with pytest.raises(UploadRefused, match="try again later"), quota.sending("c", 60):
-        send("b", "8", 90)
+    with pytest.raises(UploadRefused, match="try again later"), quota.sending("c", 85):
+        send("b", "8", 95)
     assert other.exists() and (tmp_path / "7" / "a.png").exists(), "nothing lost for a refusal"
     send("c", "9", 1)
     send("c", "10", 1)
@@ -1094,9 +1095,12 @@ def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         [len(data) for _, data in batch]
         for batch in batches([("a", bytes(n)) for n in (4, 4, 4, 20, 1, 1)])
     ]
-    assert sizes == [[4, 4, 4], [20], [1, 1]]
+    assert sizes == [[4, 4], [4], [20], [1, 1]]
     monkeypatch.undo()
+    assert many.BATCH_BYTES <= MAX_BODY_BYTES  # what the service takes in one request
     assert [len(batch) for batch in batches([("a", b"")] * 70)] == [32, 32, 6]
+    photograph = write_png(np.zeros((3000, 4000, 3), np.uint8))
+    assert [len(batch) for batch in batches([("a", photograph)] * 6)] == [5, 1]
 
 
 def test_a_png_with_two_sizes_is_not_decoded(

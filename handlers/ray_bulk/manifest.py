@@ -233,7 +233,11 @@ def some_files(out: str, count: int) -> list[str]:
 def read_json(path: str) -> Any:
     """The content of a JSON file; ``None`` if there is none."""
     files, name = file_system(path)
-    return json.loads(files.cat_file(name)) if files.exists(name) else None
+    try:
+        content = files.cat_file(name)
+    except FileNotFoundError:  # `exists` takes any error for a missing file
+        return None
+    return json.loads(content)
 
 
 def write_json(path: str, value: Any) -> None:

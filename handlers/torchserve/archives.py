@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from serving.verdict.store import FOLDER, disk_of_default
 # TorchServe starts a worker again for this long, ever more rarely; after its own default of 300 s
 # an operation would have no worker for good. It computes the milliseconds in 32 bits.
 RETRY_S = 20 * 24 * 3600
+OLDEST_TIME = (
+    315_619_200  # 2 January 1980: zip files, such as model archives, know no earlier times
+)
 
 
 @contextmanager
@@ -100,7 +104,11 @@ def write_archives(
             links = temporary / "files"
             links.mkdir()
             for file in (bundle.folder / MANIFEST_NAME, *map(bundle.file, files)):
-                (links / file.name).symlink_to(file.resolve())
+                source = file.resolve()
+                if source.stat().st_mtime < OLDEST_TIME:
+                    shutil.copyfile(source, links / file.name)  # with the time of now
+                else:
+                    (links / file.name).symlink_to(source)
             generate_model_archive(
                 ModelArchiverConfig(
                     model_name=name,

@@ -89,7 +89,15 @@ def add_tab(shared: Shared) -> None:
     html(reference(document, served.url))
     quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
     events = [shared.tab.select, model.change]  # the calibration may have been replaced
-    gr.on(events, about, model, shown, api_name="about", show_progress="hidden")
+    gr.on(
+        events,
+        about,
+        model,
+        shown,
+        api_name="about",
+        show_progress="hidden",
+        trigger_mode="always_last",  # else a model chosen meanwhile would keep the former's card
+    )
     runs = gr.State(Runs())
     shared.tab.select(drawn, [model, runs], samples, trigger_mode="multiple", **quiet)
     model.change(

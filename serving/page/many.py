@@ -16,11 +16,11 @@ import gradio as gr
 import httpx
 from PIL import Image
 
-from serving.api.requests import RESIZED
+from serving.api.requests import MAX_REQUEST_PIXELS, RESIZED
 from serving.api.score_table import columns, failed_row, scored_row
 from serving.brand import percent, rounded, verdict_card
 from serving.client import SERVER_ERROR, AdeError, ScoreResult
-from serving.images import MAX_FILE_BYTES, ImageError, is_image_name, read_image
+from serving.images import MAX_FILE_BYTES, ImageError, header_pixels, is_image_name, read_image
 from serving.page import charts
 from serving.page.files import write_file
 from serving.page.score import WORDS, alpha_input, notes_of
@@ -149,13 +149,23 @@ def _unzipped(zipped: bytes, shown: str) -> Iterator[tuple[str, bytes]]:
 
 
 def batches(named: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
-    """Group files into requests of at most :data:`AT_ONCE` files and about :data:`BATCH_BYTES`."""
+    """Group files into requests that the service takes, of at most :data:`AT_ONCE` files.
+
+    A single file may be too large for one; the service says so.
+    """
     batch: list[tuple[str, bytes]] = []
-    for item in named:
-        batch.append(item)
-        if len(batch) == AT_ONCE or sum(len(data) for _, data in batch) >= BATCH_BYTES:
+    size = pixels = 0
+    for name, data in named:
+        more = header_pixels(data)
+        if batch and (
+            len(batch) == AT_ONCE
+            or size + len(data) > BATCH_BYTES
+            or pixels + more > MAX_REQUEST_PIXELS
+        ):
             yield batch
-            batch = []
+            batch, size, pixels = [], 0, 0
+        batch.append((name, data))
+        size, pixels = size + len(data), pixels + more
     if batch:
         yield batch
 

@@ -142,7 +142,7 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
     finding = "This image is not unusual enough to be rejected"
     how_many = f"{others:,}"
     if ruling.choice == "reject":
-        finding = "This image looks unlike the known images"
+        finding = "This image looks unlike the calibration images"
         how_many = f"only {others:,}" if others else "none"
     verb = "is" if others in (0, 1) else "are"
     return ruling.choice, (

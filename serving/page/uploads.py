@@ -86,12 +86,16 @@ class Quota:
         kept = self._clients.setdefault(client, _Kept())
         if kept.sending + size > CLIENT_BYTES:
             raise self._busy()
-        others = sum(one.size for one in self._clients.values() if one is not kept)
-        # Before any of its files is dropped for an upload that is refused anyway.
-        if others + min(kept.size + size, CLIENT_BYTES) > ALL_BYTES:
+        dropped, left = [], kept.size + size
+        for path, (its_size, _) in kept.files.items():
+            if left <= CLIENT_BYTES:
+                break
+            dropped.append(path)
+            left -= its_size
+        if sum(one.size for one in self._clients.values() if one is not kept) + left > ALL_BYTES:
             raise self._full()
-        while kept.files and kept.size + size > CLIENT_BYTES:
-            self._drop(kept, next(iter(kept.files)))
+        for path in dropped:
+            self._drop(kept, path)
         arriving = 0
 
         def add_file() -> None:
