@@ -16,7 +16,8 @@ COPY pyproject.toml README.md LICENSE ./
 # The dependencies first, with empty packages: this layer is kept until one of these three files changes.
 RUN mkdir -p $(python -c "import tomllib; \
       print(*(name.replace('.', '/') for name in tomllib.load(open('pyproject.toml', 'rb'))['tool']['setuptools']['packages']))") \
-    && /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
+    && /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]" \
+    && /opt/venv/bin/pip install --no-deps "pillow>=13,<14"  # pyproject.toml says why
 COPY ade_model ade_model
 COPY training training
 COPY export export
@@ -25,8 +26,7 @@ COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
 COPY ade_cli ade_cli
-RUN /opt/venv/bin/pip install --no-deps --force-reinstall . \
-    && /opt/venv/bin/pip install --no-deps "pillow>=13,<14"  # pyproject.toml says why
+RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}-slim
 ARG DEVICE
