@@ -1016,6 +1016,9 @@ def test_v2_loses_nothing_in_silence(app: RunningApplication) -> None:
     twice = b'{"parameters": {"calibration": "a"}, "parameters": {}, "inputs": []}'
     answer = httpx.post(f"{app.url}/v2/models/score/infer", content=twice)
     assert answer.status_code == 400 and "'parameters' more than once" in v2_error_of(answer)
+    unpaired = b'{"id": "\\ud800", "inputs": []}'
+    answer = httpx.post(f"{app.url}/v2/models/score/infer", content=unpaired)
+    assert answer.status_code == 400 and "is not JSON" in v2_error_of(answer)
     for answer, status, message in (
         (ask([image, image]), 400, "several inputs 'images'"),
         (ask([in_bytes], b"\t" * 3073), 400, "has 1 bytes that belong to no input"),

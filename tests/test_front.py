@@ -288,6 +288,7 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
         (part("image") + end + part("alpha") + end, "cannot be parsed"),
         (part("image", "Multipart/Mixed; boundary=C") + end, "holds several files"),
         (part("image", "\tmultipart/mixed;boundary=C") + end, "holds several files"),
+        (encoded(b"binary\nContent-Transfer-Encoding: base64") + end, "cannot be parsed"),
         # Django decodes it, and may find another file.
         (encoded(b"base64") + end, "must not be encoded"),
         # A header with many parameters takes long to parse.

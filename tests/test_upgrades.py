@@ -531,7 +531,9 @@ def test_a_default_that_has_vanished_with_its_folder_is_missed(
     assert engine.changes == [] and disk is not None
     upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
     upgrades.handle({"do": ROLLBACK}, lambda text: None)
-    assert [release.default_disks for (release,) in engine.changes] == [(disk,), (disk,)]
+    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
+    upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
+    assert [release.default_disks for (release,) in engine.changes] == [(disk,)] * 4
     # Somebody who removes the file alone wants the bundle's own calibration.
     upgrades = upgrades_of(engine, new)
     (new / FOLDER / "default.npz").unlink()

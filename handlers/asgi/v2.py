@@ -193,7 +193,11 @@ def _head(text: bytes, operation: str, bundle: Bundle) -> dict[str, Any]:
     )
     if operation == "sample":
         limits = json_limits(bundle.latent_shapes)
-    head = parse_json(text, "the request", limits)
+    parse_json(text, "the request", limits)  # refuses keys that repeat
+    try:
+        head = orjson.loads(text)  # refuses numbers and text that an answer cannot hold
+    except ValueError as error:
+        raise malformed(f"the request is not JSON: {error}") from None
     if not isinstance(head, dict) or not isinstance(head.get("inputs"), list):
         raise malformed("the request must be a JSON object with a list of inputs")
     _only(REQUEST_KEYS, head, "the request")

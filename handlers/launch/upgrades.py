@@ -81,6 +81,8 @@ class Upgrades:
         self._commands = deque[Command](maxlen=COMMANDS)
         # As they were read: the folder of a bundle that is served may have gone meanwhile.
         self._bundles = {1: list(plan.bundles)}
+        # Of the default.npz of each bundle that was ever served.
+        self._disks = dict(zip(self._current.bundles, self._current.default_disks, strict=True))
 
     def handle(self, message: dict[str, Any], say: Say) -> dict[str, Any]:
         """Do what a message of the private channel asks for.
@@ -216,11 +218,6 @@ class Upgrades:
         except UpgradeError as error:  # going back is urgent
             say(f"warning: {error}")
         release = self._release(bundles)
-        # If the disk of a default.npz by which it decided is gone, its workers must know that they
-        # miss one.
-        pairs = zip(release.default_disks, self._previous.default_disks, strict=True)
-        disks = tuple(before if now is None else now for now, before in pairs)
-        release = dataclasses.replace(release, default_disks=disks)
         say(f"starting {_names(release)} beside {_names(self._current)}")
         self._replace(release, say)
 
@@ -312,7 +309,15 @@ class Upgrades:
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
         self._last_number += 1
         self._bundles[self._last_number] = bundles
-        return release_of(self._last_number, bundles, share)
+        release = release_of(self._last_number, bundles, share)
+        # If the disk of a default.npz by which a bundle decided is gone, its new workers must know
+        # that they miss one.
+        disks = tuple(
+            self._disks.get(folder) if disk is None else disk
+            for folder, disk in zip(release.bundles, release.default_disks, strict=True)
+        )
+        self._disks |= dict(zip(release.bundles, disks, strict=True))
+        return dataclasses.replace(release, default_disks=disks)
 
 
 def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> None:

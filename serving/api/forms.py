@@ -46,6 +46,8 @@ def multipart_names(content_type: str, body: bytes | bytearray) -> list[bytes]:
 
     def end_header() -> None:
         nonlocal is_named
+        if b"\n" in value:  # other parsers begin a header there
+            raise not_a_form()
         if max(len(header), len(value)) > MAX_NAME_BYTES:
             raise too_long_name()
         if value.count(b";") > MAX_SEMICOLONS:
