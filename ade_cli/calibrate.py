@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         metavar="MODEL.onnx",
         help="a network whose features tell things apart, such as your classifier, not trained on "
-        "any of the images. Its features give the score two more coordinates, and it becomes part "
-        "of the bundle (default: the network that the bundle has)",
+        "any of the images. Its features give the score another coordinate, its classes (if any) "
+        "a second one. It becomes part of the bundle (default: the network that the bundle has)",
     )
     parser.add_argument(
         "--features-output",

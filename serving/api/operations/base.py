@@ -121,9 +121,9 @@ class Operation(ABC, Generic[ParametersT, RequestT, ComputedT]):
             ApiError: with the status to answer.
         """
 
-    @abstractmethod
     def rows(self, request: RequestT) -> int:
         """Number of rows that a request takes in a graph's batch."""
+        return self.images_of(request)
 
     @abstractmethod
     def bytes_of_one(self, request: RequestT, bundle: Bundle) -> int:
@@ -206,9 +206,6 @@ class ImageOperation(Operation[ImageParametersT, ImagesRequest[ImageParametersT]
         Raises:
             ApiError: 413.
         """
-
-    def rows(self, request: ImagesRequest[ImageParametersT]) -> int:
-        return len(request.images)
 
     def images_of(self, request: ImagesRequest[ImageParametersT]) -> int:
         return len(request.images)

@@ -189,9 +189,6 @@ class Sample(Operation[SampleParameters, SampleRequest, Drawn]):
             )
         return SampleRequest(parameters, answer_format, latents, are)
 
-    def rows(self, request: SampleRequest) -> int:
-        return request.count
-
     def images_of(self, request: SampleRequest) -> int:
         return request.count
 
