@@ -905,6 +905,8 @@ def test_clients_lose_their_own_oldest_files_only(
     with pytest.raises(UploadRefused, match="try again later"), quota.sending("c", 85):
         send("b", "8", 95)
     assert other.exists() and (tmp_path / "7" / "a.png").exists(), "nothing lost for a refusal"
+    with quota.sending("c", 85), quota.sending("b", 90):
+        assert not other.exists(), "its own oldest file makes room"
     send("c", "9", 1)
     send("c", "10", 1)
     with pytest.raises(UploadRefused, match="try again later"):
@@ -912,7 +914,7 @@ def test_clients_lose_their_own_oldest_files_only(
     assert not (tmp_path / "11").exists()
     monkeypatch.setattr(uploads, "KEPT_S", 0.0)
     send("d", "12", 100)
-    assert not other.exists(), "it expired"
+    assert not (tmp_path / "9").exists(), "it expired"
 
 
 def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -534,6 +534,22 @@ def test_a_default_that_has_vanished_with_its_folder_is_missed(
     upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
     upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
     assert [release.default_disks for (release,) in engine.changes] == [(disk,)] * 4
+    # Another bundle that takes the folder over never had one.
+    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
+    manifest = json.loads((old / MANIFEST_NAME).read_text())
+    (old / MANIFEST_NAME).unlink()
+    (old / MANIFEST_NAME).write_text(json.dumps({**manifest, "made_by": "another"}))
+    upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
+    assert engine.changes[-1][0].default_disks == (None,)
+    # One that was made while the service ran is missed, too.
+    late = with_default(tmp_path / "late")
+    (late / FOLDER).rename(tmp_path / "made later")
+    upgrades = upgrades_of(engine, late)
+    (tmp_path / "made later").rename(late / FOLDER)
+    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
+    (late / FOLDER).rename(tmp_path / "made later")
+    upgrades.handle({"do": ROLLBACK}, lambda text: None)
+    assert engine.changes[-1][0].default_disks == (disk,)
     # Somebody who removes the file alone wants the bundle's own calibration.
     upgrades = upgrades_of(engine, new)
     (new / FOLDER / "default.npz").unlink()

@@ -101,7 +101,7 @@ class _BatchComparison(nn.Module):
         self.head = spectral_norm(nn.Linear(COMPARISONS, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        # Of bfloat16, what is left after the 1 is subtracted below would be multiples of 1/128.
+        # In bfloat16, the sums of differences would have eight bits.
         embedded = self.embed(features.mean((2, 3))).float()
         embedded = embedded.unflatten(1, (COMPARISONS, COMPARED_DIMS))
         distances = (embedded[:, None] - embedded).abs().sum(3)

@@ -274,6 +274,8 @@ def _exact(data: Any, dtype: np.dtype) -> np.ndarray:
         ValueError: the type cannot hold them.
     """
     given = array_of(data, of_booleans=dtype.kind == "b").reshape(-1)
+    if dtype.kind in "iu" and given.dtype.kind == "f" and (np.abs(given) >= 2.0**63).any():
+        raise ValueError("values would change")  # orjson reads larger integers as floats
     flat = given.astype(dtype)
     if dtype.kind != "f" and not np.array_equal(flat, given):
         raise ValueError("values would change")

@@ -81,8 +81,9 @@ class Upgrades:
         self._commands = deque[Command](maxlen=COMMANDS)
         # As they were read: the folder of a bundle that is served may have gone meanwhile.
         self._bundles = {1: list(plan.bundles)}
-        # Of the default.npz of each bundle that was ever served.
-        self._disks = dict(zip(self._current.bundles, self._current.default_disks, strict=True))
+        # By folder and digest: the disk that the bundle's default.npz was on when it was last seen.
+        self._disks: dict[tuple[str, str], int] = {}
+        self._note_disks(self._current)
 
     def handle(self, message: dict[str, Any], say: Say) -> dict[str, Any]:
         """Do what a message of the private channel asks for.
@@ -125,6 +126,9 @@ class Upgrades:
             return self.describe()
 
     def _change_as(self, message: dict[str, Any], say: Say) -> None:
+        for release in filter(None, (self._current, self._canary)):
+            bundles = self._bundles[release.number]
+            self._note_disks(release_of(release.number, bundles))  # made since it was started
         if message["do"] == UPGRADE:
             self._upgrade(Path(message["bundle"]), message.get("canary"), say)
         elif message["do"] == FINISH:
@@ -294,11 +298,13 @@ class Upgrades:
                 folder or disk.
         """
         served = self._bundles[self._current.number]
-        for old, new, disk in zip(served, bundles, self._current.default_disks, strict=True):
+        for old, new, key in zip(served, bundles, _keys(self._current), strict=True):
             if new is old:
                 continue
             check_contract(old, new, say)
-            if _has_lost_default(old.folder, disk) and DEFAULT not in _calibrations(new):
+            if _has_lost_default(old.folder, self._disks.get(key)) and DEFAULT not in _calibrations(
+                new
+            ):
                 raise UpgradeError(
                     f"{FOLDER}/{DEFAULT}{SUFFIX} of {old.model_id}, by which requests without a "
                     "name are decided, has vanished with its folder or disk: restore it, or "
@@ -313,11 +319,15 @@ class Upgrades:
         # If the disk of a default.npz by which a bundle decided is gone, its new workers must know
         # that they miss one.
         disks = tuple(
-            self._disks.get(folder) if disk is None else disk
-            for folder, disk in zip(release.bundles, release.default_disks, strict=True)
+            self._disks.get(key) if disk is None else disk
+            for key, disk in zip(_keys(release), release.default_disks, strict=True)
         )
-        self._disks |= dict(zip(release.bundles, disks, strict=True))
         return dataclasses.replace(release, default_disks=disks)
+
+    def _note_disks(self, release: Release) -> None:
+        for key, disk in zip(_keys(release), release.default_disks, strict=True):
+            if disk is not None:
+                self._disks[key] = disk
 
 
 def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> None:
@@ -407,7 +417,7 @@ def _has_lost_default(bundle: Path, disk: int | None) -> bool:
 
     Args:
         bundle: the folder of the bundle.
-        disk: that the file was on when the service started; ``None`` if there was none.
+        disk: that the file was on when it was last seen; ``None`` if there was none.
     """
     if disk is None or os.path.lexists(path_of(bundle, DEFAULT)):
         return False
@@ -439,6 +449,11 @@ def _has_another_default(bundle: Bundle) -> bool:
         )
         for one, other in pairs
     )
+
+
+def _keys(release: Release) -> list[tuple[str, str]]:
+    """Folder and digest of each bundle: another bundle may take a folder over."""
+    return list(zip(release.bundles, release.digests, strict=True))
 
 
 def _calibrations(bundle: Bundle) -> set[str]:
