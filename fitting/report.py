@@ -280,7 +280,7 @@ def _few(calibrated: int) -> str:
         else ""
     )
     return (
-        f"{calibrated:,} images (8 of 100 of the folder's) calibrated the verdict; "
+        f"{calibrated:,} images (8 of 100 files) calibrated the verdict; "
         f"{MIN_CALIBRATED:,} or more are advisable: at alpha {VERDICT_ALPHA:g} the false-alarm "
         f"rate may lie anywhere from {low:.3f} to {high:.3f}{nothing}."
     )

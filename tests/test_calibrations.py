@@ -564,6 +564,7 @@ def test_a_storage_that_hangs_stops_no_request(
     bundle: Path, dark: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until it answers again, and whatever name a request has."""
+    (bundle / FOLDER).mkdir(exist_ok=True)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     (before,) = engine.score(dark[:1])
     answers = threading.Event()

@@ -595,7 +595,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
         (
             500,
             "false-alarm rate is rough",
-            "500 images (8 of 100 of the folder's) calibrated the verdict; 1,000 or more",
+            "500 images (8 of 100 files) calibrated the verdict; 1,000 or more",
         ),
         (98, "Do not rely on this gate yet", "at the default alpha of 0.01, nothing can be"),
     ):
