@@ -648,7 +648,7 @@ def test_the_divider_of_two_images_takes_keys(page: Page) -> None:
     right = panel.get_by_alt_text("unlikely pixels")
     expect(panel.get_by_alt_text("Image", exact=True)).to_be_visible()
     for key, value in (("Home", 0), ("ArrowRight", 5), ("ArrowLeft", 0), ("End", 100)):
-        divider.press(key)  # focused again, because the page may be drawn anew meanwhile
+        divider.press(key)  # focused again: the page may be drawn again meanwhile
         expect(divider).to_have_attribute("aria-valuenow", f"{value}")
     expect(right).to_have_css("clip-path", "inset(0px 0px 0px 100%)")
     page.evaluate("name_parts()")  # which reads the value from the page
