@@ -1180,6 +1180,24 @@ def test_feedback_that_would_disable_the_gate_is_refused(
     assert all(decision.accepted for decision in Gate(bundle).check(files))
 
 
+def report_on(scores: np.ndarray, new: np.ndarray) -> tuple[str | None, list[str]]:
+    """What feedback says of images with new scores that join a calibration with the given ones."""
+    former: Any = SimpleNamespace(
+        scores=scores,
+        joined=None,
+        scores_of=lambda statistics: new,
+        false_alarm_band=functools.partial(false_alarm_band, len(scores)),
+    )
+    larger: Any = SimpleNamespace(
+        scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
+    )
+    before: Any = SimpleNamespace(of=lambda resized: former)
+    after: Any = SimpleNamespace(of=lambda resized: larger)
+    joining: Any = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * len(new)
+    lines: list[str] = []
+    return _report_unusual(before, after, joining, lines.append), lines
+
+
 @pytest.mark.parametrize(
     "n, place, count, passing, is_refused",
     [(1000, 5, 9, 5, False), (3000, 21, 16, 8, False), (3000, 25, 20, 16, True)],
@@ -1190,19 +1208,7 @@ def test_more_unusual_calibration_images_count_among_those_beyond(
     """Images join just below the most unusual ones: the last of them pass soonest."""
     scores = np.arange(n, dtype=float)
     new = n - place - 0.9 + 0.02 * np.arange(count)
-    larger = SimpleNamespace(
-        scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
-    )
-    former = SimpleNamespace(
-        scores=scores,
-        joined=None,
-        scores_of=lambda statistics: new,
-        false_alarm_band=functools.partial(false_alarm_band, n),
-    )
-    before, after = SimpleNamespace(of=lambda _: former), SimpleNamespace(of=lambda _: larger)
-    joining = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * count
-    lines: list[str] = []
-    refused = _report_unusual(before, after, joining, lines.append)
+    refused, lines = report_on(scores, new)
     assert (refused is not None) == is_refused
     smallest = (1 + place + count) / (n + count + 1)
     assert f"At alphas below {smallest:.2g}, images like these are no longer" in lines[0]
@@ -1223,20 +1229,7 @@ def test_feedback_warns_of_images_that_a_gate_let_pass(let_pass: bool) -> None:
     new = rng.normal(size=1000)
     if let_pass:
         new = new[new < scores[-5]]  # five of 550 are rejected at alpha 0.01
-    larger = SimpleNamespace(
-        scores=np.sort(np.concatenate([scores, new])), joined=SimpleNamespace(scores=new)
-    )
-    former = SimpleNamespace(
-        scores=scores,
-        joined=None,
-        scores_of=lambda statistics: new,
-        false_alarm_band=functools.partial(false_alarm_band, 550),
-    )
-    before: Any = SimpleNamespace(of=lambda _: former)
-    after: Any = SimpleNamespace(of=lambda _: larger)
-    joining: Any = [SimpleNamespace(resized=False, statistics={"bpd": np.zeros(1)})] * len(new)
-    lines: list[str] = []
-    _report_unusual(before, after, joining, lines.append)
+    _, lines = report_on(scores, new)
     assert any(line.startswith("WARNING: of ") for line in lines) == let_pass
 
 

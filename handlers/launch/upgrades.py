@@ -302,14 +302,12 @@ class Upgrades:
             if new is old:
                 continue
             check_contract(old, new, say)
-            if _has_lost_default(old.folder, self._disks.get(key)) and DEFAULT not in _calibrations(
-                new
-            ):
+            is_lost = _has_lost_default(old.folder, self._disks.get(key))
+            if is_lost and DEFAULT not in _calibrations(new):
                 raise UpgradeError(
                     f"{FOLDER}/{DEFAULT}{SUFFIX} of {old.model_id}, by which requests without a "
-                    "name are decided, has vanished with its folder or disk: restore it, or "
-                    "run ade calibrate "
-                    f"{new.folder} --data … --into {new.folder} --name {DEFAULT}"
+                    "name are decided, has vanished with its folder or disk: restore it, or run "
+                    f"ade calibrate {new.folder} --data … --into {new.folder} --name {DEFAULT}"
                 )
 
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
