@@ -522,7 +522,7 @@ def test_a_run_that_waited_is_of_what_is_chosen(tiny_bundle: Path) -> None:
     for name, former, others, button in (
         ("score", ("tiny", "former.png"), (1, 0.05, True), None),
         ("score_many", ("tiny", ["former.png"], None), (0.1, True, 0.05), "Score all"),
-        ("reproduce", ("tiny", "former.png"), (), "Make it again"),
+        ("reproduce", ("tiny", "former.png"), (), "the button again"),
         ("sample", ("former",), (1, 7, 1.0, "mean"), None),
     ):
         runs = Runs()

@@ -907,13 +907,13 @@ def test_clients_lose_their_own_oldest_files_only(
     assert other.exists() and (tmp_path / "7" / "a.png").exists(), "nothing lost for a refusal"
     with quota.sending("c", 85), quota.sending("b", 90):
         assert not other.exists(), "its own oldest file makes room"
-    send("c", "9", 1)
-    send("c", "10", 1)
+    for name in ("9", "10", "11"):
+        send("c", name, 1)
     with pytest.raises(UploadRefused, match="try again later"):
-        send("d", "11", 1)
-    assert not (tmp_path / "11").exists()
+        send("d", "12", 1)
+    assert not (tmp_path / "12").exists()
     monkeypatch.setattr(uploads, "KEPT_S", 0.0)
-    send("d", "12", 100)
+    send("d", "13", 100)
     assert not (tmp_path / "9").exists(), "it expired"
 
 
