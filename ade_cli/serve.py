@@ -83,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logs",
         type=given_path,
         metavar="DIR",
-        help="folder for logs, such as one JSON line per request (default: a temporary folder)",
+        help="folder for the logs of this service alone, such as one JSON line per request "
+        "(default: a temporary folder)",
     )
     parser.add_argument(
         "--cuda-graphs",

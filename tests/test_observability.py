@@ -25,8 +25,10 @@ from serving.api.telemetry import (
     Stopwatch,
 )
 from serving.brand import NAME, STYLE
-from tests.helpers import PRETRAINED, ROOT
-from tests.service import RunningService
+from serving.files import LOCK
+from serving.ports import VARIABLES, free_ports
+from tests.helpers import PRETRAINED, ROOT, held_by_another
+from tests.service import RunningService, error_of_serve
 
 METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
 # TYPE ade_requests_total counter
@@ -130,6 +132,15 @@ def test_journals_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     files = sorted(file.name for file in tmp_path.iterdir())
     assert files == [f"score-9001.requests.jsonl{end}" for end in ("", ".1", ".2")]
     assert all(0 < file.stat().st_size <= 1000 for file in tmp_path.iterdir())
+
+
+def test_two_services_have_two_folders_for_logs(tmp_path: Path) -> None:
+    """Each would rotate and delete the files of the other."""
+    ports = zip(VARIABLES.values(), free_ports(len(VARIABLES)), strict=True)
+    variables = {names[0]: str(port) for names, port in ports}
+    with held_by_another(tmp_path / LOCK):
+        error = error_of_serve("--logs", str(tmp_path), **variables)
+    assert f"{tmp_path} is in use by another process" in error
 
 
 @pytest.mark.slow

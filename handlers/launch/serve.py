@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from serving.cores import available_cores
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
+from serving.files import alone_in
 from serving.ports import LOOPBACK, USER, PortError, Ports, check_host
 from serving.verdict.calibration_file import Calibrations
 
@@ -74,7 +76,12 @@ def run(args: argparse.Namespace) -> None:
     options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
     if args.logs is not None:
         args.logs.mkdir(parents=True, exist_ok=True)
-    with run_folder() as folder, Supervisor(folder.path) as supervisor:
+    with (
+        # Another service's workers would rotate and delete the request logs of this one's.
+        nullcontext() if args.logs is None else alone_in(args.logs, LaunchError),
+        run_folder() as folder,
+        Supervisor(folder.path) as supervisor,
+    ):
         plan = Plan(
             bundles,
             options,
