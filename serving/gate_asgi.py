@@ -228,8 +228,8 @@ class GateMiddleware:
             except TookTooLong:
                 raise _TooLate from None
 
-        self._room -= 1
         work = asyncio.get_running_loop().run_in_executor(self._pool, check)
+        self._room -= 1  # now, because there may be no room for a thread
         work.add_done_callback(self._done)
         try:
             decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)

@@ -125,6 +125,7 @@ class RunningApplication:
             "workers": dict.fromkeys(OPERATIONS, 1),
             "options": dataclasses.asdict(ServingOptions(device="cpu")),
             "logs": str(self.logs),
+            "memory": str(folder / "memory"),
             "control": str(self.control),
         }
         ApplicationSettings(**{**given, **settings}).save(self.settings)

@@ -558,7 +558,11 @@ def test_archives_leave_other_temporary_files_alone(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "store").mkdir()
     names = write_archives(
-        open_bundle(tiny_bundle), tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1)
+        open_bundle(tiny_bundle),
+        tmp_path / "store",
+        ServingOptions(),
+        dict.fromkeys(OPERATIONS, 1),
+        tmp_path / "memory",
     )
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
         f"{name}.mar" for name in names
@@ -571,18 +575,17 @@ def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_pat
     from handlers.torchserve.archives import write_archives
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
-    (bundle.folder / "calibrations").mkdir()
-    (bundle.folder / "calibrations" / "default.npz").touch()
     os.utime(bundle.folder / MANIFEST_NAME, (0, 0))  # as a reproducible archive may set it
     (tmp_path / "store").mkdir()
-    write_archives(bundle, tmp_path / "store", ServingOptions(), dict.fromkeys(OPERATIONS, 1))
+    workers = dict.fromkeys(OPERATIONS, 1)
+    write_archives(bundle, tmp_path / "store", ServingOptions(), workers, tmp_path / "memory")
     for operation in OPERATIONS:
         with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
             found = {Path(name).name for name in archive.namelist()}
             (text,) = (archive.read(n) for n in archive.namelist() if n.endswith(".yaml"))
         config = yaml.safe_load(text)
         assert 300 < config["maxRetryTimeoutInSec"] < 2**31 / 1000
-        assert config["ade"]["default_disk"] == tmp_path.stat().st_dev
+        assert config["ade"]["memory"] == str(tmp_path / "memory")
         expected = {MANIFEST_NAME, WEIGHTS_NAME, *(f"{g}.onnx" for g in bundle.graphs([operation]))}
         assert expected < found
 

@@ -53,7 +53,7 @@ from serving.engine.noise import short_digest
 from serving.gate import Gate
 from serving.images import coder_version, write_png
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import decide
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import (
@@ -61,7 +61,6 @@ from serving.verdict.store import (
     CalibrationStore,
     UnknownCalibration,
     check_name,
-    disk_of_default,
     path_of,
     write_calibrations,
 )
@@ -336,7 +335,10 @@ def test_a_default_that_cannot_be_read_from_the_start_gives_no_verdict(
     assert main([*words, "--out", str(bundle.with_name("out"))]) == 2
     # Not "is not calibrated".
     assert "default.npz" in capsys.readouterr().err.splitlines()[-1]
-    default.unlink()
+    default.unlink()  # after which the bundle's own decides once the service is restarted
+    engine.store.refresh()
+    assert engine.store.get().exact is None and "default" in engine.store.broken
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
     assert engine.store.get().exact is not None and not engine.store.broken
     make(default)  # beside a service that runs
     engine.store.refresh()
@@ -448,7 +450,10 @@ def test_a_folder_that_vanishes_leaves_its_calibrations_in_use(
     bundle.with_name("elsewhere").rename(bundle)
     assert gate.check(dark[:1]) == before and not gate._engine.store.broken
     path_of(bundle, "default").unlink()
-    assert gate.check(dark[:1])[0].calibration != before[0].calibration
+    assert gate.check(dark[:1]) == before
+    assert "restart the service" in gate._engine.store.broken["default"]
+    # Of the bundle's own calibration alone, a restarted service knows.
+    assert Gate(bundle).check(dark[:1])[0].calibration != before[0].calibration
 
 
 def test_a_bundle_that_is_gone_at_the_start_gives_no_verdict(
@@ -510,54 +515,59 @@ def test_a_bundle_that_is_replaced_leaves_its_calibrations_in_use(
     assert engine.store.broken == {"/": f"{bundle} no longer holds the bundle that is served"}
     (bundle / MANIFEST_NAME).write_text(manifest)
     engine.store.refresh()
-    assert engine.store.get().version != version and not engine.store.broken
+    assert engine.store.get().version == version and "default" in engine.store.broken
 
 
 def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What remains is its empty mount point, on the disk of the bundle."""
-    add(bundle, night_file, "default")
+    add(bundle, night_file, "night")
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    version = engine.store.get().version
-    (bundle / FOLDER / "default.npz").rename(bundle / "default.npz")
+    version = engine.store.get("night").version
+    (bundle / FOLDER / "night.npz").rename(bundle / "night.npz")
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "device_of", lambda folder: -1)
         engine.store.refresh()
-        assert engine.store.get().version == version
-        reason = f"{bundle / FOLDER} is on another disk than before, without default"
+        assert engine.store.get("night").version == version
+        reason = f"{bundle / FOLDER} is on another disk than before, without night"
         assert engine.store.broken == {"/": reason}
-    (bundle / "default.npz").rename(bundle / FOLDER / "default.npz")
+    (bundle / "night.npz").rename(bundle / FOLDER / "night.npz")
     engine.store.refresh()
-    assert engine.store.get().version == version and not engine.store.broken
+    assert engine.store.get("night").version == version and not engine.store.broken
     with monkeypatch.context() as patch:  # mounted again, by another number
         patch.setattr(store_module, "device_of", lambda folder: -1)
         engine.store.refresh()
     engine.store.refresh()
-    (bundle / FOLDER / "default.npz").unlink()  # on the same disk: the operator removed it
+    (bundle / FOLDER / "night.npz").unlink()  # on the same disk: the operator removed it
     engine.store.refresh()
-    assert engine.store.get().version != version and not engine.store.broken
+    assert "night" not in engine.store.names and not engine.store.broken
 
 
-def test_a_mount_that_goes_away_while_it_is_read_is_not_forgotten(
+def test_a_default_that_goes_away_before_it_could_be_read_is_missed(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Be it while it is read, or because its disk fails first and is unmounted then."""
     add(bundle, night_file, "default")
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    version = engine.store.get().version
-    files, device_of = store_module._files, store_module.device_of
 
-    def unmounted_after(folder: Path) -> dict[str, Any]:
-        found = files(folder)
-        if found:
-            (folder / "default.npz").rename(bundle / "default.npz")
-            monkeypatch.setattr(store_module, "device_of", lambda folder: device_of(folder) + 1)
-        return found
+    load = Calibrations.load
 
-    monkeypatch.setattr(store_module, "_files", unmounted_after)
+    def unmounted(path: Path, name: str = DEFAULT) -> Calibrations:
+        if path.parent.name != FOLDER:
+            return load(path, name)
+        shutil.rmtree(path.parent)
+        path.parent.mkdir()
+        raise CalibrationError(f"{path} cannot be read") from OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Calibrations, "load", unmounted)
+    store = open_calibrations(open_bundle(bundle), bundle / FOLDER)
     for _ in range(2):
-        engine.store.refresh()
-        assert engine.store.get().version == version and "/" in engine.store.broken
+        assert store.get().exact is None and store.missing == ["default"]
+        store.refresh()
+    monkeypatch.undo()
+    add(bundle, night_file, "default")
+    store.refresh()
+    assert store.get().version == Calibrations.load(night_file).version and not store.broken
 
 
 def test_a_storage_that_hangs_stops_no_request(
@@ -629,36 +639,51 @@ def test_a_folder_that_is_lost_while_it_is_read_does_not_calibrate(tmp_path: Pat
 
 
 def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(
-    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, night_file: Path, tmp_path: Path
 ) -> None:
     """Its service decides by ``default.npz``, so it must not decide by the bundle's own."""
-    assert disk_of_default(bundle) is None
-    add(bundle, night_file, "default")
-    folder, disk = bundle / FOLDER, disk_of_default(bundle)
-    folder.rename(bundle / "unmounted")
+    folder, memory = bundle / FOLDER, tmp_path / "memory"
 
     def start() -> CalibrationStore:
-        return open_calibrations(open_bundle(bundle), folder, disk)
+        return open_calibrations(open_bundle(bundle), folder, memory)
 
+    before = start()
+    assert before.get().exact is not None and not before.broken
+    add(bundle, night_file, "default")
+    start()
+    folder.rename(bundle / "unmounted")
     store = start()
     assert store.get().exact is None and store.missing == ["default"]
     assert store.broken == {"/": f"{folder} is gone"}
-    folder.mkdir()
-    with monkeypatch.context() as patch:  # its mount point, on the disk of the bundle
-        patch.setattr(store_module, "device_of", lambda folder: -1)
-        store.refresh()
-        reason = f"{folder} is on another disk than before, without default"
-        for one in (store, start()):
-            assert one.get().exact is None and one.missing == ["default"]
-            assert one.broken == {"/": reason}
-    folder.rmdir()
+    folder.mkdir()  # such as its mount point
+    for one in (store, start(), before):  # the last has not looked until now
+        one.refresh()
+        assert one.get().exact is None and one.missing == ["default"]
+        assert one.broken["default"].startswith(f"{folder / 'default.npz'} is gone")
+    add(bundle, night_file, "night")  # nor does another file in the folder mean that it went
+    assert store.get("night").exact is not None and store.get().exact is None
+    shutil.rmtree(folder)
     (bundle / "unmounted").rename(folder)
+    for one in (store, before):
+        one.refresh()
+        assert one.get().version == Calibrations.load(night_file).version and not one.broken
+    # A restarted service has another memory, and another bundle in the folder never had one.
+    path_of(bundle, "default").unlink()
+    assert start().missing == ["default"]
+    memory.rename(tmp_path / "forgotten")
+    assert start().get().exact is not None and not start().broken
+
+
+def test_a_memory_that_cannot_be_written_stops_no_worker(
+    bundle: Path, night_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(bundle, night_file, "default")
+    (tmp_path / "memory").touch()
+    store = open_calibrations(open_bundle(bundle), bundle / FOLDER, tmp_path / "memory")
     store.refresh()
     assert store.get().version == Calibrations.load(night_file).version and not store.broken
-    path_of(bundle, "default").unlink()  # on the same disk: the operator removed it
-    store.refresh()
-    for one in (store, start()):
-        assert one.get().exact is not None and not one.broken and not one.missing
+    (warning,) = (one for one in caplog.messages if "cannot be made" in one)
+    assert warning.endswith("File exists")
 
 
 def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:

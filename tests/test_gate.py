@@ -571,6 +571,27 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
     asyncio.run(main())
 
 
+def test_a_thread_that_cannot_be_started_takes_no_place_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Quick:
+        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+            return [Decision("accept", 0.5, 3.0)]
+
+    client, reached = app_behind(Quick(), waiting=1)
+
+    def ask() -> int:
+        return client.post("/classify", content=b"image", headers=PNG).status_code
+
+    def full(*work: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", full)
+        assert [ask(), ask()] == [503, 503] and reached == []
+    assert ask() == 200 and len(reached) == 1
+
+
 def documented() -> list[str]:
     """The how-to's programs: service, upload form, TorchServe's handler, the gate by itself."""
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()

@@ -58,11 +58,11 @@ from serving.engine.bundle import (
     open_bundle,
     write_manifest,
 )
+from serving.engine.calibrations import open_calibrations
 from serving.page.served import Served
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import (
     FOLDER,
-    disk_of_default,
     path_of,
     write_calibrations,
 )
@@ -449,11 +449,11 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     check_contract(new, old)
     # The calibrations of an old bundle whose folder has gone or changed cannot be compared.
     said: list[str] = []
-    check_contract(new, old, said.append)
+    check_contract(new, old, None, said.append)
     assert said == []
-    check_contract(Bundle(tmp_path / "gone", old.manifest), new, said.append)
+    check_contract(Bundle(tmp_path / "gone", old.manifest), new, None, said.append)
     changed_since = {**without, CALIBRATION_NAME: "0" * 64}
-    check_contract(with_manifest(old, files=changed_since), new, said.append)
+    check_contract(with_manifest(old, files=changed_since), new, None, said.append)
     gone, changed = said
     assert gone.startswith("warning: the folder of ")
     assert gone.endswith("is gone: its calibrations cannot be compared")
@@ -479,10 +479,17 @@ def at_once(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]
     return nullcontext(lambda: None)
 
 
-def upgrades_of(engine: Any, *folders: Path, prepared: Callable[..., Any] = at_once) -> Upgrades:
+def upgrades_of(
+    engine: Any,
+    *folders: Path,
+    prepared: Callable[..., Any] = at_once,
+    memory: Path | None = None,
+) -> Upgrades:
     """The upgrades of a service of these bundles."""
     plan: Any = SimpleNamespace(
-        bundles=[open_bundle(folder) for folder in folders], release=release_of(*folders)
+        bundles=[open_bundle(folder) for folder in folders],
+        release=release_of(*folders),
+        memory=memory,
     )
     page: Any = SimpleNamespace(prepared=prepared)
     return Upgrades(plan, engine, page, lambda: None)
@@ -522,38 +529,52 @@ def test_a_default_that_has_vanished_with_its_folder_is_missed(
 ) -> None:
     """Otherwise the bundle's own calibration would decide, or that of the next one."""
     old, new = (with_default(tmp_path / name) for name in ("old", "new"))
-    disk = disk_of_default(old)
-    engine = SwitchingEngine()
-    upgrades = upgrades_of(engine, old)
-    (old / FOLDER).rename(tmp_path / "unmounted")
-    with pytest.raises(UpgradeError, match="has vanished with its folder or disk"):
-        upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
-    assert engine.changes == [] and disk is not None
+    engine, memory, said = SwitchingEngine(), tmp_path / "memory", list[str]()
+    upgrades = upgrades_of(engine, old, memory=memory)
+    open_calibrations(open_bundle(old), old / FOLDER, memory)  # as a worker of it does
+    (old / FOLDER / "default.npz").rename(tmp_path / "default.npz")
+    for folder in ("unmounted", None):  # the file alone, and its folder
+        with pytest.raises(UpgradeError, match="no calibration in the place of .*default.npz"):
+            upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
+        if folder is not None:
+            (old / FOLDER).rename(tmp_path / folder)
+    assert engine.changes == []
     upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
-    upgrades.handle({"do": ROLLBACK}, lambda text: None)
+    # Going back is urgent; workers give no verdict there.
+    upgrades.handle({"do": ROLLBACK}, said.append)
+    assert any(f"{old / FOLDER} is gone" in text for text in said)
     upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
-    upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
-    assert [release.default_disks for (release,) in engine.changes] == [(disk,)] * 4
-    # Another bundle that takes the folder over never had one.
-    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
+    with pytest.raises(UpgradeError, match="calibrations is gone"):
+        upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
+    # Another bundle that takes the folder over never had one, but the one that is served does.
     manifest = json.loads((old / MANIFEST_NAME).read_text())
     (old / MANIFEST_NAME).unlink()
     (old / MANIFEST_NAME).write_text(json.dumps({**manifest, "made_by": "another"}))
     upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
-    assert engine.changes[-1][0].default_disks == (None,)
-    # One that was made while the service ran is missed, too.
-    late = with_default(tmp_path / "late")
-    (late / FOLDER).rename(tmp_path / "made later")
-    upgrades = upgrades_of(engine, late)
-    (tmp_path / "made later").rename(late / FOLDER)
-    upgrades.handle({"do": UPGRADE, "bundle": str(new)}, lambda text: None)
-    (late / FOLDER).rename(tmp_path / "made later")
-    upgrades.handle({"do": ROLLBACK}, lambda text: None)
-    assert engine.changes[-1][0].default_disks == (disk,)
-    # Somebody who removes the file alone wants the bundle's own calibration.
-    upgrades = upgrades_of(engine, new)
-    (new / FOLDER / "default.npz").unlink()
-    upgrades.handle({"do": UPGRADE, "bundle": str(second)}, lambda text: None)
+    assert [Path(*release.bundles) for (release,) in engine.changes] == [new, old, new, old]
+
+
+def test_a_folder_that_cannot_be_listed_may_hold_a_default(
+    second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose rights were changed: its workers give no verdict."""
+    old = with_default(tmp_path / "old")
+    path_of(old, "default").unlink()
+    listdir = os.listdir
+
+    def refuse(folder: Any = ".") -> list[str]:
+        if Path(folder).name == FOLDER:
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UpgradeError, match="no calibration in the place of"):
+        check_contract(open_bundle(old), open_bundle(second))
+    monkeypatch.undo()
+    (old / FOLDER).rename(tmp_path / "mounted")
+    (old / FOLDER).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UpgradeError, match="no calibration in the place of"):
+        check_contract(open_bundle(old), open_bundle(second))
 
 
 def test_of_several_bundles_the_one_of_the_same_name_is_replaced(
@@ -657,7 +678,9 @@ def test_a_failure_is_known_although_the_client_has_left(
     second: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Such as after Ctrl-C, or after a lost connection of SSH."""
-    plan: Any = SimpleNamespace(bundles=[open_bundle(PRETRAINED)], release=release_of(PRETRAINED))
+    plan: Any = SimpleNamespace(
+        bundles=[open_bundle(PRETRAINED)], release=release_of(PRETRAINED), memory=None
+    )
     page: Any = None
     has_left = threading.Event()
 

@@ -61,6 +61,7 @@ class ApplicationSettings(FrontSettings):
         workers: processes of each bundle, by operation.
         options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
+        memory: see :class:`handlers.asgi.worker.WorkerSettings`.
         control: path of the socket at which the releases are changed, see
             :mod:`handlers.asgi.control`.
     """
@@ -69,6 +70,7 @@ class ApplicationSettings(FrontSettings):
     workers: dict[str, int]
     options: dict[str, Any]
     logs: str
+    memory: str
     control: str
 
 
@@ -276,9 +278,6 @@ def make_pools(
 ) -> list[Pool]:
     """A pool for each operation of each bundle; nothing is started."""
     pools = []
-    disks = {
-        bundle.folder: disk for bundle, disk in zip(bundles, release.default_disks, strict=True)
-    }
     for name, operation, bundle in served_models(bundles):
         # Journals of two releases must not have the same name; see remove_journals.
         journal = name if release.number == 1 else f"{name}-release{release.number}"
@@ -292,7 +291,7 @@ def make_pools(
                 f"{journal}-{number}",
                 settings.logs,
                 ServingOptions(**settings.options),
-                disks[bundle.folder],
+                settings.memory,
             )
             for number in range(settings.workers[operation])
         ]

@@ -35,6 +35,7 @@ class Asgi(OneProcess):
             workers=plan.workers,
             options=dataclasses.asdict(plan.options),
             logs=str(plan.logs),
+            memory=str(plan.memory),
             control=str(self._control),
         )
         self._start("handlers.asgi.application", settings)

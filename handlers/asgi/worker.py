@@ -45,8 +45,9 @@ class WorkerSettings:
         name: name of the worker in metrics and logs.
         logs: an existing folder.
         options: how it computes.
-        default_disk: see :class:`serving.verdict.store.CalibrationStore`; ``None`` on a machine
-            that may have other disks than the one on which the service was started.
+        memory: folder of the service's memory, see
+            :func:`serving.engine.calibrations.open_calibrations`; ``None`` if its processes share
+            no folder.
     """
 
     bundle: str
@@ -57,7 +58,7 @@ class WorkerSettings:
     name: str
     logs: str
     options: ServingOptions
-    default_disk: int | None = None
+    memory: str | None = None
 
 
 def serve(connection: socket.socket) -> int:
@@ -114,7 +115,7 @@ def load_service(settings: WorkerSettings) -> Service:
         options.device,
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
-        default_disk=settings.default_disk,
+        memory=None if settings.memory is None else Path(settings.memory),
     )
     check_same(engine.bundle, settings.identity, settings.digest)
     engine.warm_up()

@@ -52,8 +52,6 @@ class Release:
         bundles: their folders, the first served under the plain names.
         models: the identity of each bundle, ``NAME@HASH``.
         digests: of each bundle, :attr:`serving.engine.bundle.Bundle.digest`.
-        default_disks: of each bundle, :func:`serving.verdict.store.disk_of_default` when the
-            release was made: a worker that is started again must not miss a calibration unawares.
         share: of the requests, above 0 and below 1, for a release beside the first of a list. The
             first gets all others, whatever its share.
     """
@@ -62,7 +60,6 @@ class Release:
     bundles: tuple[str, ...]
     models: tuple[str, ...]
     digests: tuple[str, ...]
-    default_disks: tuple[int | None, ...]
     share: float = 0.0
 
     @classmethod
@@ -73,7 +70,6 @@ class Release:
             tuple(values["bundles"]),
             tuple(values["models"]),
             tuple(values["digests"]),
-            tuple(values["default_disks"]),
             float(values["share"]),
         )
 

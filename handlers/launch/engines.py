@@ -17,7 +17,6 @@ from handlers.launch.run_folder import RunFolder
 from handlers.launch.supervision import Supervisor
 from serving.engine.bundle import Bundle
 from serving.ports import Ports
-from serving.verdict.store import disk_of_default
 
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
     from handlers.front.releases import Release
@@ -46,6 +45,7 @@ class Plan:
         allowed_hosts: names of the host, besides addresses.
         probe_secret: marks health checks, which are not counted as traffic.
         logs: a folder, which may not exist yet.
+        memory: the same, see :func:`serving.engine.calibrations.open_calibrations`.
         address: of a cluster to serve on, if it is not this machine.
     """
 
@@ -59,6 +59,7 @@ class Plan:
     allowed_hosts: list[str]
     probe_secret: str = field(repr=False)
     logs: Path
+    memory: Path
     address: str | None = None
 
     @property
@@ -93,7 +94,6 @@ def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Re
         tuple(str(bundle.folder) for bundle in bundles),
         tuple(bundle.model_id for bundle in bundles),
         tuple(bundle.digest for bundle in bundles),
-        tuple(disk_of_default(bundle.folder) for bundle in bundles),
         share,
     )
 

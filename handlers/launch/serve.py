@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
             allowed_hosts,
             secrets.token_hex(16),
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
+            folder.path / "memory",
             args.address,
         )
         engine, is_serving = make_engine(plan, folder, supervisor), False

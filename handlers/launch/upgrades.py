@@ -8,7 +8,6 @@ that leaves the old one serving.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 from collections import deque
@@ -26,10 +25,10 @@ from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, re
 from handlers.launch.parts import Page
 from handlers.launch.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
-from serving.engine.calibrations import open_calibrations
+from serving.engine.calibrations import open_calibrations, seen_file
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.store import ALL, FOLDER, SUFFIX, device_of, path_of
+from serving.verdict.store import ALL, FOLDER, SUFFIX, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
 ALPHA = 0.01  # of a request that gives none
@@ -81,9 +80,6 @@ class Upgrades:
         self._commands = deque[Command](maxlen=COMMANDS)
         # As they were read: the folder of a bundle that is served may have gone meanwhile.
         self._bundles = {1: list(plan.bundles)}
-        # By folder and digest: the disk that the bundle's default.npz was on when it was last seen.
-        self._disks: dict[tuple[str, str], int] = {}
-        self._note_disks(self._current)
 
     def handle(self, message: dict[str, Any], say: Say) -> dict[str, Any]:
         """Do what a message of the private channel asks for.
@@ -126,9 +122,6 @@ class Upgrades:
             return self.describe()
 
     def _change_as(self, message: dict[str, Any], say: Say) -> None:
-        for release in filter(None, (self._current, self._canary)):
-            bundles = self._bundles[release.number]
-            self._note_disks(release_of(release.number, bundles))  # made since it was started
         if message["do"] == UPGRADE:
             self._upgrade(Path(message["bundle"]), message.get("canary"), say)
         elif message["do"] == FINISH:
@@ -294,46 +287,27 @@ class Upgrades:
         """Check bundles that take the place of the present release's.
 
         Raises:
-            UpgradeError: see :func:`check_contract`; or a ``default.npz`` has vanished with its
-                folder or disk.
+            UpgradeError: see :func:`check_contract`.
         """
-        served = self._bundles[self._current.number]
-        for old, new, key in zip(served, bundles, _keys(self._current), strict=True):
-            if new is old:
-                continue
-            check_contract(old, new, say)
-            is_lost = _has_lost_default(old.folder, self._disks.get(key))
-            if is_lost and DEFAULT not in _calibrations(new):
-                raise UpgradeError(
-                    f"{FOLDER}/{DEFAULT}{SUFFIX} of {old.model_id}, by which requests without a "
-                    "name are decided, has vanished with its folder or disk: restore it, or run "
-                    f"ade calibrate {new.folder} --data … --into {new.folder} --name {DEFAULT}"
-                )
+        for old, new in zip(self._bundles[self._current.number], bundles, strict=True):
+            if new is not old:
+                check_contract(old, new, self._plan.memory, say)
 
     def _release(self, bundles: list[Bundle], share: float = 0.0) -> Release:
         self._last_number += 1
         self._bundles[self._last_number] = bundles
-        release = release_of(self._last_number, bundles, share)
-        # If the disk of a default.npz by which a bundle decided is gone, its new workers must know
-        # that they miss one.
-        disks = tuple(
-            self._disks.get(key) if disk is None else disk
-            for key, disk in zip(_keys(release), release.default_disks, strict=True)
-        )
-        return dataclasses.replace(release, default_disks=disks)
-
-    def _note_disks(self, release: Release) -> None:
-        for key, disk in zip(_keys(release), release.default_disks, strict=True):
-            if disk is not None:
-                self._disks[key] = disk
+        return release_of(self._last_number, bundles, share)
 
 
-def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> None:
+def check_contract(
+    old: Bundle, new: Bundle, memory: Path | None = None, say: Say = lambda text: None
+) -> None:
     """Check that requests which one bundle answers are answered by another one, too.
 
     Args:
         old: the bundle that is served.
         new: the one that is to replace it.
+        memory: of the service, see :func:`serving.engine.calibrations.open_calibrations`.
         say: gets a warning if the old one's calibrations cannot be read any more.
 
     Raises:
@@ -356,22 +330,26 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
         raise UpgradeError(
             f"{new.model_id} is not calibrated, and would accept no image: run ade calibrate first"
         )
+    kept = _calibrations(new)
     # What feedback made of the old bundle's own calibration is replaced by the new bundle's own.
-    own = {DEFAULT} if new.has(CALIBRATION_NAME) and not _has_another_default(old) else set()
-    lost = sorted(_calibrations(old) - _calibrations(new) - own)
-    if DEFAULT in lost:  # the running service decides by it: nobody should remove it
+    if DEFAULT not in kept and (
+        _has_another_default(old, memory)
+        if new.has(CALIBRATION_NAME)
+        else _may_have_default(old, memory)
+    ):
         raise UpgradeError(
             f"{new.model_id} has no calibration in the place of {FOLDER}/{DEFAULT}{SUFFIX} of "
             f"{old.model_id}, by which requests without a name are decided: run ade calibrate "
             f"{new.folder} --data … --into {new.folder} --name {DEFAULT}"
         )
+    lost = sorted(_calibrations(old) - kept - {DEFAULT})
     if lost:
         raise UpgradeError(
             f"{new.model_id} lacks the calibrations {', '.join(lost)}: add them with "
             "ade calibrate --into, or remove those that nobody uses from the old bundle"
         )
     try:
-        store = open_calibrations(new, new.folder / FOLDER)
+        store = open_calibrations(new, new.folder / FOLDER, memory)
     except (BundleError, CalibrationError) as error:
         raise UpgradeError(f"the calibration of {new.model_id}: {error}") from error
     for name, reason in store.broken.items():
@@ -385,7 +363,7 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
         say(f"warning: the folder of {old.model_id} is gone: its calibrations cannot be compared")
         return
     try:
-        old_store = open_calibrations(old, old.folder / FOLDER)
+        old_store = open_calibrations(old, old.folder / FOLDER, memory)
     except (BundleError, CalibrationError) as error:  # it was changed meanwhile
         say(f"warning: the calibrations of {old.model_id} cannot be compared: {error}")
         return
@@ -408,32 +386,28 @@ def check_contract(old: Bundle, new: Bundle, say: Say = lambda text: None) -> No
                 )
 
 
-def _has_lost_default(bundle: Path, disk: int | None) -> bool:
-    """Whether a ``default.npz`` is gone, but not because somebody removed the file alone.
-
-    Then the bundle's own calibration does not decide in its place.
-
-    Args:
-        bundle: the folder of the bundle.
-        disk: that the file was on when it was last seen; ``None`` if there was none.
-    """
-    if disk is None or os.path.lexists(path_of(bundle, DEFAULT)):
-        return False
-    with contextlib.suppress(OSError):
-        return device_of(bundle / FOLDER) != disk
-    return True
+def _may_have_default(bundle: Bundle, memory: Path | None) -> bool:
+    """Whether ``default.npz`` decides, or would if it could be read."""
+    folder = bundle.folder / FOLDER
+    if memory is not None and seen_file(bundle, folder, memory).exists():
+        return True
+    try:
+        return f"{DEFAULT}{SUFFIX}" in os.listdir(folder)
+    except FileNotFoundError:
+        return folder.is_symlink()  # that leads nowhere at present
+    except OSError:
+        return True
 
 
-def _has_another_default(bundle: Bundle) -> bool:
+def _has_another_default(bundle: Bundle, memory: Path | None) -> bool:
     """Whether ``default.npz`` is, or may be, another calibration than the bundle's own.
 
     What feedback makes of the bundle's own has the same density and more images.
     """
-    path = path_of(bundle.folder, DEFAULT)
-    if not os.path.lexists(path):
+    if not _may_have_default(bundle, memory):
         return False
     try:
-        default = Calibrations.load(path, DEFAULT)
+        default = Calibrations.load(path_of(bundle.folder, DEFAULT), DEFAULT)
         own = Calibrations.load(bundle.file(CALIBRATION_NAME))
     except (BundleError, CalibrationError, OSError):
         return True  # a running service decides by what it read before, or gives no verdict
@@ -447,11 +421,6 @@ def _has_another_default(bundle: Bundle) -> bool:
         )
         for one, other in pairs
     )
-
-
-def _keys(release: Release) -> list[tuple[str, str]]:
-    """Folder and digest of each bundle: another bundle may take a folder over."""
-    return list(zip(release.bundles, release.digests, strict=True))
 
 
 def _calibrations(bundle: Bundle) -> set[str]:

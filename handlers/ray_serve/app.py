@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         .bind()
     )
     handles = {}
+    memory = uuid.uuid4().hex  # another one for each deployment
     bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
     for name, operation, bundle in served_models(bundles):
         worker = WorkerSettings(
@@ -64,6 +66,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             name,
             settings.logs,
             settings.options,
+            memory,
         )
         handles[name] = (
             serve.deployment(Replica)

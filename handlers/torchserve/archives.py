@@ -24,7 +24,7 @@ from serving.engine.bundle import (
     Bundle,
 )
 from serving.engine.signatures import OPERATIONS
-from serving.verdict.store import FOLDER, disk_of_default
+from serving.verdict.store import FOLDER
 
 # TorchServe starts a worker again for this long, ever more rarely; after its own default of 300 s
 # an operation would have no worker for good. It computes the milliseconds in 32 bits.
@@ -54,6 +54,7 @@ def write_archives(
     store: Path,
     options: ServingOptions,
     workers: dict[str, int],
+    memory: Path,
     prefix: str | None = None,
 ) -> dict[str, int]:
     """Write the four ``.mar`` files of a bundle.
@@ -65,6 +66,7 @@ def write_archives(
         store: TorchServe's model store.
         options: backend and device.
         workers: number of processes, by operation.
+        memory: see :func:`serving.engine.calibrations.open_calibrations`.
         prefix: prefix of the served names, for all bundles but the first.
 
     Returns:
@@ -94,7 +96,7 @@ def write_archives(
                 **dataclasses.asdict(options),
                 "operation": operation,
                 "calibrations": str(bundle.folder.resolve() / FOLDER),
-                "default_disk": disk_of_default(bundle.folder),
+                "memory": str(memory),
             },
         }
         with _temporary_files_in(store) as temporary:

@@ -50,7 +50,7 @@ class OperationHandler:
             int(properties.get("gpu_id") or 0),
             options["cuda_graphs"],
             Path(options["calibrations"]),
-            options["default_disk"],
+            Path(options["memory"]),
         )
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")

@@ -40,7 +40,12 @@ class TorchServe:
         self._unused_stop_folder.mkdir()  # now, because the disk may be full at the end
         for i, bundle in enumerate(plan.bundles):
             written = write_archives(
-                bundle, folder.store, plan.options, plan.workers, bundle.name if i else None
+                bundle,
+                folder.store,
+                plan.options,
+                plan.workers,
+                plan.memory,
+                bundle.name if i else None,
             )
             self._models |= written
             self._identities |= dict.fromkeys(written, bundle.model_id)

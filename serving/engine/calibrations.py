@@ -6,6 +6,7 @@ These are its own, and the named ones in its folder, which may change while it i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 from serving.engine.bundle import (
@@ -22,14 +23,15 @@ from serving.verdict.store import CalibrationStore
 
 
 def open_calibrations(
-    bundle: Bundle, folder: Path | None, default_disk: int | None = None
+    bundle: Bundle, folder: Path | None, memory: Path | None = None
 ) -> CalibrationStore:
     """Open a bundle's calibrations.
 
     Args:
         bundle: an opened bundle.
         folder: of the named calibrations; ``None`` to use none.
-        default_disk: see :class:`serving.verdict.store.CalibrationStore`.
+        memory: a folder that holds what processes of one service remember of bundles, see
+            :class:`serving.verdict.store.CalibrationStore`; it need not exist.
 
     Raises:
         BundleError: the bundle's own file does not match the manifest.
@@ -58,4 +60,14 @@ def open_calibrations(
         except (BundleError, OSError):
             return False
 
-    return CalibrationStore(own, folder, bundle.networks, names, is_there, default_disk)
+    seen = None if memory is None or folder is None else seen_file(bundle, folder, memory)
+    return CalibrationStore(own, folder, bundle.networks, names, is_there, seen)
+
+
+def seen_file(bundle: Bundle, folder: Path, memory: Path) -> Path:
+    """The file that exists once a service has seen ``default.npz`` in a bundle's ``folder``.
+
+    Another bundle that takes the folder over has another one.
+    """
+    key = hashlib.sha256(f"{bundle.digest} {folder}".encode(errors="surrogateescape"))
+    return memory / f"{key.hexdigest()}.default"

@@ -90,7 +90,7 @@ class InferenceEngine:
         gpu: index of the GPU.
         cuda_graphs: see :func:`serving.engine.backends.load_backend`.
         calibrations: the folder of named calibrations; that of the bundle unless given.
-        default_disk: see :class:`serving.verdict.store.CalibrationStore`.
+        memory: see :func:`serving.engine.calibrations.open_calibrations`.
 
     Attributes:
         store: the calibrations by name.
@@ -114,7 +114,7 @@ class InferenceEngine:
         gpu: int = 0,
         cuda_graphs: bool = False,
         calibrations: Path | None = None,
-        default_disk: int | None = None,
+        memory: Path | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         operations = tuple(operations)
@@ -133,7 +133,7 @@ class InferenceEngine:
         # Resolved, because a link that is moved to another bundle must not bring its calibrations.
         own = self.bundle.folder.resolve() / FOLDER
         folder = (calibrations or own) if "score" in operations else None
-        self.store = open_calibrations(self.bundle, folder, default_disk)
+        self.store = open_calibrations(self.bundle, folder, memory)
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)

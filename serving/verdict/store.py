@@ -32,7 +32,7 @@ PATIENCE_S = 2.0  # for a reading, after which requests are answered by what was
 LOOKUP_S = 20.0  # the same where the former content does not help, as for a new name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _Seen = tuple[int, int, int, int]  # inode, times of the last changes in ns, bytes
-_NOT_READ: _Seen = (-1, -1, -1, -1)  # equal to that of no file
+_GONE: _Seen = (-1, -1, -1, -1)  # equal to that of no file
 
 
 class UnknownCalibration(CalibrationError):
@@ -60,18 +60,6 @@ def path_of(bundle: Path, name: str) -> Path:
     """
     check_name(name)
     return bundle / FOLDER / f"{name}{SUFFIX}"
-
-
-def disk_of_default(bundle: Path) -> int | None:
-    """The disk that a bundle's ``default.npz`` is on, for :class:`CalibrationStore`.
-
-    ``None`` if there is no such file.
-    """
-    path = path_of(bundle, DEFAULT)
-    with contextlib.suppress(FileNotFoundError):
-        device = device_of(path.parent)  # first, because the disk may be unmounted meanwhile
-        return device if os.path.lexists(path) else None
-    return None
 
 
 def folder_of(bundle: Path) -> Path:
@@ -130,14 +118,16 @@ class CalibrationStore:
     """Hands out calibrations by name; may be used by several threads at once.
 
     A file that cannot be used is reported in :attr:`broken` and in the log, and its former content
-    stays in use; so it does if the folder vanishes, or is replaced with its bundle.
-    ``default.npz`` takes the place of the bundle's
-    own calibration; if nothing was read of it before it became unusable, there is no verdict,
-    because the bundle's own would accept other images. The same holds if the bundle is no longer
-    where it was, be it at the start, or the folder of the named ones is a link that leads nowhere,
-    since it may have held that file; or if it did hold it when the service started, and is now gone
-    or on another disk without it. A calibration that another version of libwebp helped to make
-    is used, with a warning in the log.
+    stays in use; so it does if the folder vanishes, or is replaced with its bundle. A named file
+    that is removed is forgotten.
+
+    ``default.npz`` takes the place of the bundle's own calibration, which would accept other
+    images, and never gives it back: once the file was seen, it is missed if it is gone, for
+    whatever reason. If nothing was read of it before, there is no verdict. Nor is there one if the
+    bundle is no longer where it was, be it at the start, or the folder of the named ones is a link
+    that leads nowhere, since it may have held that file.
+
+    A calibration that another version of libwebp helped to make is used, with a warning in the log.
 
     Args:
         own: the bundle's own calibrations.
@@ -147,8 +137,8 @@ class CalibrationStore:
             with other features, is not used.
         statistics: names of the statistics that are computed.
         is_there: whether the bundle that is served is still where the folder belongs.
-        default_disk: of :func:`disk_of_default` when the service started, for a process that starts
-            later.
+        memory: a file by which other processes, also later ones, know that ``default.npz`` was
+            seen; it need not exist. ``None`` to forget it with this process.
     """
 
     def __init__(
@@ -158,7 +148,7 @@ class CalibrationStore:
         model: str,
         statistics: Sequence[str],
         is_there: Callable[[], bool] = lambda: True,
-        default_disk: int | None = None,
+        memory: Path | None = None,
     ) -> None:
         self._own = own
         self._folder = folder
@@ -167,17 +157,18 @@ class CalibrationStore:
         self._is_there = is_there
         self._reading: threading.Thread | None = None  # the last reading after the first
         self._start_lock = threading.Lock()
-        # A file that was there when the service started counts as seen, but not as read.
-        self._seen: dict[str, _Seen] = {} if default_disk is None else {DEFAULT: _NOT_READ}
+        self._seen: dict[str, _Seen] = {}
         # In use for `default` until its file has been read: no verdict.
         self._current = {DEFAULT: own if folder is None else Calibrations(is_broken=True)}
         self._broken: dict[str, str] = {}
         self._checked = time.monotonic()
         # Whether the last refresh read every file. If not, unchanged files are read again.
         self._was_read = False
+        self._memory = memory
+        self._had_default = False
         # Whether the folder may hold files, when it was last there.
-        self._may_hold_files = default_disk is not None
-        self._device = default_disk  # of the folder when its files were last read
+        self._may_hold_files = False
+        self._device: int | None = None  # of the folder when its files were last read
         self._refresh()
         if folder is not None and self._current[DEFAULT] is own:
             _warn_of_another_coder(own)
@@ -279,14 +270,17 @@ class CalibrationStore:
     def _refresh(self) -> None:
         if self._folder is None:
             return
+        self._had_default |= self._is_remembered()
         try:
             device: int | None = device_of(self._folder)
             found = _files(self._folder)
-            if device_of(self._folder) != device:
-                self._keep(f"{self._folder} was mounted or unmounted while it was read")
-                return
+            if DEFAULT in found:
+                self._remember_default()
+            elif self._had_default:
+                found[DEFAULT] = _GONE
         except FileNotFoundError:
-            if self._may_hold_files or self._folder.is_symlink():  # moved, or unmounted
+            # Moved, or unmounted.
+            if self._may_hold_files or self._had_default or self._folder.is_symlink():
                 self._keep(f"{self._folder} is gone")
                 return
             found, device = {}, None
@@ -332,6 +326,11 @@ class CalibrationStore:
 
     def _read(self, folder: Path, name: str, seen: _Seen) -> Calibrations:
         check_name(name)
+        if seen == _GONE:
+            raise CalibrationError(
+                f"{folder / name}{SUFFIX} is gone: put it back, or restart the service if the "
+                "bundle's own calibration is to decide"
+            )
         if self._seen.get(name) == seen:
             if name in self._broken:
                 raise CalibrationError(self._broken[name])
@@ -345,6 +344,20 @@ class CalibrationStore:
         read.check(self._statistics)
         _warn_of_another_coder(read)
         return read
+
+    def _is_remembered(self) -> bool:
+        return self._memory is not None and self._memory.exists()
+
+    def _remember_default(self) -> None:
+        is_new, self._had_default = not self._had_default, True
+        if self._memory is None or self._is_remembered():
+            return
+        try:
+            self._memory.parent.mkdir(exist_ok=True)
+            self._memory.touch()
+        except OSError as error:  # such as of a full disk: the next reading tries again
+            if is_new:
+                logger.warning("%s cannot be made: %s", self._memory, error.strerror)
 
     def _keep(self, reason: str) -> None:
         """Keep in use what was read before: the folder says nothing."""
