@@ -26,7 +26,7 @@ MAX_COMPONENTS = 8
 SHRINKAGE = 0.5  # of each component's covariance towards that of all images
 RIDGE = 0.02  # added to a variance of about one
 # Weight of one unit of the mean semantic normal score, in standard deviations of the density's
-# score. Chosen on held-out classes and corruptions: docs/explanation/trials.md.
+# score. Chosen on held-out classes and corruptions: docs/explanation/trials.md#the-gate.
 SEMANTIC_WEIGHT = 1.5
 # Share of known images whose scores of the density count alike: less if the distance is in all
 # directions, because then it sees less.

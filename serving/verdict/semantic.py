@@ -43,7 +43,7 @@ OF_NETWORK = (FEATURES, FREE_ENERGY, PROBABILITIES)
 NEIGHBOURS = 10
 MAX_KNOWN = 4000
 # Main directions, and the most for each known image and for each feature. Chosen on held-out
-# classes and corruptions: docs/explanation/trials.md.
+# classes and corruptions: docs/explanation/trials.md#the-gate.
 MAIN, MAIN_PER_IMAGE, MAIN_PER_FEATURE = 48, 0.4, 0.25
 LEAST_OUTSIDE = 0.1  # share of known images' squared length outside them; otherwise all directions
 FOLDS = 10  # for a known image's distance, main directions are found without its fold
