@@ -88,8 +88,8 @@ BPD, BPD_ERROR = "bpd", "bpd_error"
 # How far runs lie apart that differ only in their seed: three of av-ade, size
 # tiny, after 80,000 images, of which the Fréchet distances in ResNet-20's features are 16 on
 # average and differ by 1. A difference between two systems must be larger to mean anything.
-# The figures are in docs/comparison/training.md; rows.json lacks those of seed 0, which was trained
-# on 400,000 images afterwards.
+# The figures are in docs/comparison.md; rows.json lacks those of seed 0, which was trained on
+# 400,000 images afterwards.
 SEED_SPREAD_BPD = 0.016
 SEED_SPREAD_DISTANCE = 0.06  # of the larger distance
 
