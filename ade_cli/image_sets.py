@@ -10,6 +10,7 @@ import numpy as np
 from ade_cli.data_options import say
 from ade_cli.paths import say_what_is_not_followed
 from export.verdict.images import readable
+from serving.files import Rows
 from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import shuffled
 from training.datasets.folder import image_files
@@ -19,7 +20,7 @@ NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of an .npy and of an .npz 
 
 def name_of(path: Path) -> str:
     """The name of a set of images: that of a file without its ending, or of a folder."""
-    return path.name if path.is_dir() else path.stem
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 class GivenImages:
@@ -51,10 +52,11 @@ class GivenImages:
         if self._path.is_dir():
             files = [path for path in image_files(self._path) if self._keep(path)]
             return readable(shuffled(files)[: self._limit], say)
-        return iter(shuffled(list(_array(self._path)))[: self._limit])
+        images = _array(self._path)
+        return (images[i] for i in shuffled(range(len(images)))[: self._limit])
 
 
-def _array(path: Path) -> np.ndarray:
+def _array(path: Path) -> np.ndarray | Rows:
     """Read the images of an ``.npy``, or of an ``.npz`` that holds one array, whatever its name."""
     if not path.is_file():  # opening a pipe would wait for a writer
         raise DataError(f"{path} must be a folder of images or a regular file")
@@ -63,9 +65,9 @@ def _array(path: Path) -> np.ndarray:
             begin = file.read(len(NPY))
             file.seek(0)
             is_of_arrays = begin.startswith((NPY, ZIP))
-            found: list[np.ndarray] = []
-            if begin == NPY:  # mapped: it may be larger than memory, and few images may be used
-                found = [np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))]
+            found: list[np.ndarray | Rows] = []
+            if begin == NPY:  # it may be larger than memory, and few images may be used
+                found = [Rows(path)]
             elif is_of_arrays:
                 found = list(np.load(file, allow_pickle=False).values())
     except NOT_ARRAYS as error:
@@ -74,14 +76,11 @@ def _array(path: Path) -> np.ndarray:
         raise DataError(
             f"{path} must be a folder of images, an .npy or an .npz file; its content is neither"
         )
-    images: list[np.ndarray] = [
-        array
-        for array in found
-        if isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.ndim == 4
-    ]
+    arrays = [one for one in found if isinstance(one, np.ndarray | Rows)]  # of an .npz, or bytes
+    images = [one for one in arrays if one.dtype == np.uint8 and len(one.shape) == 4]
     if len(images) != 1:
         raise DataError(
             f"{path} must hold one array of images, uint8 (N, H, W, C), got "
-            f"{', '.join(f'{a.dtype} {a.shape}' for a in map(np.asarray, found)) or 'none'}"
+            f"{', '.join(f'{one.dtype} {one.shape}' for one in arrays) or 'none'}"
         )
     return images[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -158,11 +159,15 @@ def _sigterm_raises(verb: str) -> Iterator[None]:
     if verb == "serve" or "LOCAL_RANK" in os.environ or not is_main:
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signs = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signs.append(signal.SIGHUP)
+    before = [signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in signs]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in zip(signs, before, strict=True):
+            signal.signal(sign, handler)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -204,7 +209,7 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         from serving.files import NO_ROOM  # here, for the same reason: most verbs end well
 
-        if error.filename is None and error.errno not in NO_ROOM:
+        if error.filename is None and error.errno not in (*NO_ROOM, errno.EIO):
             raise
         if error.filename is None:  # perhaps of standard output
             _discard(sys.stdout)

@@ -11,7 +11,9 @@ damaged one loses its own images alone. A file without an end is unfinished or t
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import struct
@@ -34,6 +36,7 @@ _CRC = struct.Struct("<I")
 _RECORD_BYTES = _RECORD.size + _CRC.size
 _CHUNK, _END = b"ADEc", b"ADEe"
 _BLOCK = 2**20
+_PAGE = 2**12  # what a disk cannot read is lost page by page
 _FIELDS: dict[str, type] = {
     "format_version": int,
     "kind": str,
@@ -105,16 +108,25 @@ def write_chunk(file: IO[bytes], first: int, count: int, payload: bytes) -> None
 
 
 def write_end(file: IO[bytes], images: int) -> None:
-    """Complete an archive."""
+    """Complete an archive; a copy of the header before its end replaces one that is damaged."""
+    start = _read_header(file, Path())[1]
+    file.seek(0)
+    header = file.read(start)
+    file.seek(0, os.SEEK_END)
+    file.write(header)
     digest = _digest(file, file.seek(0, os.SEEK_END))
     file.write(_record(_END, images, 0, 0, digest))
     _sync(file)
 
 
 def read_chunk(file: IO[bytes], chunk: Chunk) -> bytes | None:
-    """The content of a chunk, or ``None`` if it is damaged."""
+    """The content of a chunk, or ``None`` if it is damaged or the disk cannot read it."""
     file.seek(chunk.offset)
-    payload = file.read(chunk.length)
+    try:
+        payload = file.read(chunk.length)
+    except OSError as error:
+        _check_damage(error)
+        return None
     return payload if hashlib.sha256(payload).digest() == chunk.digest else None
 
 
@@ -129,20 +141,31 @@ def scan(file: IO[bytes], path: Path) -> Contents:
         CodingError: the file is not an archive, has another format version, or its header is
             damaged.
     """
-    header, start = _read_header(file, path)
+    try:
+        header, start = _read_header(file, path)
+    except (CodingError, OSError) as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        copy = _copy_of_header(file, path)
+        if copy is None:
+            raise
+        header, start = copy, 0
     size = os.fstat(file.fileno()).st_size
     chunks: list[Chunk] = []
     position = start
     while position < size:
-        file.seek(position)
-        record = _parse(file.read(_RECORD_BYTES))
+        record = _parse(_read(file, position, _RECORD_BYTES))
         if record is None:
             position = _next_record(file, position + 1, size)
             continue
         kind, first, count, length, digest = record
         position += _RECORD_BYTES
         if kind == _END:
-            is_intact = _digest(file, position - _RECORD_BYTES) == digest and position == size
+            try:
+                is_intact = _digest(file, position - _RECORD_BYTES) == digest and position == size
+            except OSError as error:
+                _check_damage(error)
+                is_intact = False
             return Contents(header, chunks, True, is_intact)
         expected = chunks[-1].first + chunks[-1].count if chunks else 0
         fits = expected <= first and first + count <= header["images"] and 0 < count <= MAX_IMAGES
@@ -175,8 +198,7 @@ def _next_record(file: IO[bytes], position: int, size: int) -> int:
     overlap = _RECORD_BYTES - 1
     block = 2**12  # grows, since a hostile file may have a record every few bytes
     while position < size:
-        file.seek(position)
-        data = file.read(block + overlap)
+        data = _read(file, position, block + overlap)
         found = 0
         while (found := data.find(b"ADE", found)) >= 0 and found < block:
             if _parse(data[found : found + _RECORD_BYTES]) is not None:
@@ -185,6 +207,48 @@ def _next_record(file: IO[bytes], position: int, size: int) -> int:
         position += block
         block = min(2 * block, _BLOCK)
     return size
+
+
+def _read(file: IO[bytes], position: int, length: int) -> bytes:
+    """Bytes of a file, with zeros for pages that the disk cannot read, which are no record."""
+    file.seek(position)
+    try:
+        return file.read(length)
+    except OSError as error:
+        _check_damage(error)
+    pages = []
+    end = position + length
+    while position < end:
+        size = min(end, (position // _PAGE + 1) * _PAGE) - position
+        try:
+            pages.append(os.pread(file.fileno(), size, position))
+        except OSError as error:
+            _check_damage(error)
+            pages.append(bytes(size))
+        position += size
+    return b"".join(pages)
+
+
+def _check_damage(error: OSError) -> None:
+    """Raise an error of reading again, unless a part of the disk is damaged: others may pass."""
+    if error.errno != errno.EIO:
+        raise error
+
+
+def _copy_of_header(file: IO[bytes], path: Path) -> dict[str, Any] | None:
+    """The header that :func:`write_end` repeated; ``None`` if there is none, or it is damaged."""
+    size = file.seek(0, os.SEEK_END)
+    most = len(MAGIC) + _HEADER.size + _MAX_HEADER + _RECORD_BYTES
+    tail = _read(file, max(0, size - most), most)
+    start = tail.rfind(MAGIC)
+    if start < 0:
+        return None
+    try:
+        header, length = _read_header(io.BytesIO(tail[start:]), path)
+    except CodingError:
+        return None
+    # Otherwise it is that of another archive, which this one holds.
+    return header if start + length + _RECORD_BYTES == len(tail) else None
 
 
 def _read_header(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:

@@ -29,6 +29,8 @@ from serving.messages import show
 # a disk has, too: if its images exceed this ratio, it must leave this share of the disk free.
 MAX_RATIO = 100
 MIN_FREE, MIN_FREE_BYTES = 0.05, 10 * 2**30  # whichever is less
+# FAT, exFAT and NTFS refuse ":" and others with EINVAL, and some file systems what is not UTF-8.
+_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 
 @dataclass
@@ -133,7 +135,7 @@ def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) 
     """
     payload = read_chunk(file, chunk)
     if payload is None:
-        raise Damaged("the checksum of a chunk is wrong")
+        raise Damaged("a chunk cannot be read, or its checksum is wrong")
     size = 0
     for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
         size += images.write(chunk.first + i, name, picture)
@@ -177,10 +179,10 @@ class _Files:
                 "repeat the command on another file system"
             ) from error
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
+            if error.errno in _NO_NAMES:
+                why = "is too long" if error.errno == errno.ENAMETOOLONG else "is not permitted"
                 raise NotDecoded(
-                    f"the name {show(safe)} is too long here: repeat the command on another file "
-                    "system"
+                    f"the name {show(safe)} {why} here: repeat the command on another file system"
                 ) from error
             raise
         self._names.add(str(safe))

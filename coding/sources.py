@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from coding.chunks import MAX_PARTS
 from coding.errors import CodingError
 from coding.pictures import Picture, read_picture
-from serving.files import check_readable, image_paths, read_file
+from serving.files import Rows, image_paths, read_file
 from serving.images import IMAGE_SUFFIXES
 
 
@@ -43,7 +44,7 @@ class Source(Protocol):
 class FolderSource:
     """The image files below a folder, in the order of their paths.
 
-    Files that cannot be read are found at once, and left out.
+    Files that cannot be read are found at once, and left out: later the archive has their number.
 
     Raises:
         CodingError: there are none, or none can be read.
@@ -58,7 +59,7 @@ class FolderSource:
         self.left_out: list[tuple[Path, str]] = []
         for name in image_paths(folder):
             try:
-                check_readable(folder / name)
+                read_file(folder / name)  # whole: one with a bad sector can be opened
                 self._names.append(name)
             except OSError as error:
                 self.left_out.append((folder / name, error.strerror or str(error)))
@@ -103,17 +104,13 @@ class ArraySource:
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise CodingError(f"{path} must be a regular file")
         try:
-            array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = Rows(path)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CodingError(f"{path} is not an array: {error}") from error
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 4:
-            got = (
-                f"{array.dtype} {array.shape}"
-                if isinstance(array, np.ndarray)
-                else "several arrays"
-            )
+        if array.dtype != np.uint8 or len(array.shape) != 4:
+            got = f"{array.dtype} {array.shape}"
             raise CodingError(f"{path} must be an array of uint8 (N, H, W, C), got {got}")
-        if not array.size:
+        if not math.prod(array.shape):
             raise CodingError(f"{path} holds no images: its shape is {array.shape}")
         if array.shape[3] not in (1, 3):
             raise CodingError(
@@ -133,7 +130,7 @@ class ArraySource:
         return None
 
     def read(self, index: int) -> Picture:
-        return Picture(np.array(self._array[index]))
+        return Picture(self._array[index])
 
 
 def open_source(path: Path, keep_metadata: bool = False) -> Source:

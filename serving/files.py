@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,6 +258,48 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Rows:
+    """The rows of an ``.npy`` file, each read when it is used.
+
+    A mapped file would end the process (SIGBUS) where it was cut off, or its disk fails, meanwhile.
+
+    Args:
+        path: of a regular file.
+
+    Raises:
+        ValueError, EOFError, zipfile.BadZipFile: it is not an array.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)  # reads the header alone
+        if not isinstance(mapped, np.memmap):
+            raise ValueError("it holds several arrays")
+        self.path, self.shape, self.dtype = path, mapped.shape, mapped.dtype
+        self._first = mapped.offset
+        self._size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        # In Fortran's order, rows are in pieces.
+        self._whole = None if mapped.flags.c_contiguous else np.load(path, allow_pickle=False)
+        self._file = os.open(path, FLAGS)  # this file, whatever has its name later
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._whole is not None:
+            return np.ascontiguousarray(self._whole[index])
+        try:
+            row = os.pread(self._file, self._size, self._first + index * self._size)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if len(row) < self._size:
+            raise OSError(errno.EIO, "the file was cut off while it was read", str(self.path))
+        return np.frombuffer(row, self.dtype).reshape(self.shape[1:])
 
 
 def preallocated(

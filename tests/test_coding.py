@@ -541,6 +541,67 @@ def test_a_damaged_chunk_loses_its_own_images_alone(
         assert np.array_equal(found[100:], small_images[100:200])
 
 
+def test_a_damaged_header_is_replaced_by_its_copy(
+    archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    good = archived.read_bytes()
+    for i, place in enumerate((3, 100, 400)):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        archived.write_bytes(bad)
+        result = decompress.decompress(archived, tmp_path / f"{i}.npy", bundle)
+        assert result.restored == 200 and not result.is_intact
+        assert np.array_equal(np.load(tmp_path / f"{i}.npy"), small_images[:200])
+    # That of an archive of whole files may be the copy of one of them.
+    archived.write_bytes(b"x" + good[1:-100])
+    with pytest.raises(CodingError, match="not an archive"):
+        decompress.decompress(archived, tmp_path / "none.npy", bundle)
+
+
+class DamagedDisk(io.FileIO):
+    """A file one page of which cannot be read."""
+
+    page, size = 0, 512
+
+    @classmethod
+    def check(cls, start: int, size: int) -> None:
+        if start < cls.page + cls.size and cls.page < start + size:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        self.check(self.tell(), len(memoryview(buffer)))
+        return super().readinto(buffer)
+
+
+def test_a_page_that_the_disk_cannot_read_loses_its_own_chunk_alone(
+    archived: Path,
+    bundle: Bundle,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks, pread = chunks_of(archived), os.pread
+
+    def damaged(file: int, size: int, position: int) -> bytes:
+        DamagedDisk.check(position, size)
+        return pread(file, size, position)
+
+    monkeypatch.setattr(archives, "_PAGE", DamagedDisk.size)
+    monkeypatch.setattr(archives.os, "pread", damaged)
+
+    def damaged_open(path: Path, mode: str) -> Any:
+        return io.BufferedReader(DamagedDisk(path)) if path == archived else open(path, mode)
+
+    monkeypatch.setattr(decompress, "open", damaged_open, raising=False)
+    # In the content of the second chunk, and at its record.
+    for i, place in enumerate((chunks[1].offset + 2000, chunks[1].offset - 20)):
+        monkeypatch.setattr(DamagedDisk, "page", place // DamagedDisk.size * DamagedDisk.size)
+        result = decompress.decompress(archived, tmp_path / f"{i}.npy", bundle)
+        assert range(50, 100) in result.lost and not result.is_intact
+        found = np.load(tmp_path / f"{i}.npy")
+        assert np.array_equal(found[100:], small_images[100:200])
+
+
 def test_a_truncated_archive_gives_what_it_has(
     archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
 ) -> None:
@@ -716,6 +777,7 @@ def test_names_that_the_file_system_takes_for_one_are_told(
     for error, reason in (
         (FileExistsError(errno.EEXIST, "File exists"), "is the name of another image, too"),
         (OSError(errno.ENAMETOOLONG, "File name too long"), "is too long here"),
+        (OSError(errno.EINVAL, "Invalid argument"), "is not permitted here"),
     ):
 
         def refuse(path: Path, mode: str, error: OSError = error) -> Any:
@@ -1186,11 +1248,40 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
             open_source(tmp_path / "a.npy")
     with open(tmp_path / "a.npy", "wb") as file:
         np.savez(file, images=np.zeros((2, 8, 8, 3), np.uint8))
-    with pytest.raises(CodingError, match="an array of uint8 .*, got several arrays"):
+    with pytest.raises(CodingError, match="a.npy is not an array: it holds several arrays"):
         open_source(tmp_path / "a.npy")
     os.mkfifo(tmp_path / "pipe.npy")  # opening it would wait for a writer
     with pytest.raises(CodingError, match=r"pipe.npy must be a regular file"):
         open_source(tmp_path / "pipe.npy")
+
+
+def test_an_array_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    """Mapped into memory, it would end the process."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    source = save_array(tmp_path / "a.npy", images)
+    assert np.array_equal(source.read(2).pixels, images[2])
+    os.truncate(tmp_path / "a.npy", 64 * 64 * 3)
+    with pytest.raises(OSError, match="cut off while it was read"):
+        source.read(2)
+    columns = save_array(tmp_path / "b.npy", np.asfortranarray(images))
+    assert np.array_equal(columns.read(1).pixels, images[1])
+
+
+def test_a_file_that_can_be_opened_but_not_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later, the archive has its number: it would have to be made again."""
+    for name in "ab":
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{name}.png")
+
+    def read(path: Path) -> bytes:
+        if path.name == "a.png":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return path.read_bytes()
+
+    monkeypatch.setattr("coding.sources.read_file", read)
+    source = open_source(tmp_path)
+    assert source.count == 1 and source.left_out == [(tmp_path / "a.png", "Input/output error")]
 
 
 def test_what_an_archive_cannot_hold_is_refused_before_the_work(

@@ -268,6 +268,7 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
     [
         (signal.SIGTERM, 143, ""),
         (signal.SIGINT, 130, "ade train: interrupted"),
+        (signal.SIGHUP, 129, ""),  # of a terminal that was closed
     ],
 )
 def test_nothing_unfinished_is_left_by_a_signal(

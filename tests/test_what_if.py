@@ -377,7 +377,7 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
     np.save(tmp_path / "ordered.npy", np.repeat(small_images[:10], 20, axis=0))
     some = {image.tobytes() for image in GivenImages(tmp_path / "ordered.npy", 20)}  # type: ignore[union-attr]
     assert len(some) > 2
-    # Mapped into memory, since the file may be larger than it.
+    # Each is read when it is used, since the file may be larger than memory.
     assert not any(image.flags.writeable for image in GivenImages(tmp_path / "ordered.npy", 20))  # type: ignore[union-attr]
     Image.fromarray(small_images[0]).save(tmp_path / "image.png")
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:100])
@@ -508,7 +508,7 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
         )
     assert all(run.returncode == 0 for run in done.values()), done
     said = done["calibrate"].stderr
-    assert "7 of 60 files are left out, for ade ood-bench\n" in said
+    assert "left out for ade ood-bench: 7 of 60 files\n" in said
     assert "53 images: 21 fit the density of statistics, 32 set the false-alarm rate\n" in said
     assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
     assert "next step: calibrate on 1,000 images or more" in said
