@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ import pytest
 
 from handlers.asgi.metrics import QUEUE_SECONDS
 from handlers.front.exposition import REFUSALS, START
+from handlers.launch.serve import _alone_with_logs
 from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
@@ -140,7 +143,18 @@ def test_two_services_have_two_folders_for_logs(tmp_path: Path) -> None:
     variables = {names[0]: str(port) for names, port in ports}
     with held_by_another(tmp_path / LOCK):
         error = error_of_serve("--logs", str(tmp_path), **variables)
-    assert f"{tmp_path} is in use by another process" in error
+    assert f"--logs: {tmp_path} is in use by another process" in error
+
+
+def test_logs_may_be_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with _alone_with_logs(tmp_path / "logs"):
+        assert f"no other service may use --logs {tmp_path / 'logs'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

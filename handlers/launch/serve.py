@@ -11,8 +11,8 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,11 +74,8 @@ def run(args: argparse.Namespace) -> None:
     }
     threads = max(1, cores // (len(bundles) * sum(workers.values())))
     options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
-    if args.logs is not None:
-        args.logs.mkdir(parents=True, exist_ok=True)
     with (
-        # Another service's workers would rotate and delete the request logs of this one's.
-        nullcontext() if args.logs is None else alone_in(args.logs, LaunchError),
+        _alone_with_logs(args.logs),
         run_folder() as folder,
         Supervisor(folder.path) as supervisor,
     ):
@@ -126,6 +123,19 @@ def run(args: argparse.Namespace) -> None:
                 engine.drain()
         finally:
             _ignore_signals()
+
+
+@contextmanager
+def _alone_with_logs(folder: Path | None) -> Iterator[None]:
+    """Keep other services, which would rotate and delete its files, out of a folder of logs."""
+    with ExitStack() as held:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(alone_in(folder, lambda why: LaunchError(f"--logs: {why}")))
+            except OSError as error:  # of a file system without locks
+                tell(f"warning: no other service may use --logs {folder}: {error.strerror}")
+        yield
 
 
 def _open_standard_streams() -> None:
