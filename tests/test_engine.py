@@ -470,7 +470,7 @@ def test_each_path_has_its_own_verdict(
     ):
         calibrate_bundle(tiny_bundle, tmp_path / "other", [b"junk", b""], larger, "junk")
     few, told = ([*small_images[:3], larger[0]], small_images[4:10]), []
-    with pytest.raises(CalibrationError, match=r"needs at least 50 usable images .* got 10"):
+    with pytest.raises(CalibrationError, match=r"at least 50 usable images are needed .* got 10"):
         calibrate_bundle(tiny_bundle, tmp_path / "other", *few, "few", told.append)
     assert not any("scored" in line for line in told)
     assert told[0].endswith("; 1 was resized to 8 x 8 pixels")

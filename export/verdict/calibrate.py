@@ -238,7 +238,10 @@ def _parts(
     often = {digest: count for digest, count in counts.items() if count >= REPEATS}
     seldom = trained_on - often.keys()
     calibrating = _without(seldom, given[1], "calibration", "training images", report)
-    calibrating = _without(set(), calibrating, "calibration", "others", report, often)
+    # Of pictures that both parts have, two fifths fit the density, too, chosen by their pixels.
+    both = {image_digest(image.pixels) for image in given[0]} & counts.keys() - often.keys()
+    to_fit = {digest for digest in both if digest[0] < 256 * 2 / 5}
+    calibrating = _without(to_fit, calibrating, "calibration", "others", report, often)
     if often:
         report(
             f"calibration: {sum(often.values())} images are copies of "
@@ -261,8 +264,14 @@ def _parts(
     )
     if min(map(len, parts)) < MIN_IMAGES and sum(map(len, parts)) < ENOUGH:
         raise CalibrationError(
-            f"ade calibrate needs at least {ENOUGH} usable images (two fifths of them, at least "
+            f"at least {ENOUGH} usable images are needed (two fifths of them, at least "
             f"{MIN_IMAGES}, fit the density), got {sum(map(len, parts))}"
+        )
+    if min(map(len, parts)) < MIN_IMAGES:
+        raise CalibrationError(
+            f"without copies and unusable files, {len(parts[0])} images are left to fit the "
+            f"density and {len(parts[1])} to set the false-alarm rate: each needs at least "
+            f"{MIN_IMAGES}"
         )
     for name, images in zip(("fitting", "calibration"), parts, strict=True):
         if not images:

@@ -69,7 +69,7 @@ def choose_files(
             "of training images"
         )
     elif parts["test"]:
-        report(f"{len(parts['test'])} of {len(files)} files are left out, for ade ood-bench")
+        report(f"left out for ade ood-bench: {len(parts['test'])} of {len(files)} files")
     chosen = _choose({part: shuffled(paths) for part, paths in parts.items()}, bool(trained))
     return chosen._replace(
         unseen=chosen.unseen[:MAX_IMAGES], trained=parts["train"] if trained else []

@@ -61,7 +61,8 @@ def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack(made)
 
 
-CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+CORRUPTIONS: dict[str, Corruption] = {
     "constant": constant,
     "uniform noise": uniform_noise,
     "blurred, σ = 2": lambda images, rng: blur(images, 2.0),
@@ -69,16 +70,22 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] 
     "permuted pixels": permute_pixels,
 }
 # Harder to detect: the images look nearly as before.
-SUBTLE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+SUBTLE: dict[str, Corruption] = {
     "blurred, σ = 1": lambda images, rng: blur(images, 1.0),
     "noise added, σ = 16": lambda images, rng: add_noise(images, rng, 16.0),
     "JPEG, quality 10": lambda images, rng: jpeg(images, 10),
 }
 
 
+def corrupt(images: np.ndarray, corruption: Corruption) -> np.ndarray:
+    """Corrupt images in one way. Grey ones, whose channels are equal, stay grey."""
+    made = corruption(images, np.random.default_rng(0))
+    grey = (images == images[..., :1]).all((1, 2, 3))
+    if grey.any():  # colours, which no grey camera makes, would give them away
+        made[grey] = corruption(images[grey][..., :1], np.random.default_rng(0))
+    return made
+
+
 def corrupted(images: np.ndarray) -> dict[str, np.ndarray]:
     """Corrupt images in each way; returns them by the name of the corruption, gross ones first."""
-    return {
-        name: corrupt(images, np.random.default_rng(0))
-        for name, corrupt in {**CORRUPTIONS, **SUBTLE}.items()
-    }
+    return {name: corrupt(images, one) for name, one in {**CORRUPTIONS, **SUBTLE}.items()}

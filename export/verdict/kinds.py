@@ -52,7 +52,7 @@ def exact_calibration(
     """
     chosen = _of_kind(parts, resized=False)
     own = sum(not image.resized for part in parts for image in part)
-    if chosen is None and own:
+    if chosen is None and own and own < sum(map(len, parts)):
         report(
             f"images of the model's size: {own} are fewer than half of all, or too few, so larger "
             "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from export.verdict.corruptions import CORRUPTIONS
+from export.verdict.corruptions import corrupt as corrupt_images
 from export.verdict.images import Images, Prepared, counting, digests_of, others, prepared
 from export.verdict.measuring import measured
 from export.verdict.ood_bench_report import write_report
@@ -72,8 +73,8 @@ def bench(
     found = (image for _, image in unused(lambda line: None) if isinstance(image, InputImage))
     few = list(islice(found, corrupt))
     pixels = np.stack([image.pixels for image in few])
-    for name, change in CORRUPTIONS.items():
-        changed = change(pixels, np.random.default_rng(0))
+    for name, corruption in CORRUPTIONS.items():
+        changed = corrupt_images(pixels, corruption)
         its = [("", replace(image, pixels=p)) for image, p in zip(few, changed, strict=True)]
         try:
             sets[name] = measured(engine, its, name, report)
