@@ -74,7 +74,8 @@ FOREIGN_ERRORS = {
 # Of errors of single images, by code, as if the image had been alone; of all others 422.
 STATUSES = {"malformed_request": 400, "too_large": 413, "not_an_image": 415}
 RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
-# As may a request without an answer. Not timeouts: the caller has waited long enough by then.
+# As may a request without an answer. Not timeouts of this client or of a gateway: the caller has
+# waited long enough by then.
 DROPPED = (httpx.NetworkError, httpx.RemoteProtocolError)
 # For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
@@ -580,9 +581,11 @@ def image_file(image: ImageLike) -> bytes:
         )
     try:
         return _png(image)
-    except (OSError, MemoryError, ValueError):
+    except (MemoryError, ValueError):
         raise
-    except Exception as error:  # Pillow's parsers raise SyntaxError, TypeError, …
+    except Exception as error:  # Pillow's parsers raise SyntaxError, OSError without a number, …
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
         raise ValueError(f"the image is damaged: {words_of(error)}") from error
 
 

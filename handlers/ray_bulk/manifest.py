@@ -176,8 +176,8 @@ def read_manifest(source: str) -> Iterator[dict[str, Any]]:
                     yield {"path": absolute(path), "size": _size(row), "mtime": _time(row)}
     except BulkError:
         raise
-    except (OSError, pa.ArrowInvalid, TypeError, ValueError, OverflowError) as error:
-        raise BulkError(f"{source} cannot be read: {error}") from None
+    except Exception as error:  # of the store's own client or of Arrow, or a value's
+        raise BulkError(f"{source} cannot be read: {error}") from error
 
 
 def write_parts(rows: Iterable[dict[str, Any]], out: str) -> int:

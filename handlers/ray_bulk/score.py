@@ -339,10 +339,11 @@ def _count(out: str, total: int) -> Summary:
         BulkError: a file has no row, or more than one.
     """
     files, folder = _file_system(posixpath.join(out, "rows"))
-    rows = dataset.dataset(folder, filesystem=files, format="parquet")
     counts: Counter[str] = Counter()
     found = np.zeros(total, bool)
-    for batch in rows.to_batches(columns=["id", "decision", "error"]):
+    written = files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    rows = dataset.dataset(folder, filesystem=files, format="parquet") if written else None
+    for batch in rows.to_batches(columns=["id", "decision", "error"]) if rows else ():
         ids = batch["id"].to_numpy()
         found[ids[ids < total]] = True
         for decision, error in zip(
