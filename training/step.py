@@ -28,6 +28,7 @@ from training.losses import (
     quality_loss,
 )
 from training.moments import MomentMatching
+from training.muon import Muon
 from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = self._optimizer(self._parameter_groups())
+        self.optimizer = self._optimizer(self.config.optimizer, self._parameter_groups())
         self.discriminator: nn.Module | None = None
         self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
@@ -149,7 +150,8 @@ class Trainer:
                 device,
             )
             self.d_optimizer = self._optimizer(
-                [self._group("d_", list(self.discriminator.parameters()))]
+                "adam" if config.optimizer == "muon" else config.optimizer,
+                [self._group("d_", list(self.discriminator.parameters()))],
             )
         self.guides: dict[str, _Matched] = {}  # by the name of their loss
         networks: dict[str, tuple[Guide | ClassifierGuide | None, float]] = {
@@ -173,9 +175,13 @@ class Trainer:
         self.usual_norm = {"model": 0.0, "discriminator": 0.0, "penalty": 0.0}
         self.rescued_at: list[int] = []
 
-    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        kind = torch.optim.Adam if self.config.optimizer == "adam" else torch.optim.Adamax
-        return kind([group for group in groups if group["params"]])
+    def _optimizer(self, kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        kinds: dict[str, type[torch.optim.Adam | torch.optim.Adamax]] = {
+            "adam": torch.optim.Adam,
+            "adamax": torch.optim.Adamax,
+            "muon": Muon,
+        }
+        return kinds[kind]([group for group in groups if group["params"]])
 
     def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
         """An optimiser's group with a prefix's rate and betas; ``rate`` is the highest rate."""

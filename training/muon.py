@@ -1,0 +1,68 @@
+"""Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.9  # at least; Adam's beta1 where that is larger
+MIN_CHANNELS = 16  # of a hidden convolution; those of images and means have fewer
+# Of the polynomial by which Newton-Schulz iterations raise all singular values close to 1.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+# Of a matrix of orthonormal rows or columns, the root of the mean square of its elements is that of
+# 1 / its longer side. This is the size of Adam's steps, so that both share rates (Liu et al., "Muon
+# is scalable for LLM training", 2025).
+_ADAMS_SIZE = 0.2
+
+
+class Muon(torch.optim.Adam):
+    """Adam, but for the 3 × 3 kernels of hidden convolutions.
+
+    Their steps are momenta whose singular values are all made about 1, so that rare directions are
+    learnt as fast as frequent ones. A kernel ``(out, in, 3, 3)`` is the matrix ``(out, 9 in)``.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; see :class:`torch.optim.Optimizer`."""
+        own = [
+            (group, p)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and _is_hidden(p)
+        ]
+        for group, p in own:
+            momentum = max(group["betas"][0], MOMENTUM)
+            state = self.state[p]
+            if not state:
+                state |= {"step": torch.zeros(()), "mean": torch.zeros_like(p)}
+            state["step"] += 1  # which Adam expects of all weights when it is loaded
+            mean = state["mean"]
+            mean.lerp_(p.grad, 1 - momentum)
+            update = orthogonalized(p.grad.lerp(mean, momentum).flatten(1))  # Nesterov's
+            p.add_(update.view_as(p), alpha=-group["lr"] * _ADAMS_SIZE * max(update.shape) ** 0.5)
+        gradients = [p.grad for _, p in own]
+        for _, p in own:  # for which Adam shall do nothing
+            p.grad = None
+        result = super().step(closure)
+        for (_, p), gradient in zip(own, gradients, strict=True):
+            p.grad = gradient
+        return result
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix with the same singular vectors, and singular values between about 0.7 and 1.2."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.T if is_tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(_ITERATIONS):
+        square = x @ x.T
+        x = _A * x + (_B * square + _C * square @ square) @ x
+    return x.T if is_tall else x
+
+
+def _is_hidden(parameter: Tensor) -> bool:
+    return parameter.shape[2:] == (3, 3) and min(parameter.shape[:2]) >= MIN_CHANNELS
