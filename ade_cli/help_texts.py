@@ -4,5 +4,5 @@ from __future__ import annotations
 
 BUNDLE = "folder of a bundle, such as pretrained/cifar10"
 RUN_OR_BUNDLE = "a run, one of its checkpoints, or a bundle"
-DEVICE = "device to compute on; auto takes a GPU if there is one (default: %(default)s)"
+DEVICE = "device to compute on; auto takes a GPU if there is one (default: auto)"
 KIND = "mean: the decoder's mean; density: with its noise (default: %(default)s)"

@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume, the run's own copy is used)",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
+    parser.add_argument(
+        "--device", choices=DEVICES, help=f"{DEVICE}; with --resume, that of the run unless given"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -103,17 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-steps",
         type=int,
-        default=1000,
         metavar="N",
-        help="also write a checkpoint every N steps, beside those every five minutes "
-        "(default: %(default)s)",
+        help="also write a checkpoint every N steps, beside those every five minutes (default: "
+        f"{RunOptions.checkpoint_steps}, or as in the run that is resumed)",
     )
     parser.add_argument(
         "--evaluate-steps",
         type=int,
-        default=500,
         metavar="N",
-        help="steps between evaluations of held-out images and samples (default: %(default)s)",
+        help="steps between evaluations of held-out images and samples (default: "
+        f"{RunOptions.evaluate_steps}, or as in the run that is resumed)",
     )
     parser.add_argument(
         "--dry-run",
@@ -164,10 +165,15 @@ def run(args: argparse.Namespace) -> None:
         # With a larger number of images, a time that is spent must not end the run at once.
         minutes=before.get("minutes") if keeps_minutes else args.minutes,
         seed=args.seed or 0,
-        device=args.device,
         precision=args.precision or before.get("precision", PRECISIONS[0]),
-        checkpoint_steps=args.checkpoint_steps,
-        evaluate_steps=args.evaluate_steps,
+        **{
+            name: before.get(name, getattr(RunOptions, name)) if given is None else given
+            for name, given in (
+                ("device", args.device),
+                ("checkpoint_steps", args.checkpoint_steps),
+                ("evaluate_steps", args.evaluate_steps),
+            )
+        },
         init=args.init,
         guide=args.guide and str(args.guide),
     )
@@ -193,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
         check_start(config, args.out, options, args.resume)
         print(json.dumps(config.to_dict(), indent=2))
         return
-    choose_device(args.device)
+    choose_device(options.device)
     if args.init is not None and not args.resume:
         latest_checkpoint(Path(args.init))
 

@@ -650,6 +650,11 @@ def test_bad_training_options_are_refused(change: dict, message: str) -> None:
         recipe("av-ade", 32, 3, **change)
 
 
+def test_a_flow_that_nothing_would_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="flow_scales must be 0 if no loss trains the flow, got"):
+        recipe("gan", 32, 3, flow_scales=1)
+
+
 def test_a_discriminator_of_another_kind_starts_from_scratch(folder: Path, tmp_path: Path) -> None:
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16, device="cpu", precision="float32")
@@ -680,6 +685,10 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
     train(config, dataset, tmp_path / "late", late, resume=True)
     train(config, dataset, tmp_path / "whole", options, resume=False)
     assert "score" in read_config(latest_checkpoint(tmp_path / "whole"))["operations"]
+    # One whose last batch exceeds all of its budget, too.
+    small = dataclasses.replace(options, images=12)
+    train(config, dataset, tmp_path / "small", small, resume=False)
+    assert "score" in read_config(latest_checkpoint(tmp_path / "small"))["operations"]
 
 
 @pytest.mark.parametrize("budget", ["images", "minutes"])
@@ -1644,12 +1653,13 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
         (3, 1, 3, "--batch-size must be a multiple of 3, the number of processes, got 16"),
         (2, 2, 6, "every node needs the same number of processes, got 2 on this one and 6 in"),
         (4, 2, 6, "every node needs the same number of processes, got 4 on this one and 6 in"),
+        (None, None, 2, "several processes must be started by torchrun, which sets LOCAL_WORLD"),
     ],
 )
 @pytest.mark.usefixtures("no_decoding")
 def test_images_are_not_decoded_for_processes_that_cannot_train_together(
-    here: int,
-    nodes: int,
+    here: int | None,
+    nodes: int | None,
     total: int,
     message: str,
     folder: Path,
@@ -1659,7 +1669,8 @@ def test_images_are_not_decoded_for_processes_that_cannot_train_together(
 ) -> None:
     names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
     for name, value in zip(names, (here, nodes, total), strict=True):
-        monkeypatch.setenv(name, str(value))
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
     arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--device", "cpu"]) == 2 and message in capsys.readouterr().err
 

@@ -372,10 +372,10 @@ def _lineage(init: Path) -> dict[str, Any]:
 
 
 def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progress:
-    """Images and seconds that a GAN's generator was trained on beyond its budget.
+    """Images and seconds that a GAN's generator is trained on beyond its budget.
 
-    It was if the run is resumed with a smaller budget than before. The inference network is trained
-    for its whole share of the budget nevertheless.
+    Its last batch may exceed it, and so does a run that is resumed with a smaller budget than
+    before. The inference network is trained for its whole share of the budget nevertheless.
     """
     if not trainer.config.inference_share:
         return Progress()
@@ -383,6 +383,7 @@ def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progre
     step, seconds = progress.step, progress.seconds
     if trainer.inferring_since is not None:
         step, seconds = trainer.inferring_since, progress.generator_seconds
-    steps = max(0, step - math.ceil(options.images / batch_size))
+    steps = max(step, math.ceil(options.images / batch_size))
     limit = 60 * options.minutes if options.minutes else math.inf
-    return Progress(images=steps * batch_size, seconds=max(0.0, seconds - limit))
+    images = steps * batch_size - options.images
+    return Progress(images=images, seconds=max(0.0, seconds - limit))

@@ -72,8 +72,9 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
     least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
     if found < least:
         raise DataError(
-            f"the part {options.part} of {dataset.name} has {found} images; "
-            f"these measurements need at least {least}"
+            f"the part {options.part} of {dataset.name} has {found} images "
+            f"({dataset.splits[options.part]}); these measurements need at least {least}: choose "
+            "another part with --part, or give more images"
         )
     check_networks(options)
 

@@ -169,6 +169,11 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
+        if self.model.flow_scales and not (self.coverage or self.flow_sees_quality):
+            raise ConfigError(
+                "flow_scales must be 0 if no loss trains the flow, "
+                f"got {self.model.flow_scales} for {self.recipe}"
+            )
         if 0 < self.noisy_share * self.batch_size < 1:
             raise ConfigError(
                 f"noisy_share must be 0 or at least 1/{self.batch_size}, one image of each batch, "

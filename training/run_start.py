@@ -81,7 +81,7 @@ def _check_nodes() -> None:
     Raises:
         RunError: it did not.
     """
-    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         raise RunError("several processes must be started by torchrun, which sets LOCAL_WORLD_SIZE")
     names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
     here, nodes, total = (int(os.environ.get(name, "1")) for name in names)
