@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         nargs="+",
         metavar="BUNDLE",
-        help="the first bundle is served as OPERATION, each further one as NAME-OPERATION",
+        help="folder of a bundle, such as pretrained/cifar10; its operations are served at "
+        "/predictions/OPERATION, those of each further bundle at /predictions/NAME-OPERATION, with "
+        "the name in its manifest.json",
     )
     parser.add_argument(
         "--engine",

@@ -194,10 +194,10 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
             copies = sum(len(group) - 1 for group in found.twice)
             unusable = f"{len(found.broken)}{unusable_hint(dataset.skipped)}"
             raise DataError(
-                f"{folder}: about {ENOUGH} different images are needed, got {found.files} files "
-                f"(unusable: {unusable}; copies: {copies}); "
-                f"the part {part} needs at least {least} images and gets {usable}"
+                f"{folder}: the part {part} needs at least {least} images and gets {usable}"
                 + ", not counting copies of each other and of those in calibrate" * is_fitted
+                + f", of {found.files} files (unusable: {unusable}; copies: {copies})"
+                + f"; about {ENOUGH} different images are needed" * (found.files < ENOUGH)
                 + few_names_hint([file.name for file in files])
             )
     if (before := survey_before(out)) and (change := found.change_since(before)):

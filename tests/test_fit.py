@@ -399,11 +399,11 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
         (["FEW", "--budget", "soon"], "a budget must be a time"),
         (
             ["FEW", "--budget", "5m"],
-            "got 64 files (unusable: 2, such as broken.png: ",
+            "of 64 files (unusable: 2, such as broken.png: ",
         ),
         (
             ["FEW", "--budget", "5m"],
-            "; copies: 1); the part select needs at least 20 images and gets 1",
+            ": the part select needs at least 20 images and gets 1",
         ),
         (["FEW", "--budget", "5m"], "links to folders are not followed: FEW/linked\n"),
         (["FEW", "--budget", "5m"], "to PNG or JPEG first: 2 .heic, 1 .avif\n"),
