@@ -13,7 +13,7 @@ from ade_cli.advice import advice
 from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
-from ade_cli.image_files import FileError, check_writable
+from ade_cli.image_files import check_writable
 from ade_cli.paths import given_path, say_what_is_not_followed
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.sketch import data_of_features
@@ -21,7 +21,7 @@ from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_int
 from export.verdict.choice import choose_files, choose_rows
 from export.verdict.images import readable
 from serving.api.requests import InputImage
-from serving.engine.bundle import Bundle, BundleError, open_bundle, verify_bundle
+from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import images_needed
@@ -29,7 +29,6 @@ from serving.verdict.store import path_of
 from training.data import DataError
 from training.datasets import NAMES
 
-ERRORS = (BundleError, CalibrationError, DataError, FeaturesError, FileError)
 ALPHAS = (0.1, 0.05, 0.01)
 
 

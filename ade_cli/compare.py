@@ -18,20 +18,17 @@ from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_one_process, check_same_data, size_checked
-from ade_model.errors import ConfigError
 from serving.files import LOCK, locked
 from training.comparison.compare import Job, compare, read_rows, recorded_data
 from training.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
 from training.measure import Measurer, check_networks, check_options
-from training.metrics.features import FeatureError
 from training.recipes import SIZES, recipe, recipe_names
 from training.run_options import RunOptions
 from training.runs import RunError
 
 FAILED = 1  # exit status
-ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

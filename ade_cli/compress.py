@@ -11,13 +11,11 @@ from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from coding.compress import compress
-from coding.errors import CodingError
 from coding.sources import open_source
-from serving.engine.bundle import CODEC_NAME, BundleError, open_bundle
+from serving.engine.bundle import CODEC_NAME, open_bundle
 from serving.messages import counted
 
 INCOMPLETE = 3  # exit status
-ERRORS = (BundleError, CodingError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,15 +7,13 @@ import sys
 
 from tqdm import tqdm
 
-from ade_cli.image_files import FileError, check_parent
+from ade_cli.image_files import check_parent
 from ade_cli.paths import given_path
 from ade_cli.progress import progress_bar
 from coding.decompress import decompress
-from coding.errors import CodingError
-from serving.engine.bundle import BundleError, open_bundle
+from serving.engine.bundle import open_bundle
 
 LOST = 3  # exit status
-ERRORS = (BundleError, CodingError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

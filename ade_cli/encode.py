@@ -19,12 +19,7 @@ from ade_cli.image_files import (
     read_pixels,
 )
 from ade_cli.paths import given_path
-from serving.engine.backends import BackendError
-from serving.engine.bundle import BundleError
 from serving.files import replacing
-from serving.verdict.calibration import CalibrationError
-
-ERRORS = (BundleError, BackendError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from ade_cli.data_options import add_data_arguments, add_image_size, dataset_of,
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_own_size
-from ade_model.errors import ConfigError
 from export.to_onnx import export_encoder
 from training.data import DataError, ImageSet
 from training.datasets.sketch import record_of
@@ -20,12 +19,9 @@ from training.device import DEVICES, choose_device
 from training.encoder import make_encoder
 from training.encoder_network import check_size
 from training.labels import class_folders, class_labels, listed, why_no_classes
-from training.metrics.features import FeatureError
-from training.runs import RunError
 from training.small_encoder import train_small_encoder
 
 MINUTES = 15.0
-ERRORS = (ConfigError, DataError, FeatureError, FileError, RunError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

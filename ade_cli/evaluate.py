@@ -11,14 +11,10 @@ from ade_cli.data_options import add_data_arguments, dataset_of_run, say, source
 from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
 from ade_cli.paths import given_path
 from ade_model.checkpoint import load_model, read_config
-from ade_model.errors import ConfigError
-from training.data import PARTS, DataError, ImageSet
+from training.data import PARTS, ImageSet
 from training.device import DEVICES, choose_device
 from training.measure import MeasureOptions, Measurer, check_networks
-from training.metrics.features import FeatureError
 from training.runs import RunError, latest_checkpoint, read_json, run_of, write_json
-
-ERRORS = (RunError, DataError, ConfigError, FeatureError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

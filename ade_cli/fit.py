@@ -8,39 +8,18 @@ from pathlib import Path
 from ade_cli.commands import command
 from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import DEVICE
-from ade_cli.image_files import FileError, check_folder
+from ade_cli.image_files import check_folder
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.run_checks import check_one_process
-from ade_model.errors import ConfigError
-from export.parity import ParityError
 from fitting.pipeline import check_plan, fit_folder, has_begun, survey_before
-from fitting.plan import Plan, PlanError, make_plan, read_budget
+from fitting.plan import Plan, make_plan, read_budget
 from fitting.survey import LARGEST, choose_image_size, picture_sizes, sizes_in
-from serving.bulk import BulkError
-from serving.engine.bundle import BundleError, check_name, check_path, plain_name
-from serving.verdict.calibration import CalibrationError
+from serving.engine.bundle import check_name, check_path, plain_name
 from training.data import DataError
 from training.datasets.files import part_of
 from training.datasets.folder import image_files
 from training.device import DEVICES, choose_device
 from training.labels import class_folders, why_no_classes
-from training.metrics.features import FeatureError
-from training.runs import RunError
-from training.step import TrainingDiverged
-
-ERRORS = (
-    PlanError,
-    DataError,
-    RunError,
-    ConfigError,
-    FeatureError,
-    TrainingDiverged,
-    ParityError,
-    BundleError,
-    CalibrationError,
-    BulkError,
-    FileError,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

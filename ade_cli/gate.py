@@ -15,13 +15,10 @@ from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from export.verdict.feedback import AUDIT, give_feedback
 from export.verdict.what_if import what_if
 from export.verdict.what_if_report import gate_of, what_if_lines, write_what_if
-from serving.engine.bundle import BundleError
-from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import FOLDER, path_of
 from training.data import DataError
 
-ERRORS = (BundleError, CalibrationError, DataError, FileError)
 MAX_PER_DAY = 10_000_000  # the exact band takes time in proportion
 
 

@@ -18,6 +18,7 @@ from serving.api.requests import prepare_source
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import MAX_SEED
+from serving.errors import UserError
 from serving.files import image_paths, read_file
 from serving.images import in_options
 from serving.messages import visible
@@ -25,7 +26,7 @@ from serving.messages import visible
 NONE_USABLE = "no image could be used"
 
 
-class FileError(ValueError):
+class FileError(UserError, ValueError):
     """A file cannot be used."""
 
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from urllib.parse import unquote
 
 from ade_cli.absent import import_for_help
+from serving.errors import UserError
 
 PROJECT = "av-ade"
 VERBS = {
@@ -177,7 +178,7 @@ def _run(args: argparse.Namespace) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where errors are handled
         return status
-    except module.ERRORS as error:
+    except _user_errors() as error:
         _say(args.verb, _as_typed(str(error), args.usage))
         return 2
     except KeyboardInterrupt:
@@ -196,18 +197,13 @@ def _run(args: argparse.Namespace) -> int:
         print(f"ade {args.verb}: there is not enough memory{reason}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from serving.decode.pool import DecoderError  # here, because it needs NumPy
-
         torch = sys.modules.get("torch")  # which few verbs import
-        if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            print(f"ade {args.verb}: {_of_gpu_memory(args)}", file=sys.stderr)
-            return 2
-        if not isinstance(error, DecoderError):
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        print(f"ade {args.verb}: {error}", file=sys.stderr)
+        print(f"ade {args.verb}: {_of_gpu_memory(args)}", file=sys.stderr)
         return 2
     except OSError as error:
-        from serving.files import NO_ROOM  # here, for the same reason: most verbs end well
+        from serving.files import NO_ROOM  # here, because few verbs end with an error
 
         if error.filename is None and error.errno not in (*NO_ROOM, errno.EIO):
             raise
@@ -216,6 +212,12 @@ def _run(args: argparse.Namespace) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         _say(args.verb, f"{where}{error.strerror}")
         return 2
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The errors of users. ``ade_model`` imports nothing of ours, so its own is not a UserError."""
+    model = sys.modules.get("ade_model.errors")  # which few verbs import
+    return (UserError,) if model is None else (UserError, model.ConfigError)
 
 
 def _say(verb: str, error: str) -> None:

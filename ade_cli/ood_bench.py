@@ -15,13 +15,11 @@ from export.verdict.choice import as_read, files_that_test
 from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images, readable
 from export.verdict.ood_bench import bench
-from serving.engine.bundle import Bundle, BundleError
+from serving.engine.bundle import Bundle
 from serving.images import in_options
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
-
-ERRORS = (BundleError, CalibrationError, DataError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,6 @@ import argparse
 from training.recipes import SIZES, recipe, recipe_names
 from training.weights import count_weights
 
-ERRORS = (ValueError,)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

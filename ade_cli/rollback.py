@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ade_cli.upgrade import ERRORS, command, resumed
+from ade_cli.upgrade import command, resumed
 from handlers.launch.upgrades import ROLLBACK
 
-__all__ = ["ERRORS", "add_arguments", "resumed", "run"]
+__all__ = ["add_arguments", "resumed", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

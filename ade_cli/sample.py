@@ -6,18 +6,14 @@ import argparse
 import secrets
 
 from ade_cli.help_texts import BUNDLE, KIND
-from ade_cli.image_files import FileError, check_parent, load_engine
+from ade_cli.image_files import check_parent, load_engine
 from ade_cli.paths import given_path
 from serving.api.errors import ApiError
 from serving.api.operations.sample import MAX_DRAWN_SEED
 from serving.api.requests import RawRequest
 from serving.api.service import Service
-from serving.engine.backends import BackendError
-from serving.engine.bundle import BundleError
 from serving.files import replacing
-from serving.verdict.calibration import CalibrationError
 
-ERRORS = (BundleError, BackendError, CalibrationError, FileError, ApiError)
 FORMATS = {".png": "png", ".npy": "npy"}
 
 

@@ -23,13 +23,11 @@ from serving.bulk import (
     score_folder,
 )
 from serving.cores import available_cores
-from serving.engine.bundle import BundleError, open_bundle
-from serving.verdict.calibration import CalibrationError
+from serving.engine.bundle import open_bundle
 from serving.verdict.calibration_file import DEFAULT
 
 NO_VERDICT = 3  # exit status
 ENGINES = ("local", "ray")
-ERRORS = (BundleError, BulkError, CalibrationError, FileError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

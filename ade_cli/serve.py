@@ -9,12 +9,12 @@ from ade_cli.paths import given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch import serve
 from handlers.launch.engines import DEFAULT, ENGINES
-from handlers.launch.serve import ERRORS, MAX_SCORE_WORKERS
+from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.launch.supervision import LaunchError
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.ports import LOOPBACK, VARIABLES
 
-__all__ = ["ERRORS", "add_arguments", "extra", "run"]
+__all__ = ["add_arguments", "extra", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from handlers.front.settings import TokenError, given_token
+from handlers.front.settings import given_token
 from handlers.torchserve.status import read_status
-from serving.ports import PortError, Ports, check_host
-
-ERRORS = (PortError, TokenError)
+from serving.ports import Ports, check_host
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

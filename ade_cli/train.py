@@ -21,20 +21,17 @@ from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
-from training.data import CHANNELS, DataError
+from training.data import CHANNELS
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.discriminator import DiscriminatorConfig
 from training.loop import train
-from training.metrics.features import FeatureError
 from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
 from training.run_start import check_folder, check_start, last_options, read_started
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
 from training.step import TrainingDiverged
 
-ERRORS = (RunError, DataError, ConfigError, FeatureError, TrainingDiverged)
 IMAGES = 1_000_000
 # Fields without an option: they define a system, or follow from the data and from other options.
 RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")

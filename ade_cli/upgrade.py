@@ -9,9 +9,7 @@ from ade_cli.paths import given_path
 from handlers.launch.channel import ChannelError, ask
 from handlers.launch.run_folder import find_service
 from handlers.launch.upgrades import FINISH, UPGRADE
-from serving.ports import VARIABLES, PortError, Ports
-
-ERRORS = (PortError, ChannelError)
+from serving.ports import VARIABLES, Ports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from serving.errors import UserError
 
-class CodingError(ValueError):
+
+class CodingError(UserError, ValueError):
     """An archive cannot be written or read as requested; the message is for the user."""
 
 

@@ -49,6 +49,7 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
+from serving.errors import UserError
 from serving.files import new_folder
 from serving.onnx_runtime import cpu_session
 
@@ -57,7 +58,7 @@ LATENT_BITS = 8  # posteriors are at least four steps wide
 MAX_DIFFERENCE = 1e-3  # of a graph's outputs, relative to 1 + their size
 
 
-class CodecError(ValueError):
+class CodecError(UserError, ValueError):
     """The model cannot code images."""
 
 

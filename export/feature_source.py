@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.errors import UserError
+
 FORMAT = "scale=SCALE,size=PIXELS,layout=nchw|nhwc,order=rgb|bgr, or some of these"
 # Normalisations of the channels: mean and standard deviation of values between 0 and 1.
 SCALES = {
@@ -17,7 +19,7 @@ CHECKED = 4  # real images that a graph is tried on
 DATA_KEY = "ade_data"  # of an ONNX file's metadata: what data the network was trained on
 
 
-class FeaturesError(ValueError):
+class FeaturesError(UserError, ValueError):
     """A network that cannot give features, or a preprocessing that does not fit it."""
 
 

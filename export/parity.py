@@ -21,6 +21,7 @@ from export.graphs import Graph, Graphs
 from serving.engine.backends import Backend
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs_of
+from serving.errors import UserError
 from training.data import Dataset
 
 BATCHES = (1, 7, 64)
@@ -36,7 +37,7 @@ MAX_PIXELS_OFF = 1e-4  # share of all values that may be one level apart
 MAX_LATENT = 1e-3  # of means, log-scales, draws and features: relative to 1 + their size
 
 
-class ParityError(RuntimeError):
+class ParityError(UserError, RuntimeError):
     """An exported graph does not compute what the model computes."""
 
 

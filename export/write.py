@@ -28,6 +28,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.signatures import graphs_of, inputs_of
+from serving.errors import UserError
 from serving.files import new_folder
 from training.data import Dataset
 from training.datasets.sketch import KEY, record_of, sketch_in
@@ -35,7 +36,7 @@ from training.datasets.sketch import KEY, record_of, sketch_in
 MAX_BPD = 1e-3  # smaller than any difference that figures show
 
 
-class ExportError(ValueError):
+class ExportError(UserError, ValueError):
     """The bundle cannot be written as requested."""
 
 

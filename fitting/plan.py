@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fitting.survey import LARGEST
+from serving.errors import UserError
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
@@ -36,7 +37,7 @@ FIRST_BATCH_SIZE = 16
 _MINUTES = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """The plan cannot be made or resumed."""
 
 

@@ -33,6 +33,7 @@ from serving.api.score_table import columns, failed_row, scored_row
 from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
+from serving.errors import UserError
 from serving.files import image_paths, naming, only_writer, read_file, replacing
 from serving.images import IMAGE_SUFFIXES, in_options
 from serving.messages import printable
@@ -50,7 +51,7 @@ TRIED = 16  # files, to know whether any can be read
 RETRY_S = 2.0  # until files are read again whose errors may pass
 
 
-class BulkError(ValueError):
+class BulkError(UserError, ValueError):
     """Scoring cannot be started or resumed."""
 
 

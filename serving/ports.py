@@ -9,6 +9,8 @@ import socket
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from serving.errors import UserError
+
 VARIABLES = {
     "inference": ("ADE_INFERENCE_PORT", 8080),
     "metrics": ("ADE_METRICS_PORT", 8082),
@@ -48,7 +50,7 @@ def free_ports(count: int) -> list[int]:
     )
 
 
-class PortError(ValueError):
+class PortError(UserError, ValueError):
     """The service cannot listen on a port or host."""
 
 

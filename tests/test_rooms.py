@@ -68,6 +68,7 @@ MAY_IMPORT = {
 SHARED = {
     "serving.brand",
     "serving.cores",
+    "serving.errors",
     "serving.messages",
     "serving.onnx_runtime",
     "serving.ports",

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.errors import UserError
+
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader
 # Held-out copies from which on a picture, such as a camera's black frame, counts as one that will
@@ -41,7 +43,7 @@ NOT_ARRAYS = (
 )
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set does not exist or cannot be used."""
 
 

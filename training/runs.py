@@ -32,6 +32,7 @@ from ade_model.checkpoint import (
 )
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
+from serving.errors import UserError
 from serving.files import alone_in as only_one_in
 from serving.files import new_folder, sha256_of, write_text
 from training.growth import check_growth, grown_weights
@@ -51,7 +52,7 @@ STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"  # only bundles have one
 
 
-class RunError(ValueError):
+class RunError(UserError, ValueError):
     """The folder of a run cannot be used as requested, or an option is invalid."""
 
 

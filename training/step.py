@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
+from serving.errors import UserError
 from training.augment import NUMBERS, augment
 from training.discriminator import make_discriminator
 from training.guide import ClassifierGuide, Guide
@@ -58,7 +59,7 @@ def _to_device(network: _Network, device: torch.device) -> _Network:
     return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """A loss was not finite, or gradients stayed abnormally large after several rescues."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from serving.errors import UserError
 from serving.ports import LOOPBACK
 
 ANY_ADDRESS = "0.0.0.0"
@@ -17,7 +18,7 @@ TOKEN_VARIABLE = "ADE_TOKEN"
 MIN_TOKEN = 32
 
 
-class TokenError(ValueError):
+class TokenError(UserError, ValueError):
     """``ADE_TOKEN`` cannot be used."""
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from serving.errors import UserError
+
 MAX_LINE = 2**20  # bytes
 READ_S = 10.0  # for the line of a client
 RETRY_S = 0.5  # after a client that could not be accepted
@@ -29,7 +31,7 @@ Say = Callable[[str], None]
 Handle = Callable[[dict[str, Any], Say], dict[str, Any]]
 
 
-class ChannelError(RuntimeError):
+class ChannelError(UserError, RuntimeError):
     """Nobody answers, or the answer is an error, which is the message."""
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from serving.errors import UserError
 from serving.files import LOCK, locked
 from serving.ports import Ports
 
@@ -33,7 +34,7 @@ MAX_SOCKET_PATH = 107  # bytes, the limit of Unix domain sockets
 LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by the model server
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(UserError, RuntimeError):
     """The working folder cannot be created."""
 
 

@@ -21,7 +21,7 @@ from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
-from handlers.launch.run_folder import RunFolder, RunFolderError, run_folder
+from handlers.launch.run_folder import RunFolder, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
 from handlers.launch.upgrades import UpgradeError, Upgrades
 from serving.api.guard import is_address
@@ -30,10 +30,9 @@ from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.files import alone_in
-from serving.ports import LOOPBACK, USER, PortError, Ports, check_host
+from serving.ports import LOOPBACK, USER, Ports, check_host
 from serving.verdict.calibration_file import Calibrations
 
-ERRORS = (BundleError, PortError, LaunchError, BackendError, RunFolderError)
 UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
 WATCH_S = 0.5

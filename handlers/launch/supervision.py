@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from serving.errors import UserError
 from serving.signals import signals_held
 
 STOP_TIMEOUT_S = 20.0
@@ -36,7 +37,7 @@ rm -rf -- "$1"
 """
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError, RuntimeError):
     """The service did not start, or cannot be kept running."""
 
 

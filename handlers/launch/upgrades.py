@@ -26,6 +26,7 @@ from handlers.launch.parts import Page
 from handlers.launch.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations, seen_file
+from serving.errors import UserError
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.store import ALL, FOLDER, SUFFIX, path_of
@@ -35,7 +36,7 @@ ALPHA = 0.01  # of a request that gives none
 COMMANDS = 3  # that are remembered: a refused one must not hide why the one before failed
 
 
-class UpgradeError(RuntimeError):
+class UpgradeError(UserError, RuntimeError):
     """The change was refused or failed; the service answers as before."""
 
 

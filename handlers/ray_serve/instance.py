@@ -20,6 +20,7 @@ from handlers.launch.run_folder import kept_from_cleaners
 from handlers.ray_serve import guard
 from handlers.ray_serve.environment import HAPROXY, SHORT, of_every_node, of_own_instance
 from serving.cores import available_cores
+from serving.errors import UserError
 
 OBJECTS_BYTES = 256 * 2**20  # of shared memory, for bodies and answers on their way
 LOCAL = "127.0.0.1"
@@ -30,7 +31,7 @@ START_S = 120.0  # after which it is not tried again
 GUARD_S = 10.0  # for the guard to remove what is left
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """Ray cannot be started here, or the cluster cannot be used."""
 
 

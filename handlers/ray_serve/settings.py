@@ -12,11 +12,12 @@ from handlers.front.settings import TOKEN_VARIABLE, TokenError, given_token
 from handlers.launch.options import ServingOptions
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.engine.signatures import OPERATIONS
+from serving.errors import UserError
 
 LOGS = "~/.cache/ade/logs"  # not in /tmp, where other users could prepare links
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """The arguments of the application cannot be used."""
 
 

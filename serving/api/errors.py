@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from serving.errors import UserError
 
-class ApiError(Exception):
+
+class ApiError(UserError):
     """An answer other than 200.
 
     Attributes:

@@ -18,6 +18,7 @@ import numpy as np
 
 from serving.decode.structure import ImageError, Structure
 from serving.decode.worker import ANSWER, READY, REQUEST, DecodedImage, fill, receive
+from serving.errors import UserError
 
 MEMORY_BYTES = 384 * 2**20  # an image of 16 million pixels takes up to 340 MiB
 CPU_SECONDS = 2.0  # an image of 16 million pixels takes up to one second
@@ -32,7 +33,7 @@ _VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME")
 _idle: list[_Decoder] = []
 
 
-class DecoderError(RuntimeError):
+class DecoderError(UserError, RuntimeError):
     """No process that decodes can be started: a fault of the machine, not of the file."""
 
 

@@ -11,13 +11,14 @@ import numpy as np
 from serving.engine.bundle import TORCHSCRIPT_NAME, WEIGHTS_NAME, Bundle
 from serving.engine.cuda import BoundGraph
 from serving.engine.signatures import inputs_of, outputs_of
+from serving.errors import UserError
 from serving.onnx_runtime import onnx_runtime
 
 BACKENDS = ("onnxruntime", "torchscript")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-class BackendError(RuntimeError):
+class BackendError(UserError, RuntimeError):
     """The backend cannot run on this machine with these options."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS, needed_by
+from serving.errors import UserError
 from serving.files import replacing, sha256_of
 from serving.messages import printable
 
@@ -33,7 +34,7 @@ CODEC_ARRAYS_NAME = "codec.npz"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-class BundleError(ValueError):
+class BundleError(UserError, ValueError):
     """The bundle is incomplete, has another format version, or does not match its manifest."""
 
 

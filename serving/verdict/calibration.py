@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.errors import UserError
 from serving.messages import show
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
@@ -33,7 +34,7 @@ MAX_SHOWN = 5  # of them, in a message
 ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError, ValueError):
     """A calibration that cannot be made or read."""
 
 

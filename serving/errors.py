@@ -1,0 +1,10 @@
+"""The base of the errors that users see."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """An error whose text is shown to the user as it is, and no traceback.
+
+    The text is one line that names what is wrong, what was expected and what came.
+    """

@@ -1,0 +1,80 @@
+"""Every error that users see is a UserError, and ``ade`` shows it without a traceback."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from typing import Any
+
+import pytest
+
+from ade_cli.main import main
+from ade_model.errors import ConfigError
+from serving.errors import UserError
+from tests.helpers import ROOT
+from tests.test_rooms import PACKAGES
+
+CLASSES = [
+    (node.name, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ClassDef)
+]
+BUILTIN = {
+    name
+    for name, value in vars(builtins).items()
+    if isinstance(value, type) and issubclass(value, BaseException)
+}
+OTHERS = {  # what becomes of them instead
+    "AdeError": "for programs: the client raises it",
+    "ClientGone": "nobody is left who could read it",
+    "ConfigError": "shown like a UserError; ade_model imports nothing of ours",
+    "Damaged": "of a chunk: ade decompress names the images that are lost",
+    "FileRefused": "an answer of the page",
+    "ImageError": "an ApiError, or a file that is left out and named",
+    "NotCoded": "the image is stored without the model",
+    "NotComputed": "an answer that names no reason",
+    "NotFinite": "the result of one image",
+    "ShapeError": "a bug",
+    "TookTooLong": "for programs: the gate raises it",
+    "Unhealthy": "Ray replaces the replica",
+    "UploadRefused": "an answer of the page",
+    "WorkerError": "in the log of the front",
+}
+
+
+def with_subclasses(names: set[str]) -> set[str]:
+    while more := {name for name, bases in CLASSES if bases & names} - names:
+        names = names | more
+    return names
+
+
+def test_every_error_is_a_users_or_never_reaches_one() -> None:
+    errors, users = with_subclasses(BUILTIN), with_subclasses({"UserError"})
+    assert len(users) > 25  # the walk finds them
+    others = {name for name, bases in CLASSES if bases & errors and not bases & users}
+    # One that begins with an underscore is caught in its own module.
+    assert {name for name in others if not name.startswith("_")} == {*OTHERS, "UserError"}
+
+
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
+    def run(args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ade_cli.score.run", run)
+    return main(["score", "x.png", "--bundle", "x"])
+
+
+@pytest.mark.parametrize("kind", [UserError, ConfigError])
+def test_an_error_of_a_user_is_one_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail_with(kind("alpha must be below 1, got 2"), monkeypatch) == 2
+    assert capsys.readouterr().err == "ade score: --alpha must be below 1, got 2\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError])
+def test_a_bug_is_a_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(kind):
+        fail_with(kind("x"), monkeypatch)
