@@ -167,18 +167,14 @@ def _score_on_ray(args: argparse.Namespace, scorer: FileScorer) -> int:
         raise BulkError("--engine ray scores one folder or manifest, and needs --out DIR")
     try:
         from handlers.ray_bulk.score import score_on_ray
-        from handlers.ray_serve.instance import ClusterError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--engine ray", name=error.name) from None
     if Path(args.images[0]).is_dir():
         say_what_is_not_followed(Path(args.images[0]))
-    try:
-        with progress_bar() as progress:
-            summary = score_on_ray(
-                scorer, args.images[0], args.out, args.workers, args.address, progress
-            )
-    except ClusterError as error:
-        raise BulkError(str(error)) from None
+    with progress_bar() as progress:
+        summary = score_on_ray(
+            scorer, args.images[0], args.out, args.workers, args.address, progress
+        )
     return _report(args, summary)
 
 

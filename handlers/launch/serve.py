@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from handlers.front.settings import ANY_ADDRESS, TokenError, given_token
+from handlers.front.settings import ANY_ADDRESS, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names
@@ -157,10 +157,7 @@ def _token(host: str) -> str | None:
     """The token that API and page require beyond loopback: ``ADE_TOKEN``, or 256 random bits."""
     if host in LOOPBACK:
         return None
-    try:
-        return given_token() or secrets.token_urlsafe(32)
-    except TokenError as error:
-        raise LaunchError(str(error)) from None
+    return given_token() or secrets.token_urlsafe(32)
 
 
 def _check_host_on_cluster(host: str) -> None:
