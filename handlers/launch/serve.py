@@ -23,17 +23,17 @@ from handlers.launch.options import ServingOptions, check_names
 from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.run_folder import RunFolder, run_folder
 from handlers.launch.supervision import LaunchError, Supervisor, tell
-from handlers.launch.upgrades import UpgradeError, Upgrades
+from handlers.launch.upgrades import Upgrades
 from serving.api.guard import is_address
 from serving.cores import available_cores
 from serving.engine.backends import BackendError, has_cuda_provider
-from serving.engine.bundle import Bundle, BundleError, open_bundle
+from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
+from serving.errors import UserError
 from serving.files import alone_in
 from serving.ports import LOOPBACK, USER, Ports, check_host
 from serving.verdict.calibration_file import Calibrations
 
-UPGRADE_ERRORS = (UpgradeError, BundleError, LaunchError, OSError)
 MAX_SCORE_WORKERS = 4
 WATCH_S = 0.5
 PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # required by each backend
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             describe()
             upgrades = Upgrades(plan, engine, page, describe)
-            Listener(folder.control_socket, upgrades.handle, UPGRADE_ERRORS)
+            Listener(folder.control_socket, upgrades.handle, (UserError, OSError))
             _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
             _watch(supervisor, folder, engine, describe)
