@@ -58,11 +58,10 @@ bench-bulk: $(VENV)/.bench  ## ade score of a folder of many files: make bench-b
 bench-training: $(VENV)/.test  ## training steps: images and operations per second, memory, the loader
 	$(BIN)/python -m benchmarks.training
 
-bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, choice of statistics: make bench-ood DATA=CIFAR10
+bench-ood: $(VENV)/.test  ## the verdict: cost, false alarms, drift: make bench-ood DATA=CIFAR10
 	$(BIN)/python -m benchmarks.ood_cost $(BUNDLE)
 	$(BIN)/python -m benchmarks.ood_false_alarms $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.ood_resized $(BUNDLE) --root "$(DATA)"
-	$(BIN)/python -m benchmarks.ood_choice $(BUNDLE) --root "$(DATA)"
 	$(BIN)/python -m benchmarks.drift_thresholds
 
 bench-codec: $(VENV)/.test  ## lossless coding: size and speed beside PNG, WebP, JPEG XL, zstd: make bench-codec DATA=FOLDER

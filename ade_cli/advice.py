@@ -1,6 +1,6 @@
 """What would make a weak gate better, with what was measured of it.
 
-The figures are from docs/ood.md and docs/ood/measurements.md, which name the commands.
+The figures are from docs/ood.md and docs/ood/measurements.md.
 """
 
 from __future__ import annotations

@@ -17,19 +17,62 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
 
-from benchmarks.ood_encoder import KINDS, Statistics, area, encoder_of, with_features
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE, corrupted
 from export.verdict.detector import fit_calibration
 from export.verdict.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
-from serving.verdict.semantic import COORDINATES, PROBABILITIES
+from serving.verdict.semantic import (
+    COORDINATES,
+    FEATURES,
+    LOGITS,
+    OF_NETWORK,
+    PROBABILITIES,
+    semantic_statistics,
+)
+from training.data import ImageSet
 from training.datasets import load_dataset
-from training.encoder import TrainedEncoder
+from training.encoder import TrainedEncoder, make_encoder
+from training.small_encoder import train_small_encoder
 
 SPLITS = ((2, 4, 6), (0, 3, 9), (1, 5, 8))  # birds, deer, frogs; planes, cats, trucks; cars, …
 FIT, CORRUPTED = 2000, 210
 TEST, OTHERS = "test", "classes"
+AT_A_TIME = 50  # images that an encoder sees at a time
+KINDS = {"labels": "with labels", "none": "without labels", "small": "small, with labels"}
+
+Statistics = dict[str, np.ndarray]
+
+
+def with_features(
+    statistics: Statistics, images: np.ndarray, encoder: TrainedEncoder | None
+) -> Statistics:
+    """Statistics with an encoder's features instead of the bundle's, or without any."""
+    kept = {name: values for name, values in statistics.items() if name not in OF_NETWORK}
+    if encoder is None:
+        return kept
+    with torch.inference_mode():
+        parts = [
+            encoder.network(few) for few in torch.from_numpy(np.asarray(images)).split(AT_A_TIME)
+        ]
+    outputs = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
+    kept |= semantic_statistics(dict(zip((FEATURES, LOGITS), outputs, strict=False)))
+    return kept
+
+
+def encoder_of(images: np.ndarray, labels: np.ndarray, kind: str, minutes: float) -> TrainedEncoder:
+    """One of :data:`KINDS`, for these images."""
+    if kind == "small":
+        return train_small_encoder(ImageSet(images, labels), minutes, torch.device("cpu"))
+    return make_encoder(ImageSet(images, labels if kind == "labels" else None))
+
+
+def area(usual: np.ndarray, unusual: np.ndarray) -> float:
+    """The AUROC of scores."""
+    truth = np.repeat([0, 1], [len(usual), len(unusual)])
+    return float(roc_auc_score(truth, np.append(usual, unusual)))
 
 
 def areas(

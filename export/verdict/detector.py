@@ -22,7 +22,7 @@ from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 MIN_IMAGES = 20
 IMAGES_A_COMPONENT = 250
 MAX_COMPONENTS = 8
-# Chosen on corrupted held-out images, as the statistics were: benchmarks/ood_choice.py.
+# Chosen on corrupted held-out images, as the statistics were: docs/ood/measurements.md.
 SHRINKAGE = 0.5  # of each component's covariance towards that of all images
 RIDGE = 0.02  # added to a variance of about one
 # Weight of one unit of the mean semantic normal score, in standard deviations of the density's
