@@ -16,7 +16,6 @@ from export.verdict.corruptions import CORRUPTIONS
 from export.verdict.images import Images, readable
 from export.verdict.ood_bench import bench
 from serving.engine.bundle import Bundle
-from serving.images import in_options
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError
 from training.datasets import NAMES, load_dataset
@@ -57,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of in-distribution images that are corrupted (default: %(default)s)",
     )
-    parser.add_argument("--resize", choices=("fit",), help="resize images of another size")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,13 +74,8 @@ def run(args: argparse.Namespace) -> None:
     engine = load_engine(args.bundle, "score", device="cpu")
     bundle = engine.bundle
     calibrations = engine.store.usable()
-    fit = args.resize == "fit"
-    if calibrations.of(fit) is None:
-        raise CalibrationError(
-            f"{args.bundle} is not calibrated"
-            + (" for resized images" if calibrations.exact else "")
-            + ": ade calibrate does that"
-        )
+    if calibrations.exact is None:
+        raise CalibrationError(f"{args.bundle} is not calibrated: ade calibrate does that")
     names = [name_of(path) for path in args.ood]
     if len({*names, *CORRUPTIONS}) < len(names) + len(CORRUPTIONS):
         raise DataError(
@@ -91,10 +84,7 @@ def run(args: argparse.Namespace) -> None:
     own = bundle.manifest.get("calibration") or {}
     sets = {name_of(path): GivenImages(path, args.images) for path in args.ood}
     id_name, id_images, trained = _id_images(args, bundle, calibrations.data or own.get("data"))
-    try:
-        made = bench(engine, id_name, id_images, sets, args.corrupted, fit, args.out, _say, trained)
-    except CalibrationError as error:
-        raise CalibrationError(in_options(str(error))) from None
+    made = bench(engine, id_name, id_images, sets, args.corrupted, args.out, say, trained)
     say(f"{made}")
 
 
@@ -111,10 +101,6 @@ def _check_out(out: Path) -> None:
             f"{out} holds {' and '.join(found)}, but no figures.csv of an earlier ade ood-bench: "
             "choose another --out"
         )
-
-
-def _say(line: str) -> None:
-    say(in_options(line))
 
 
 def _id_images(

@@ -1025,7 +1025,7 @@ def test_reading_training_images_is_reported(
     told: list[str] = []
     _parts(open_bundle(tiny_bundle), others[:50], others[50:], trained, told.append)
     engine = InferenceEngine(tiny_bundle, device="cpu")
-    bench(engine, "inverted", 255 - others, {}, 2, False, tmp_path, told.append, trained)
+    bench(engine, "inverted", 255 - others, {}, 2, tmp_path, told.append, trained)
     assert told.count("training: read 3 images") == 2
 
 

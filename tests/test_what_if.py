@@ -24,7 +24,7 @@ from ade_cli.advice import advice
 from ade_cli.image_sets import GivenImages
 from ade_cli.main import main, parse
 from export.verdict import images as images_module
-from export.verdict import kinds
+from export.verdict import kinds, separation
 from export.verdict import what_if as what_if_module
 from export.verdict.calibrate import calibrate_bundle
 from export.verdict.corruptions import CORRUPTIONS, SUBTLE
@@ -299,7 +299,7 @@ def test_the_bench_judges_images_by_their_kind(
     np.save(tmp_path / "id.npy", np.concatenate([small_images[140:160], fresh]))
     np.save(tmp_path / "larger.npy", fresh.repeat(2, 1).repeat(2, 2))
     words = ["ood-bench", str(bundle), "--id", str(tmp_path / "id.npy"), "--corrupted", "20"]
-    words += ["--ood", str(tmp_path / "larger.npy"), "--resize", "fit"]
+    words += ["--ood", str(tmp_path / "larger.npy")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     assert "id.npy: left out 20 images that calibrated or trained" in capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
@@ -309,6 +309,34 @@ def test_the_bench_judges_images_by_their_kind(
     with open(tmp_path / "out" / "figures.csv", newline="") as file:
         rows = {row["ood_set"]: row for row in csv.DictReader(file) if row["score"] == "combined"}
     assert rows["larger"]["flagged_0.1"] == "1.0"
+
+
+def test_the_bench_gives_no_verdict_without_a_calibration_for_resized_images(
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    bundle = with_calibrations(
+        tiny_bundle, tmp_path / "bundle", lambda its: dataclasses.replace(its, resized=None)
+    )
+    fresh = np.ascontiguousarray(small_images[:60, :, ::-1] // 2)
+    larger = fresh.repeat(2, 1).repeat(2, 2)
+    np.save(tmp_path / "id.npy", fresh)
+    np.save(tmp_path / "larger.npy", larger)
+    words = ["ood-bench", str(bundle), "--corrupted", "20", "--id"]
+    some = ["--ood", str(tmp_path / "larger.npy"), "--out", str(tmp_path / "some")]
+    assert main([*words, str(tmp_path / "id.npy"), *some]) == 0
+    report = (tmp_path / "some" / "report.md").read_text()
+    assert "There is none for resized images: they get no verdict" in report
+    row = next(line for line in report.splitlines() if line.startswith("| larger (60) | combined"))
+    assert row.count("no verdict") == len(separation.ALPHAS)
+    row = next(line for line in report.splitlines() if line.startswith("| constant (20) | combin"))
+    assert "no verdict" not in row.rsplit("|", 3)[0]
+    with open(tmp_path / "some" / "figures.csv", newline="") as file:
+        rows = {row["ood_set"]: row for row in csv.DictReader(file) if row["score"] == "combined"}
+    assert rows["larger"]["flagged_0.1"] == "" != rows["constant"]["flagged_0.1"]
+    assert main([*words, str(tmp_path / "larger.npy"), "--out", str(tmp_path / "all")]) == 0
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "60 resized images, calibrated on 0 others:" in report
+    assert "| 0.1 | no verdict |" in report
 
 
 def test_a_set_without_any_finite_likelihood_is_an_error(
@@ -331,11 +359,11 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     flat = np.full((3, 8, 8, 3), 9, np.uint8)
     with pytest.raises(CalibrationError, match="flat: none of 3 images could be used: image 0"):
         statistics_of(engine, flat, "flat")
-    np.save(tmp_path / "id.npy", small_images[:20].repeat(2, 1))
+    np.save(tmp_path / "id.npy", flat)
     words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
-    reason = "image 0: images must be 8 x 8 pixels, got 8 x 16; --resize fit resizes them"
-    assert capsys.readouterr().err.endswith(f"could be used: {reason} (as for 19 others)\n")
+    reason = "image 0: its likelihood or another statistic is not a finite number"
+    assert capsys.readouterr().err.endswith(f"could be used: {reason} (as for 2 others)\n")
     np.save(tmp_path / "id.npy", small_images[:20] // 2)
     words = ["ood-bench", str(tiny_bundle), "--id", str(tmp_path / "id.npy")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 0

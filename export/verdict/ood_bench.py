@@ -27,7 +27,6 @@ def bench(
     id_images: Images,
     ood_sets: Mapping[str, Images],
     corrupt: int,
-    resize: bool,
     out: Path,
     report: Report,
     trained: Images = (),
@@ -35,7 +34,7 @@ def bench(
     """Measure how well the default calibration detects OOD images, and write the report.
 
     Corrupted ID images are added to the sets; a kind of them without any finite likelihood is left
-    out.
+    out. Images of another size are resized as a request with ``resize`` does it.
 
     Args:
         engine: with ``score``.
@@ -43,7 +42,6 @@ def bench(
         id_images: those that made the calibration, and their copies, are left out.
         ood_sets: sets of OOD images by name.
         corrupt: number of ID images that are corrupted in each way.
-        resize: whether to resize images of other sizes, or to leave them out.
         out: a folder.
         report: called with each line of progress.
         trained: images that a network of the bundle was trained on; their copies among the ID
@@ -63,11 +61,11 @@ def bench(
     }
 
     def unused(report: Report) -> Iterator[Prepared]:
-        return others(id_name, prepared(id_images, shape, resize), known, report)
+        return others(id_name, prepared(id_images, shape, resize=True), known, report)
 
     id_set = measured(engine, unused(report), id_name, report)
     sets = {
-        name: measured(engine, prepared(images, shape, resize), name, report)
+        name: measured(engine, prepared(images, shape, resize=True), name, report)
         for name, images in ood_sets.items()
     }
     found = (image for _, image in unused(lambda line: None) if isinstance(image, InputImage))

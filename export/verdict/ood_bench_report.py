@@ -74,7 +74,12 @@ def write_report(
         f"# OOD detection by {model}",
         "",
         f"ID images: {len(of_id.resized):,} of {id_name}. Each image is judged by the calibration "
-        "for its kind: of the model's size, or resized.",
+        "for its kind: of the model's size, or resized."
+        + (
+            ""
+            if calibrations.resized
+            else " There is none for resized images: they get no verdict; the other scores them."
+        ),
         "",
         "## False alarms",
         "",
@@ -130,7 +135,7 @@ def _false_alarms(judged: Judged) -> list[str]:
         its = replace(judged, p_values=judged.p_values[rows], calibrations={kind: calibration})
         body = []
         for alpha, share in zip(ALPHAS, its.flagged(), strict=True):
-            if share is None:
+            if share is None or calibration is None:
                 body.append([f"{alpha}", "no verdict", ""])
                 continue
             low, high = calibration.false_alarm_band(alpha, tested=int(rows.sum()))

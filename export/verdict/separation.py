@@ -46,38 +46,41 @@ class Judged:
 
     Attributes:
         scores: of :func:`scores_of`, those that all kinds of these images have.
-        p_values: float64 ``(N,)``.
+        p_values: float64 ``(N,)``, NaN for a kind without a calibration.
         resized: bool ``(N,)``.
-        calibrations: by kind.
+        calibrations: by kind; ``None`` for resized images if there is none for them. Their scores
+            are then those of the other.
     """
 
     scores: dict[str, np.ndarray]
     p_values: np.ndarray
     resized: np.ndarray
-    calibrations: dict[bool, Calibration]
+    calibrations: dict[bool, Calibration | None]
 
     @classmethod
     def of(cls, calibrations: Calibrations, images: Measured) -> Judged:
-        """Judge images; there must be a calibration for each of their kinds."""
+        """Judge images; there must be a calibration for those of the model's size."""
         found: dict[str, np.ndarray] = {}
-        p_values = np.empty(len(images.resized))
-        by_kind = {}
+        p_values = np.full(len(images.resized), np.nan)
+        by_kind: dict[bool, Calibration | None] = {}
         for kind in np.unique(images.resized).tolist():
             calibration = calibrations.of(kind)
-            assert calibration is not None
+            judging = calibration or calibrations.exact
+            assert judging is not None
             rows = images.resized == kind
-            scores = scores_of(calibration, {k: v[rows] for k, v in images.statistics.items()})
+            scores = scores_of(judging, {k: v[rows] for k, v in images.statistics.items()})
             for name, values in scores.items():
                 found.setdefault(name, np.full(len(rows), np.nan))[rows] = values
-            p_values[rows] = conformal_p_values(calibration.scores, scores[COMBINED])
+            if calibration is not None:
+                p_values[rows] = conformal_p_values(calibration.scores, scores[COMBINED])
             by_kind[kind] = calibration
         whole = {name: values for name, values in found.items() if not np.isnan(values).any()}
         return cls(whole, p_values, images.resized, by_kind)
 
     @property
     def calibrated(self) -> int:
-        """Number of calibration images, for the kind that has fewer."""
-        return min(len(calibration.scores) for calibration in self.calibrations.values())
+        """Number of calibration images, for the kind that has fewer; 0 without a calibration."""
+        return min(0 if its is None else len(its.scores) for its in self.calibrations.values())
 
     def flagged(self) -> tuple[float | None, ...]:
         """The share that is flagged at each alpha; ``None`` if a kind gets no verdict."""
