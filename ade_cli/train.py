@@ -6,8 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import (
     add_data_arguments,
@@ -208,11 +206,6 @@ def run(args: argparse.Namespace) -> None:
         config = recipe(args.recipe, dataset.image_size, dataset.channels, args.size, **changes)
         try:
             progress = train(config, dataset, args.out, options, args.resume, source_of(args))
-        except torch.OutOfMemoryError as error:
-            first = "" if checkpoint_folders(args.out) else f", after deleting {args.out}"
-            raise RunError(
-                f"the GPU has too little memory: give a smaller --batch-size or --size{first}"
-            ) from error
         except TrainingDiverged as error:
             is_saved = bool(checkpoint_folders(args.out))
             how = f"continue with --init {args.out} and" if is_saved else "start again with"

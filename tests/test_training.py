@@ -1746,23 +1746,6 @@ def trained_on(folder: Path, run: Path) -> Path:
     return run
 
 
-def test_a_gpu_with_too_little_memory_is_no_traceback(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def out_of_memory(*given: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Trainer, "run", out_of_memory)
-    run = tmp_path / "run"
-    words = ["train", "vae", "--data", str(folder), "--image-size", "8", "--out", str(run)]
-    assert main([*words, "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert "give a smaller --batch-size or --size, after deleting" in said and str(run) in said
-
-
 @pytest.mark.parametrize(
     "words, called, remedy",
     [
