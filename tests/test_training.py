@@ -1120,12 +1120,6 @@ def test_impossible_networks_are_refused(name: str, change: dict, message: str) 
         recipe(name, 32, 3, **change)
 
 
-def test_a_run_with_an_idle_option_still_loads() -> None:
-    """Earlier versions accepted it."""
-    before = dataclasses.replace(recipe("av-ade-pd", 32, 3), gp_every=2)
-    assert TrainConfig.from_dict(before.to_dict()) == before
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -1305,17 +1299,6 @@ def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) 
     path.unlink()
     with pytest.raises(ConfigError, match=f"{path} cannot be read: No such file or directory$"):
         load_checkpoint(folder, trainer())
-
-
-def test_a_checkpoint_without_the_norm_of_the_penalty_loads(tmp_path: Path) -> None:
-    """As earlier versions wrote them."""
-    folder = save_checkpoint(tmp_path, trainer(), Progress(step=3), {"recipe": "av-ade"})
-    state = read_state(folder)
-    state["usual_norm"] = {"model": 1.0, "discriminator": 2.0}
-    write_json(folder / "state.json", state)
-    resumed = trainer()
-    assert load_checkpoint(folder, resumed) == Progress(step=3)
-    assert resumed.usual_norm == {"model": 1.0, "discriminator": 2.0, "penalty": 0.0}
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
     before = read_started(run)["options"]
     options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
     # A run without a guide may have such a file as well, if an encoder was written there.
-    if before.get("guide") is not None and (run / GUIDE_NAME).is_file():
+    if before["guide"] is not None and (run / GUIDE_NAME).is_file():
         options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
     return options
 

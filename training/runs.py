@@ -240,8 +240,6 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
     progress = Progress(**{name: state[name] for name in PROGRESS})
     trainer.step = progress.step
-    # Earlier checkpoints lack the norm of steps with the penalty.
-    state["usual_norm"] = trainer.usual_norm | state["usual_norm"]
     for name in TRAINER_STATE:
         setattr(trainer, name, state[name])
     if trainer.inferring:
