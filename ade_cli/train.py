@@ -31,9 +31,10 @@ from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpo
 from training.step import TrainingDiverged
 
 IMAGES = 1_000_000
-# Fields without an option: they define a system, or follow from the data and from other options.
+# Fields without an option: they define a system, follow from the data and from other options, or
+# differ only in models of earlier versions.
 RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
-MODELS_OWN = ("image_size", "channels", "encoder")
+MODELS_OWN = ("image_size", "channels", "encoder", "posterior_bound")
 DISCRIMINATORS_OWN = ("kind",)
 
 

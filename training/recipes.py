@@ -295,16 +295,10 @@ GUIDE_WEIGHT = 0.2  # if there is a guide
 _ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of such fields begin
 # Fields that need a flow, a VAE, or weights that only the likelihood trains.
 _OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_max_log_scale"}
-_OF_VAE = {"sigma", "patch", "posterior_iaf", "posterior_bound"}
+_OF_VAE = {"sigma", "patch", "posterior_iaf"}
 _OF_LIKELIHOOD = {"learning_rate", "beta1", "beta2"}
 # Fields that need L_C, a discriminator of pixels, or a gradient penalty.
-_OF_COVERAGE = {
-    "free_bits",
-    "kl_warmup",
-    "dequantizer_width",
-    "posterior_iaf",
-    "posterior_bound",
-}
+_OF_COVERAGE = {"free_bits", "kl_warmup", "dequantizer_width", "posterior_iaf"}
 _OF_PIXEL_DISCRIMINATOR = {"d_patch"}
 _OF_PENALTY = {"gp_target", "gp_every"}
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)
