@@ -422,6 +422,8 @@ def compare(answer: httpx.Response, expected: dict[str, Any], exact: bool) -> No
         :500
     ]
     assert {name: found["headers"].get(name) for name in headers} == headers
+    if "x-ade-backend" in expected["headers"]:
+        assert found["headers"]["x-ade-backend"].startswith("onnxruntime/")
     assert_close(
         found["body"], expected["body"], "body"
     )  # first, because its error is the clearest

@@ -107,23 +107,6 @@ def error_of(answer: httpx.Response) -> dict:
     return body["error"]
 
 
-def test_every_answer_names_its_model(service: RunningService) -> None:
-    manifest = json.loads((PRETRAINED / "manifest.json").read_text())
-    for operation in OPERATIONS:
-        answer = (
-            post(service, operation, b"{}", "application/json")
-            if operation == "sample"
-            else post(service, operation, EXAMPLE.read_bytes())
-        )
-        assert answer.status_code == 200
-        assert (
-            answer.headers["x-ade-model"]
-            == f"{manifest['name']}@{manifest['files']['model.safetensors'][:12]}"
-        )
-        assert answer.headers["x-ade-backend"].startswith("onnxruntime/")
-        assert int(answer.headers["x-ade-batch"]) >= 1
-
-
 def test_a_picture_reproduces_itself(service: RunningService) -> None:
     first = post(
         service,
@@ -224,37 +207,8 @@ def test_files_arrays_pillow_images_and_paths_score_alike(
     assert len({r.bpd for r in results if isinstance(r, ScoreResult)}) == 1 and len(results) == 5
 
 
-def test_npy_and_form(service: RunningService, client: AdeClient, real_images: np.ndarray) -> None:
-    expected = [r.bpd for r in client.score(real_images[:4])]
-    answer = post(service, "score", npy(real_images[:4]), "application/x-npy")
-    assert [r["bpd"] for r in answer.json()["results"]] == expected
-    files = {
-        f"image{i}": (f"{i}.png", encode(Image.fromarray(image), "PNG"), "image/png")
-        for i, image in enumerate(real_images[:4])
-    }
-    answer = httpx.post(
-        f"{service.url}/predictions/score", files=files, data={"alpha": "0.5"}, timeout=60
-    )
-    assert [r["bpd"] for r in answer.json()["results"]] == expected and answer.json()[
-        "alpha"
-    ] == 0.5
-    answer = post(service, "reconstruct", npy(real_images[:4]), "application/x-npy")
-    assert len(answer.json()["results"]) == 4
-
-
 def as_json(**values) -> tuple[bytes, str]:
     return json.dumps(values).encode(), "application/json"
-
-
-PICTURE = Image.open(EXAMPLE).convert("RGB")
-
-
-def test_rotated_by_exif(service: RunningService) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    (turned,) = post(service, "score", encode(PICTURE, "PNG", exif=exif)).json()["results"]
-    (plain,) = post(service, "score", encode(PICTURE.rotate(180), "PNG")).json()["results"]
-    assert turned.pop("notes") == ["EXIF orientation applied"] and turned == plain
 
 
 def test_what_torchserve_answers_itself_is_translated(service: RunningService) -> None:
