@@ -48,7 +48,6 @@ VERBS = {
 }
 RESUMED = dict.fromkeys(("compare", "compress"), ": the same command resumes from here")
 INTERRUPTED = 130  # exit status after Ctrl-C
-TERMINATED = 143  # exit status after SIGTERM
 EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "fit": "fit",
     "recipes": "train",
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:  # imports of a verb can take seconds
             print(" ".join(["ade", *given[:1]]) + ": interrupted", file=sys.stderr)
             return INTERRUPTED
-        with _sigterm_raises(args.verb):
+        with _signals_raise(args.verb):
             return _run(args)
 
 
@@ -151,8 +150,8 @@ def _messages_may_be_lost() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises(verb: str) -> Iterator[None]:
-    """Turn SIGTERM into :class:`SystemExit`, so that unfinished outputs are removed.
+def _signals_raise(verb: str) -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into :class:`SystemExit`, so that unfinished outputs are removed.
 
     ``ade serve`` has handlers of its own, and ``torchrun`` stops its processes at once.
     """

@@ -31,7 +31,6 @@ import psutil
 import pytest
 import yaml
 
-from ade_cli.main import TERMINATED
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from handlers.front.admission import Limits
 from handlers.front.front import Request
@@ -394,9 +393,9 @@ with instance.ray_instance("10.0.0.1:6379", 1):
 
 STOP = """
 import os, signal
-from ade_cli.main import _sigterm_raises
+from ade_cli.main import _signals_raise
 from handlers.ray_serve.instance import ray_instance
-with _sigterm_raises("{verb}"), ray_instance("10.0.0.1:6379", 1):
+with _signals_raise("{verb}"), ray_instance("10.0.0.1:6379", 1):
     os.kill(os.getpid(), signal.SIGTERM)
 """
 
@@ -442,7 +441,7 @@ def test_a_killed_process_ends_on_a_cluster_only_what_it_deployed(
 
 
 @pytest.mark.parametrize("where", ["", "STOP_IN_INIT"])
-@pytest.mark.parametrize("verb, status", [("score", TERMINATED), ("serve", 0)])
+@pytest.mark.parametrize("verb, status", [("score", 128 + signal.SIGTERM), ("serve", 0)])
 def test_sigterm_ends_a_job_in_bulk_with_the_status_of_a_local_one(
     verb: str, status: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
