@@ -19,6 +19,7 @@ import pytest
 
 from handlers.launch.environment import child_environment
 from handlers.launch.parts import Page
+from handlers.launch.serve import _token
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
 from handlers.torchserve.status import read_status
 from serving.client import AdeClient, AdeError
@@ -250,6 +251,16 @@ def test_short_tokens_and_bad_names_are_refused() -> None:
     for name in ("http://ade.example.org", "ade.example.org:8080", "*", "a..b"):
         named = error_of_serve("--allowed-hosts", f"ok.example.org,{name}")
         assert "takes host names without scheme or port" in named
+
+
+def test_a_token_that_would_protect_nothing_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADE_TOKEN", "x" * 32)
+    assert _token("127.0.0.1") is None
+    said = capsys.readouterr().err
+    assert "ADE_TOKEN has no effect with --host 127.0.0.1" in said and "xxx" not in said
+    assert _token("127.0.0.2") == "x" * 32 and not capsys.readouterr().err
 
 
 def test_a_host_that_is_not_of_this_machine_is_refused() -> None:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from handlers.front.settings import ANY_ADDRESS, given_token
+from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
 from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names
@@ -156,6 +156,11 @@ def _ignore_signals() -> None:
 def _token(host: str) -> str | None:
     """The token that API and page require beyond loopback: ``ADE_TOKEN``, or 256 random bits."""
     if host in LOOPBACK:
+        if TOKEN_VARIABLE in os.environ:
+            tell(
+                f"warning: {TOKEN_VARIABLE} has no effect with --host {host}, where every user of "
+                "this machine can use the service"
+            )
         return None
     return given_token() or secrets.token_urlsafe(32)
 
