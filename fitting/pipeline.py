@@ -194,9 +194,9 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
             copies = sum(len(group) - 1 for group in found.twice)
             unusable = f"{len(found.broken)}{unusable_hint(dataset.skipped)}"
             raise DataError(
-                f"{folder}: the part {part} needs at least {least} images and gets {usable}"
+                f"{folder}: of {found.files} files (unusable: {unusable}; copies: {copies}), the "
+                f"part {part} gets {usable} images and needs at least {least}"
                 + ", not counting copies of each other and of those in calibrate" * is_fitted
-                + f", of {found.files} files (unusable: {unusable}; copies: {copies})"
                 + f"; about {ENOUGH} different images are needed" * (found.files < ENOUGH)
                 + few_names_hint([file.name for file in files])
             )

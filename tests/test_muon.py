@@ -42,7 +42,7 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     assert torch.nn.functional.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
-def test_hidden_kernels_alone_are_orthogonalised_and_steps_are_as_large_as_adams() -> None:
+def test_wide_kernels_alone_are_orthogonalised_and_steps_are_as_large_as_adams() -> None:
     before, with_adam, with_muon = (network() for _ in range(3))
     step(with_adam, torch.optim.Adam(with_adam.parameters(), 1e-3))
     step(with_muon, Muon(with_muon.parameters(), 1e-3))

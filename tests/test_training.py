@@ -1738,7 +1738,7 @@ def trained_on(folder: Path, run: Path) -> Path:
         (
             ["train", "vae", "--data", "x", "--out", "x"],
             "train.run",
-            "a smaller --batch-size, or --device cpu",
+            "a smaller --batch-size and another --out, or --device cpu",
         ),
     ],
 )

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.9  # at least; Adam's beta1 where that is larger
-MIN_CHANNELS = 16  # of a hidden convolution; those of images and means have fewer
+MIN_CHANNELS = 16  # input and output: the steps of a narrower kernel are Adam's
 # Of the polynomial by which Newton-Schulz iterations raise all singular values close to 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
-# Of a matrix of orthonormal rows or columns, the root of the mean square of its elements is that of
-# 1 / its longer side. This is the size of Adam's steps, so that both share rates (Liu et al., "Muon
-# is scalable for LLM training", 2025).
+# Root mean square of a step's elements, in rates: about that of Adam's steps, so that both share
+# rates (Liu et al., "Muon is scalable for LLM training", 2025). The elements of orthonormal rows or
+# columns have 1 / sqrt(longer side).
 _ADAMS_SIZE = 0.2
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for the 3 × 3 kernels of hidden convolutions.
+    """Adam, but for 3 × 3 kernels of at least :data:`MIN_CHANNELS` input and output channels.
 
     Their steps are momenta whose singular values are all made about 1, so that rare directions are
     learnt as fast as frequent ones. A kernel ``(out, in, 3, 3)`` is the matrix ``(out, 9 in)``.
@@ -32,7 +32,7 @@ class Muon(torch.optim.Adam):
             (group, p)
             for group in self.param_groups
             for p in group["params"]
-            if p.grad is not None and _is_hidden(p)
+            if p.grad is not None and _is_wide(p)
         ]
         for group, p in own:
             momentum = max(group["betas"][0], MOMENTUM)
@@ -64,5 +64,5 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-def _is_hidden(parameter: Tensor) -> bool:
+def _is_wide(parameter: Tensor) -> bool:
     return parameter.shape[2:] == (3, 3) and min(parameter.shape[:2]) >= MIN_CHANNELS

@@ -25,8 +25,8 @@ class TrainConfig:
         model: configuration of the model.
         discriminator: configuration of the discriminator; ``None`` for maximum likelihood alone.
         batch_size: images per step, over all processes.
-        optimizer: of model and discriminator, ``adam`` or ``adamax``; ``muon`` for hidden
-            convolutions of the model (:class:`training.muon.Muon`), ``adam`` for all else.
+        optimizer: of model and discriminator, ``adam`` or ``adamax``; or ``muon`` for the model's
+            3 × 3 convolutions of at least 16 input and output channels, and ``adam`` for all else.
         learning_rate: highest rate of the weights that the likelihood alone trains (flow,
             dequantiser, encoder, posterior and sigma), and of the whole model if there is no
             discriminator.
