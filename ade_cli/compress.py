@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         copy = command("export", "--with-codec", args.bundle, "OUT")
         raise FileError(f"{args.bundle} has no codec. Make a copy with one: {copy}")
     lacks_pictures = say_what_is_not_followed(args.images)
+    if args.images.is_dir():
+        print(f"looking for files in {args.images} that cannot be read", file=sys.stderr)
     source = open_source(args.images, args.keep_metadata)
     for path, reason in source.left_out:
         left_out(path, reason)

@@ -98,8 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--force",
         action="store_true",
-        help="accept the images even if networks were trained on some of them, or if images like "
-        "them can no longer be rejected from then on",
+        help="accept the images even if networks were trained on some of them, if images like "
+        "them can no longer be rejected from then on, or if the calibration is gone to which "
+        "images were given before",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # first bytes of an .npy and of an .npz 
 
 def name_of(path: Path) -> str:
     """The name of a set of images: that of a file without its ending, or of a folder."""
-    return path.resolve().name if path.is_dir() else path.stem
+    return Path(os.path.abspath(path)).name if path.is_dir() else path.stem
 
 
 class GivenImages:

@@ -162,7 +162,13 @@ def _signals_raise(verb: str) -> Iterator[None]:
     signs = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
         signs.append(signal.SIGHUP)
-    before = [signal.signal(s, lambda number, _: sys.exit(128 + number)) for s in signs]
+
+    def end(number: int, frame: object) -> None:
+        for sign in signs:  # a closed terminal sends SIGHUP twice: the second must not end this
+            signal.signal(sign, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = [signal.signal(sign, end) for sign in signs]
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def _id_images(
     path = Path(args.in_distribution)
     chosen = files_that_test(path, bundle, calibrated_on, say) if path.is_dir() else None
     if chosen is None:
-        return path.resolve().name, GivenImages(path, args.images), ()
+        return Path(os.path.abspath(path)).name, GivenImages(path, args.images), ()
     is_test, trained = chosen
     name = f"{path.resolve().name}, part test"
     return name, GivenImages(path, args.images, is_test), readable(trained, say)

@@ -3,6 +3,7 @@
     magic, length of the header, SHA-256 of the header, header (JSON)
     for each chunk: b"ADEc", number of its first image, number of images, length, SHA-256, CRC-32
         of these, content
+    magic, length, SHA-256 and header once more, for the case that the first are damaged
     b"ADEe", number of images, 0, 0, SHA-256 of everything before, CRC-32 of these
 
 All numbers are little-endian. A chunk can be found and checked without those before it, so a

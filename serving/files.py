@@ -83,16 +83,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_readable(path: Path) -> None:
-    """Open a file as :func:`read_file` does, without reading its content.
-
-    Raises:
-        OSError: as :func:`read_file`.
-    """
-    with _opened(path, MAX_FILE_BYTES):
-        pass
-
-
 @contextmanager
 def _opened(path: Path, limit: int) -> Iterator[int]:
     descriptor = os.open(path, FLAGS)

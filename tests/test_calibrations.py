@@ -48,7 +48,7 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
-from serving.engine.calibrations import open_calibrations
+from serving.engine.calibrations import open_calibrations, seen_file
 from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import image_digest, short_digest
 from serving.gate import Gate
@@ -58,6 +58,7 @@ from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import decide
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import (
+    ALL,
     FOLDER,
     CalibrationStore,
     UnknownCalibration,
@@ -545,6 +546,39 @@ def test_a_mount_that_goes_away_leaves_its_calibrations_in_use(
     assert "night" not in engine.store.names and not engine.store.broken
 
 
+def test_a_mount_that_goes_away_while_it_is_read_is_not_forgotten(
+    bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(bundle, night_file, "night")
+    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
+    version = engine.store.get("night").version
+    files, device_of = store_module._files, store_module.device_of
+
+    def after_the_unmount(folder: Path) -> dict[str, Any]:
+        if (folder / "night.npz").exists():
+            (folder / "night.npz").rename(bundle / "night.npz")
+            monkeypatch.setattr(store_module, "device_of", lambda folder: device_of(folder) + 1)
+        return files(folder)
+
+    monkeypatch.setattr(store_module, "_files", after_the_unmount)
+    for _ in range(2):
+        engine.store.refresh()
+        assert engine.store.get("night").version == version and ALL in engine.store.broken
+
+
+def test_feedback_does_not_replace_a_calibration_that_is_gone(
+    bundle: Path, dark: np.ndarray, tmp_path: Path
+) -> None:
+    """By the bundle's own, by which it would not have decided."""
+    Image.fromarray(dark[0]).save(tmp_path / "new.png")
+    assert give_feedback(bundle, "default", [tmp_path / "new.png"], []).joined
+    path_of(bundle, "default").unlink()
+    with pytest.raises(CalibrationError, match="default.npz, to which images were given before"):
+        give_feedback(bundle, "default", [tmp_path / "new.png"], [])
+    assert not path_of(bundle, "default").exists()
+    assert give_feedback(bundle, "default", [tmp_path / "new.png"], [], force=True).joined
+
+
 def test_a_default_that_goes_away_before_it_could_be_read_is_missed(
     bundle: Path, night_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,7 +677,7 @@ def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(
     bundle: Path, night_file: Path, tmp_path: Path
 ) -> None:
     """Its service decides by ``default.npz``, so it must not decide by the bundle's own."""
-    folder, memory = bundle / FOLDER, tmp_path / "memory"
+    folder, memory = bundle / FOLDER, seen_file(open_bundle(bundle), tmp_path / "memory")
 
     def start() -> CalibrationStore:
         return open_calibrations(open_bundle(bundle), folder, memory)
@@ -671,7 +705,7 @@ def test_a_worker_that_restarts_without_the_mount_gives_no_verdict(
     # A restarted service has another memory, and another bundle in the folder never had one.
     path_of(bundle, "default").unlink()
     assert start().missing == ["default"]
-    memory.rename(tmp_path / "forgotten")
+    memory.unlink()
     assert start().get().exact is not None and not start().broken
 
 
@@ -680,11 +714,41 @@ def test_a_memory_that_cannot_be_written_stops_no_worker(
 ) -> None:
     add(bundle, night_file, "default")
     (tmp_path / "memory").touch()
-    store = open_calibrations(open_bundle(bundle), bundle / FOLDER, tmp_path / "memory")
+    seen = tmp_path / "memory" / "seen"
+    store = open_calibrations(open_bundle(bundle), bundle / FOLDER, seen)
     store.refresh()
     assert store.get().version == Calibrations.load(night_file).version and not store.broken
     (warning,) = (one for one in caplog.messages if "cannot be made" in one)
     assert warning.endswith("File exists")
+    # It is made as soon as it can be, even if the file has gone by then.
+    (tmp_path / "memory").unlink()
+    path_of(bundle, "default").unlink()
+    store.refresh()
+    assert seen.exists() and "default" in store.broken
+
+
+def test_another_bundle_in_the_folder_leaves_nothing_to_miss(
+    bundle: Path, night_file: Path, tmp_path: Path
+) -> None:
+    """It was put there by mistake; once the former one is back, its own calibration decides."""
+    seen = tmp_path / "seen"
+    store = open_calibrations(open_bundle(bundle), bundle / FOLDER, seen)
+    own = store.get().version
+    bundle.rename(bundle.with_name("former"))
+    shutil.copytree(bundle.with_name("former"), bundle)
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    (bundle / MANIFEST_NAME).unlink()
+    (bundle / MANIFEST_NAME).write_text(json.dumps({**manifest, "made_by": "another"}))
+    write = Calibrations.load(night_file)
+    (bundle / FOLDER).mkdir(exist_ok=True)
+    path_of(bundle, "default").write_bytes(night_file.read_bytes())
+    store.refresh()
+    assert store.get().version == own and ALL in store.broken and write.version != own
+    shutil.rmtree(bundle)
+    bundle.with_name("former").rename(bundle)
+    (bundle / FOLDER).mkdir(exist_ok=True)
+    store.refresh()
+    assert store.get().version == own and not store.broken and not seen.exists()
 
 
 def test_a_bundle_that_is_calibrated_again_is_where_it_was(bundle: Path) -> None:

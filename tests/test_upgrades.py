@@ -58,7 +58,7 @@ from serving.engine.bundle import (
     open_bundle,
     write_manifest,
 )
-from serving.engine.calibrations import open_calibrations
+from serving.engine.calibrations import open_calibrations, seen_file
 from serving.page.served import Served
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import (
@@ -531,7 +531,8 @@ def test_a_default_that_has_vanished_with_its_folder_is_missed(
     old, new = (with_default(tmp_path / name) for name in ("old", "new"))
     engine, memory, said = SwitchingEngine(), tmp_path / "memory", list[str]()
     upgrades = upgrades_of(engine, old, memory=memory)
-    open_calibrations(open_bundle(old), old / FOLDER, memory)  # as a worker of it does
+    served = open_bundle(old)
+    open_calibrations(served, old / FOLDER, seen_file(served, memory))  # as a worker of it does
     (old / FOLDER / "default.npz").rename(tmp_path / "default.npz")
     for folder in ("unmounted", None):  # the file alone, and its folder
         with pytest.raises(UpgradeError, match="no calibration in the place of .*default.npz"):
@@ -552,6 +553,8 @@ def test_a_default_that_has_vanished_with_its_folder_is_missed(
     (old / MANIFEST_NAME).write_text(json.dumps({**manifest, "made_by": "another"}))
     upgrades.handle({"do": UPGRADE, "bundle": str(old)}, lambda text: None)
     assert [Path(*release.bundles) for (release,) in engine.changes] == [new, old, new, old]
+    # A bundle that was only looked at is remembered of nothing.
+    assert [path.name for path in memory.iterdir()] == [seen_file(served, memory).name]
 
 
 def test_a_folder_that_cannot_be_listed_may_hold_a_default(

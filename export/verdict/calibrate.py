@@ -17,7 +17,7 @@ import numpy as np
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.verdict.detector import MIN_IMAGES
-from export.verdict.images import Images, counting, none_usable, prepared, usable
+from export.verdict.images import Images, counting, prepared, usable
 from export.verdict.kinds import Parts, exact_calibration, resized_calibration
 from export.verdict.network_checks import knows_classes, warn_if_seen
 from serving.api.requests import InputImage
@@ -273,9 +273,6 @@ def _parts(
             f"density and {len(parts[1])} to set the false-alarm rate: each needs at least "
             f"{MIN_IMAGES}"
         )
-    for name, images in zip(("fitting", "calibration"), parts, strict=True):
-        if not images:
-            raise none_usable(name, [])
     return parts
 
 

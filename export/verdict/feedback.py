@@ -6,6 +6,7 @@ in the bundle, before the calibration changes, so that after a crash no change l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -31,7 +32,7 @@ from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
-from serving.verdict.store import FOLDER, check_name, folder_of, write_calibrations
+from serving.verdict.store import FOLDER, check_name, folder_of, path_of, write_calibrations
 from training.data import Report
 from training.datasets.sketch import HASH_DIGITS
 
@@ -108,8 +109,8 @@ def give_feedback(
         rejected: files of out-of-distribution images.
         report: called with a line for each file that cannot be used, and with how unusual the
             joining images are under the present calibration.
-        force: let images join even if nothing like them could be rejected any more, or if networks
-            were trained on some of them.
+        force: let images join even if nothing like them could be rejected any more, if networks
+            were trained on some of them, or if the calibration that images were given to is gone.
 
     Raises:
         BundleError: the bundle is not whole, or cannot score.
@@ -135,6 +136,8 @@ def give_feedback(
         return Feedback(0, 0, 0, 0, 0, unusable, before.version, before.version)
     with locked(folder_of(folder) / LOCK, wait=True):
         before = engine.store.usable(name)  # another process may have changed it
+        if not force:
+            _check_not_lost(folder, name, before.version)
         joining, leaving, fitted, calibrating = _changing(before, images)
         if not force:
             _check_not_trained(joining, sketched(bundle))
@@ -373,6 +376,33 @@ def _moved(
 def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
     names = images[0].statistics
     return {name: np.concatenate([image.statistics[name] for image in images]) for name in names}
+
+
+def _last_version(audit: Path, name: str) -> str | None:
+    """The version of a calibration that feedback left last; ``None`` if there was none."""
+    version = None
+    with contextlib.suppress(FileNotFoundError):
+        for line in audit.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # of a line that is damaged
+                if (one := json.loads(line))["calibration"] == name:
+                    version = str(one["version_after"])
+    return version
+
+
+def _check_not_lost(folder: Path, name: str, version: str) -> None:
+    """Check that a calibration that feedback changed before is still there.
+
+    A bundle's own, of this version, would be copied in its place.
+
+    Raises:
+        CalibrationError: it is gone.
+    """
+    audit, path = folder / FOLDER / AUDIT, path_of(folder, name)
+    if not os.path.lexists(path) and _last_version(audit, name) not in (None, version):
+        raise CalibrationError(
+            f"{path}, to which images were given before ({audit}), is gone: put it back, or give "
+            "the option force to begin with the bundle's own calibration again"
+        )
 
 
 def _append(path: Path, images: Sequence[_Image], name: str, before: str, after: str) -> None:

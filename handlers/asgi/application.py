@@ -34,6 +34,7 @@ from serving.api.errors import ApiError, malformed
 from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.calibrations import seen_file
 from serving.engine.signatures import OPERATIONS
 
 PREDICTIONS = ("/predictions/", "/v1/")
@@ -61,7 +62,7 @@ class ApplicationSettings(FrontSettings):
         workers: processes of each bundle, by operation.
         options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
-        memory: see :class:`handlers.asgi.worker.WorkerSettings`.
+        memory: folder for :func:`serving.engine.calibrations.seen_file`.
         control: path of the socket at which the releases are changed, see
             :mod:`handlers.asgi.control`.
     """
@@ -291,7 +292,7 @@ def make_pools(
                 f"{journal}-{number}",
                 settings.logs,
                 ServingOptions(**settings.options),
-                settings.memory,
+                str(seen_file(bundle, Path(settings.memory))),
             )
             for number in range(settings.workers[operation])
         ]

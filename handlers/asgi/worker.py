@@ -45,9 +45,7 @@ class WorkerSettings:
         name: name of the worker in metrics and logs.
         logs: an existing folder.
         options: how it computes.
-        memory: folder of the service's memory, see
-            :func:`serving.engine.calibrations.open_calibrations`; ``None`` if its processes share
-            no folder.
+        memory: path of :func:`serving.engine.calibrations.seen_file`, or ``None``.
     """
 
     bundle: str

@@ -45,7 +45,7 @@ class Plan:
         allowed_hosts: names of the host, besides addresses.
         probe_secret: marks health checks, which are not counted as traffic.
         logs: a folder, which may not exist yet.
-        memory: the same, see :func:`serving.engine.calibrations.open_calibrations`.
+        memory: the same, for :func:`serving.engine.calibrations.seen_file`.
         address: of a cluster to serve on, if it is not this machine.
     """
 

@@ -29,7 +29,7 @@ from serving.engine.calibrations import open_calibrations, seen_file
 from serving.errors import UserError
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.store import ALL, FOLDER, SUFFIX, path_of
+from serving.verdict.store import ALL, FOLDER, SUFFIX, CalibrationStore, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"
 ALPHA = 0.01  # of a request that gives none
@@ -308,7 +308,7 @@ def check_contract(
     Args:
         old: the bundle that is served.
         new: the one that is to replace it.
-        memory: of the service, see :func:`serving.engine.calibrations.open_calibrations`.
+        memory: folder of the service, for :func:`serving.engine.calibrations.seen_file`.
         say: gets a warning if the old one's calibrations cannot be read any more.
 
     Raises:
@@ -350,21 +350,22 @@ def check_contract(
             "ade calibrate --into, or remove those that nobody uses from the old bundle"
         )
     try:
-        store = open_calibrations(new, new.folder / FOLDER, memory)
+        store = _open(new, memory)
     except (BundleError, CalibrationError) as error:
         raise UpgradeError(f"the calibration of {new.model_id}: {error}") from error
     for name, reason in store.broken.items():
         if name == ALL:
             raise UpgradeError(f"the calibrations of {new.model_id}: {reason}")
+        is_gone = name == DEFAULT and DEFAULT not in kept
         raise UpgradeError(
-            f"the calibration {name} of {new.model_id}: {reason}: make it again with ade "
-            "calibrate --into, or remove it"
+            f"the calibration {name} of {new.model_id}: {reason}"
+            + ("" if is_gone else ": make it again with ade calibrate --into, or remove it")
         )
     if not old.folder.is_dir():
         say(f"warning: the folder of {old.model_id} is gone: its calibrations cannot be compared")
         return
     try:
-        old_store = open_calibrations(old, old.folder / FOLDER, memory)
+        old_store = _open(old, memory)
     except (BundleError, CalibrationError) as error:  # it was changed meanwhile
         say(f"warning: the calibrations of {old.model_id} cannot be compared: {error}")
         return
@@ -387,10 +388,25 @@ def check_contract(
                 )
 
 
+def _seen(bundle: Bundle, memory: Path | None) -> Path | None:
+    """The file by which a service knows that a bundle had a ``default.npz``, if it exists."""
+    path = None if memory is None else seen_file(bundle, memory)
+    return path if path is not None and path.exists() else None
+
+
+def _open(bundle: Bundle, memory: Path | None) -> CalibrationStore:
+    """The calibrations of a bundle. Looking at them notes nothing: it may never be served.
+
+    Raises:
+        BundleError, CalibrationError: see :func:`serving.engine.calibrations.open_calibrations`.
+    """
+    return open_calibrations(bundle, bundle.folder / FOLDER, _seen(bundle, memory))
+
+
 def _may_have_default(bundle: Bundle, memory: Path | None) -> bool:
     """Whether ``default.npz`` decides, or would if it could be read."""
     folder = bundle.folder / FOLDER
-    if memory is not None and seen_file(bundle, folder, memory).exists():
+    if _seen(bundle, memory) is not None:
         return True
     try:
         return f"{DEFAULT}{SUFFIX}" in os.listdir(folder)

@@ -20,6 +20,7 @@ from handlers.ray_serve.replica import Replica
 from handlers.ray_serve.reporter import MetricsReplica
 from handlers.ray_serve.settings import Access, ServeSettings
 from serving.engine.bundle import open_bundle
+from serving.engine.calibrations import seen_file
 
 BY_REQUESTS = AutoscalingPolicy(policy_function="handlers.ray_serve.scaling:by_requests")
 FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
@@ -54,7 +55,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         .bind()
     )
     handles = {}
-    memory = uuid.uuid4().hex  # another one for each deployment
+    memory = Path(f"memory-{uuid.uuid4().hex}")  # another one for each deployment
     bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
     for name, operation, bundle in served_models(bundles):
         worker = WorkerSettings(
@@ -66,7 +67,7 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             name,
             settings.logs,
             settings.options,
-            memory,
+            str(seen_file(bundle, memory)),
         )
         handles[name] = (
             serve.deployment(Replica)

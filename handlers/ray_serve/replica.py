@@ -46,8 +46,8 @@ class Replica:
     """Computes what the fronts send.
 
     Args:
-        settings: what to compute; the name is completed by the replica's rank, and the memory is
-            the name of a folder in that of the logs, which the replicas of a node share.
+        settings: what to compute; the name is completed by the replica's rank, and the path of the
+            memory by the folder of the logs, which the replicas of a node share.
         metrics: handle of :class:`handlers.ray_serve.reporter.MetricsReplica`.
     """
 
@@ -61,7 +61,7 @@ class Replica:
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
-        memory = None if settings.memory is None else str(logs / f"memory-{settings.memory}")
+        memory = None if settings.memory is None else str(logs / settings.memory)
         self._service = load_service(
             dataclasses.replace(settings, name=name, logs=str(logs), memory=memory)
         )

@@ -23,6 +23,7 @@ from serving.engine.bundle import (
     WEIGHTS_NAME,
     Bundle,
 )
+from serving.engine.calibrations import seen_file
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.store import FOLDER
 
@@ -66,7 +67,7 @@ def write_archives(
         store: TorchServe's model store.
         options: backend and device.
         workers: number of processes, by operation.
-        memory: see :func:`serving.engine.calibrations.open_calibrations`.
+        memory: folder for :func:`serving.engine.calibrations.seen_file`.
         prefix: prefix of the served names, for all bundles but the first.
 
     Returns:
@@ -96,7 +97,7 @@ def write_archives(
                 **dataclasses.asdict(options),
                 "operation": operation,
                 "calibrations": str(bundle.folder.resolve() / FOLDER),
-                "memory": str(memory),
+                "memory": str(seen_file(bundle, memory)),
             },
         }
         with _temporary_files_in(store) as temporary:

@@ -30,8 +30,8 @@ def open_calibrations(
     Args:
         bundle: an opened bundle.
         folder: of the named calibrations; ``None`` to use none.
-        memory: a folder that holds what processes of one service remember of bundles, see
-            :class:`serving.verdict.store.CalibrationStore`; it need not exist.
+        memory: of :func:`seen_file`, or ``None``; see
+            :class:`serving.verdict.store.CalibrationStore`.
 
     Raises:
         BundleError: the bundle's own file does not match the manifest.
@@ -60,14 +60,18 @@ def open_calibrations(
         except (BundleError, OSError):
             return False
 
-    seen = None if memory is None or folder is None else seen_file(bundle, folder, memory)
-    return CalibrationStore(own, folder, bundle.networks, names, is_there, seen)
+    return CalibrationStore(own, folder, bundle.networks, names, is_there, memory)
 
 
-def seen_file(bundle: Bundle, folder: Path, memory: Path) -> Path:
-    """The file that exists once a service has seen ``default.npz`` in a bundle's ``folder``.
+def seen_file(bundle: Bundle, memory: Path) -> Path:
+    """The file that exists once a service has seen ``default.npz`` of a bundle.
 
-    Another bundle that takes the folder over has another one.
+    Another bundle that takes the folder over has another one. A link that is moved to a copy of the
+    bundle has the same.
+
+    Args:
+        bundle: as the service was given it.
+        memory: a folder of the service, which need not exist.
     """
-    key = hashlib.sha256(f"{bundle.digest} {folder}".encode(errors="surrogateescape"))
-    return memory / f"{key.hexdigest()}.default"
+    key = f"{bundle.digest} {bundle.folder.absolute()}".encode(errors="surrogateescape")
+    return memory / f"{hashlib.sha256(key).hexdigest()}.default"

@@ -274,10 +274,9 @@ class CalibrationStore:
         try:
             device: int | None = device_of(self._folder)
             found = _files(self._folder)
-            if DEFAULT in found:
-                self._remember_default()
-            elif self._had_default:
-                found[DEFAULT] = _GONE
+            if device_of(self._folder) != device:
+                self._keep(f"{self._folder} was mounted or unmounted while it was read")
+                return
         except FileNotFoundError:
             # Moved, or unmounted.
             if self._may_hold_files or self._had_default or self._folder.is_symlink():
@@ -288,6 +287,8 @@ class CalibrationStore:
             self._may_hold_files = True
             self._keep(f"{self._folder} cannot be read: {error.strerror}")
             return
+        if self._had_default:
+            found.setdefault(DEFAULT, _GONE)
         is_unchanged = self._was_read and found == self._seen and ALL not in self._broken
         # A missing folder says nothing about the bundle.
         if not (is_unchanged and device is not None) and not self._is_there():
@@ -298,6 +299,8 @@ class CalibrationStore:
             self._keep(f"{self._folder} is on another disk than before, without {', '.join(lost)}")
             return
         self._may_hold_files = bool(found)
+        if DEFAULT in found:  # of this bundle, not of another one in its place
+            self._remember_default()
         if is_unchanged:
             self._device = device  # the same files may have been mounted again
             return
@@ -346,7 +349,7 @@ class CalibrationStore:
         return read
 
     def _is_remembered(self) -> bool:
-        return self._memory is not None and self._memory.exists()
+        return self._memory is not None and os.path.exists(self._memory)  # also if it cannot tell
 
     def _remember_default(self) -> None:
         is_new, self._had_default = not self._had_default, True
