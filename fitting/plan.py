@@ -32,6 +32,7 @@ GUIDE_MOST_MINUTES = 15.0
 FLOWS = {"tiny": (2, 6, 48), "small": (2, 8, 48, 32)}
 # Without these terms such a flow leaves the latents unused.
 LATENTS = {"free_bits": 8.0, "reconstruction_weight": 8.0}
+OPTIMIZER = "muon"
 # Of the first stage at size tiny, whose minutes give few steps: twice as many for the same images.
 FIRST_BATCH_SIZE = 16
 _MINUTES = {"m": 1.0, "h": 60.0, "d": 1440.0, "": 1.0}
@@ -115,7 +116,7 @@ class Plan:
     def changes(self, stage: Stage) -> dict[str, Any]:
         """Arguments of :func:`training.recipes.recipe`: what differs from the size's recipes."""
         names = ("flow_scales", "flow_couplings", "flow_width", "dequantizer_width")
-        changes = {**dict(zip(names, self.flow, strict=False)), **LATENTS}
+        changes = {**dict(zip(names, self.flow, strict=False)), **LATENTS, "optimizer": OPTIMIZER}
         if self.size == "tiny" and stage is self.stages[0]:
             changes["batch_size"] = FIRST_BATCH_SIZE
         return changes

@@ -300,7 +300,7 @@ def test_pictures_that_calibration_leaves_out_count_for_too_few(
         dataset = Dataset("images", parts, {}, files=names)
         return _survey(tmp_path, [], Counter(), dataset, tmp_path)
 
-    with pytest.raises(DataError, match="select needs at least 20 images and gets 19, not count"):
+    with pytest.raises(DataError, match="select gets 19 images and needs at least 20, not count"):
         surveyed()
     rows["select"] += [1] * (REPEATS - 1)  # now 1 will repeat in use, and is fitted to once
     found = surveyed()

@@ -74,7 +74,7 @@ def check_options(dataset: Dataset, options: MeasureOptions) -> None:
         raise DataError(
             f"the part {options.part} of {dataset.name} has {found} images "
             f"({dataset.splits[options.part]}); these measurements need at least {least}: choose "
-            "another part with --part, or give more images"
+            "another part, or give more images"
         )
     check_networks(options)
 
