@@ -281,8 +281,8 @@ def _few(calibrated: int) -> str:
     )
     return (
         f"{calibrated:,} images (8 of 100 files) calibrated the verdict; "
-        f"{MIN_CALIBRATED:,} or more are advisable (ade calibrate BUNDLE OUT --data DIR, on images "
-        f"that are not in this folder): at alpha {VERDICT_ALPHA:g} the false-alarm rate may lie "
+        f"{MIN_CALIBRATED:,} or more are advisable (ade calibrate makes a bundle with others that "
+        f"are not in this folder): at alpha {VERDICT_ALPHA:g} the false-alarm rate may lie "
         f"anywhere from {low:.3f} to {high:.3f}{nothing}."
     )
 
