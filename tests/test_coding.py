@@ -1330,7 +1330,7 @@ def test_other_sizes_are_no_larger_than_webp(bundle: Bundle, tmp_path: Path) -> 
         out = io.BytesIO()
         Image.fromarray(image).save(out, "WEBP", lossless=True, method=4, quality=100)
         webp += out.tell()
-    assert (tmp_path / "out.ade").stat().st_size < webp + 1200
+    assert (tmp_path / "out.ade").stat().st_size < webp + 2 * 1200  # a header and its copy
     decompress.decompress(tmp_path / "out.ade", tmp_path / "back.npy", bundle)
     assert np.array_equal(np.load(tmp_path / "back.npy"), images)
 

@@ -284,13 +284,20 @@ def test_nothing_unfinished_is_left_by_a_signal(
             signal.raise_signal(sign)
 
     monkeypatch.setattr("ade_cli.train.run", run)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Whatever started the tests may have set these otherwise, such as nohup.
+    usual = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {one: signal.signal(one, handler) for one, handler in usual.items()}
     try:
         ended = main(["train", "vae", "--data", "x", "--out", "x"])
     except SystemExit as end:
         ended = end.code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert ended == status and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

@@ -169,11 +169,6 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
-        if self.model.flow_scales and not (self.coverage or self.flow_sees_quality):
-            raise ConfigError(
-                "flow_scales must be 0 if no loss trains the flow, "
-                f"got {self.model.flow_scales} for {self.recipe}"
-            )
         if 0 < self.noisy_share * self.batch_size < 1:
             raise ConfigError(
                 f"noisy_share must be 0 or at least 1/{self.batch_size}, one image of each batch, "
@@ -521,6 +516,8 @@ def _check_effect(config: TrainConfig, given: set[str]) -> None:
     ):
         if not has and (idle := names & given):
             raise ConfigError(f"{min(idle)}: {config.recipe} has no {what}")
+    if has_flow and "flow_scales" in given and not (config.coverage or config.flow_sees_quality):
+        raise ConfigError(f"flow_scales: {config.recipe} has no loss that trains a flow")
 
 
 def _names(config: type) -> set[str]:
