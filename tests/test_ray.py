@@ -939,7 +939,7 @@ def test_clients_that_leave_take_nobody_with_them() -> None:
     [
         (2, 96, {}),
         # So slow that most of them wait in the front.
-        (4, 128, {"files": {"image": CAT}, "data": {"samples": "64"}, "timeout": 150}),
+        (4, 128, {"files": {"image": CAT}, "data": {"samples": "32"}, "timeout": 150}),
     ],
 )
 def test_replicas_follow_the_queue(most: int, num_clients: int, request_: dict[str, Any]) -> None:
