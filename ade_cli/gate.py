@@ -99,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force",
         action="store_true",
         help="accept the images even if networks were trained on some of them, if images like "
-        "them can no longer be rejected from then on, or if the calibration is gone to which "
-        "images were given before",
+        "them can no longer be rejected from then on, or if the calibration that feedback changed "
+        "before is gone",
     )
 
 

@@ -3,7 +3,7 @@
     magic, length of the header, SHA-256 of the header, header (JSON)
     for each chunk: b"ADEc", number of its first image, number of images, length, SHA-256, CRC-32
         of these, content
-    magic, length, SHA-256 and header once more, for the case that the first are damaged
+    the first line once more, which is read if the first is damaged
     b"ADEe", number of images, 0, 0, SHA-256 of everything before, CRC-32 of these
 
 All numbers are little-endian. A chunk can be found and checked without those before it, so a
@@ -211,7 +211,7 @@ def _next_record(file: IO[bytes], position: int, size: int) -> int:
 
 
 def _read(file: IO[bytes], position: int, length: int) -> bytes:
-    """Bytes of a file, with zeros for pages that the disk cannot read, which are no record."""
+    """Read bytes of a file, with zeros for pages that the disk cannot read."""
     file.seek(position)
     try:
         return file.read(length)
@@ -231,13 +231,13 @@ def _read(file: IO[bytes], position: int, length: int) -> bytes:
 
 
 def _check_damage(error: OSError) -> None:
-    """Raise an error of reading again, unless a part of the disk is damaged: others may pass."""
+    """Raise the error again unless a part of the disk is damaged, because others may pass."""
     if error.errno != errno.EIO:
         raise error
 
 
 def _copy_of_header(file: IO[bytes], path: Path) -> dict[str, Any] | None:
-    """The header that :func:`write_end` repeated; ``None`` if there is none, or it is damaged."""
+    """The copy of the header before the end; ``None`` if it is missing or damaged."""
     size = file.seek(0, os.SEEK_END)
     most = len(MAGIC) + _HEADER.size + _MAX_HEADER + _RECORD_BYTES
     tail = _read(file, max(0, size - most), most)
@@ -248,7 +248,7 @@ def _copy_of_header(file: IO[bytes], path: Path) -> dict[str, Any] | None:
         header, length = _read_header(io.BytesIO(tail[start:]), path)
     except CodingError:
         return None
-    # Otherwise it is that of another archive, which this one holds.
+    # A header at another place is that of an archive which this one contains.
     return header if start + length + _RECORD_BYTES == len(tail) else None
 
 

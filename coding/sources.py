@@ -44,7 +44,8 @@ class Source(Protocol):
 class FolderSource:
     """The image files below a folder, in the order of their paths.
 
-    Files that cannot be read are found at once, and left out: later the archive has their number.
+    Files that cannot be read are left out. Each file is read once at the start to find them,
+    because the number of images is fixed once an archive is begun.
 
     Raises:
         CodingError: there are none, or none can be read.

@@ -253,7 +253,8 @@ def new_folder(path: Path, taken: Callable[[str], Exception]) -> Iterator[Path]:
 class Rows:
     """The rows of an ``.npy`` file, each read when it is used.
 
-    A mapped file would end the process (SIGBUS) where it was cut off, or its disk fails, meanwhile.
+    A file that is mapped into memory would end the process (SIGBUS) if it were truncated, or if its
+    disk failed, while it is read.
 
     Args:
         path: of a regular file.

@@ -229,7 +229,7 @@ class GateMiddleware:
                 raise _TooLate from None
 
         work = asyncio.get_running_loop().run_in_executor(self._pool, check)
-        self._room -= 1  # now, because there may be no room for a thread
+        self._room -= 1  # only now: the line above raises if it cannot start a thread
         work.add_done_callback(self._done)
         try:
             decisions = await asyncio.wait_for(asyncio.shield(work), self._timeout_s)

@@ -363,6 +363,30 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
             list(manifest.read_manifest(str(tmp_path / "z.parquet")))
 
 
+def test_a_store_that_fails_in_its_own_way_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients of stores have errors of their own, which are neither OSError nor ValueError."""
+
+    class Forbidden(Exception):
+        pass
+
+    def refuse(*given: object) -> None:
+        raise Forbidden("403 Forbidden")
+
+    parquet.write_table(pa.table({"path": ["a.png"]}), tmp_path / "m.parquet")
+    monkeypatch.setattr(manifest.parquet, "ParquetFile", refuse)
+    with pytest.raises(BulkError, match=r"m\.parquet cannot be read: 403 Forbidden"):
+        list(manifest.read_manifest(str(tmp_path / "m.parquet")))
+
+
+def test_a_run_without_rows_is_incomplete(tmp_path: Path) -> None:
+    for _ in range(2):  # without the folder of rows, and with an empty one
+        with pytest.raises(BulkError, match="has 0 rows about 0 of 3 files"):
+            score._count(str(tmp_path), 3)
+        (tmp_path / "rows").mkdir(exist_ok=True)
+
+
 def test_relative_paths_of_a_manifest_are_from_here(tmp_path: Path) -> None:
     """Ray's workers, perhaps on other machines, have other working directories."""
     parquet.write_table(pa.table({"path": ["a/x.png", "s3://b/y.png"]}), tmp_path / "x.parquet")

@@ -573,7 +573,7 @@ def test_feedback_does_not_replace_a_calibration_that_is_gone(
     Image.fromarray(dark[0]).save(tmp_path / "new.png")
     assert give_feedback(bundle, "default", [tmp_path / "new.png"], []).joined
     path_of(bundle, "default").unlink()
-    with pytest.raises(CalibrationError, match="default.npz, to which images were given before"):
+    with pytest.raises(CalibrationError, match="default.npz is gone, although feedback changed"):
         give_feedback(bundle, "default", [tmp_path / "new.png"], [])
     assert not path_of(bundle, "default").exists()
     assert give_feedback(bundle, "default", [tmp_path / "new.png"], [], force=True).joined

@@ -104,6 +104,7 @@ def test_plans_fit_their_budget() -> None:
         assert first.batch_size == (16 if size == "tiny" else 64)
         assert all(config.batch_size >= 32 for config in later)
         assert first.reconstruction_weight and first.free_bits
+        assert {config.optimizer for config in (first, *later)} == {"muon"}
         model = first.model
         flow = (model.flow_scales, model.flow_couplings, model.flow_width)
         widths = (model.dequantizer_width,) if model.dequantizer_width else ()

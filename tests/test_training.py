@@ -68,7 +68,14 @@ from training.losses import (
 from training.measure import EFFICIENTNET
 from training.recipes import SIZES, TrainConfig, recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
-from training.run_start import WRITTEN, check_folder, last_options, open_run, read_started
+from training.run_start import (
+    WRITTEN,
+    _check_nodes,
+    check_folder,
+    last_options,
+    open_run,
+    read_started,
+)
 from training.runs import (
     Progress,
     RunError,
@@ -795,6 +802,32 @@ def test_a_resumed_run_keeps_its_image_size(
     assert main(words) == 0
     assert main([*words, "--image-size", "16"]) == 2
     assert "it was started with image_size 8, now 16\n" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_device_and_cadence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found = tmp_path / "run", list[RunOptions]()
+    before = RunOptions(images=16, device="cpu", checkpoint_steps=7, evaluate_steps=9)
+    open_run(run, recipe("vae", 8, 3), load_dataset(str(folder), None, 8), before, None)
+
+    def train(config: object, dataset: object, out: Path, options: RunOptions, *_: object) -> Any:
+        found.append(options)
+        return Progress()
+
+    monkeypatch.setattr("ade_cli.train.train", train)
+    words = ["train", "vae", "--data", str(folder), "--out", str(run), "--resume"]
+    assert main(words) == 0 and main([*words, "--device", "auto", "--evaluate-steps", "3"]) == 0
+    assert [(o.device, o.checkpoint_steps, o.evaluate_steps) for o in found] == [
+        ("cpu", 7, 9),
+        ("auto", 7, 3),
+    ]
+
+
+def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some schedulers set WORLD_SIZE for a single process, too."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    _check_nodes()
 
 
 @pytest.mark.parametrize("is_saved", [False, True])

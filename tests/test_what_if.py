@@ -21,7 +21,7 @@ from PIL import Image
 from scipy import stats
 
 from ade_cli.advice import advice
-from ade_cli.image_sets import GivenImages
+from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.main import main, parse
 from export.verdict import images as images_module
 from export.verdict import kinds, separation
@@ -325,7 +325,7 @@ def test_the_bench_gives_no_verdict_without_a_calibration_for_resized_images(
     some = ["--ood", str(tmp_path / "larger.npy"), "--out", str(tmp_path / "some")]
     assert main([*words, str(tmp_path / "id.npy"), *some]) == 0
     report = (tmp_path / "some" / "report.md").read_text()
-    assert "There is none for resized images: they get no verdict" in report
+    assert "no calibration for resized images: they get no verdict" in report
     row = next(line for line in report.splitlines() if line.startswith("| larger (60) | combined"))
     assert row.count("no verdict") == len(separation.ALPHAS)
     row = next(line for line in report.splitlines() if line.startswith("| constant (20) | combin"))
@@ -401,6 +401,10 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
     for name in ("arrays.NPZ", "arrays.npy", "arrays"):
         shutil.copy(tmp_path / "arrays.npz", tmp_path / name)
         assert len(list(GivenImages(tmp_path / name, None))) == 3
+    # A folder has a name by which reports know it, and a link its own.
+    assert name_of(Path(".")) == Path.cwd().name
+    (tmp_path / "svhn").symlink_to(tmp_path, target_is_directory=True)
+    assert name_of(tmp_path / "svhn") == "svhn"
     # The first images of a file are often of one class.
     np.save(tmp_path / "ordered.npy", np.repeat(small_images[:10], 20, axis=0))
     some = {image.tobytes() for image in GivenImages(tmp_path / "ordered.npy", 20)}  # type: ignore[union-attr]

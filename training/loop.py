@@ -374,7 +374,7 @@ def _lineage(init: Path) -> dict[str, Any]:
 def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progress:
     """Images and seconds that a GAN's generator is trained on beyond its budget.
 
-    Its last batch may exceed it, and so does a run that is resumed with a smaller budget than
+    Its last batch may exceed the budget, and a run may be resumed with a smaller budget than
     before. The inference network is trained for its whole share of the budget nevertheless.
     """
     if not trainer.config.inference_share:

@@ -110,7 +110,7 @@ def give_feedback(
         report: called with a line for each file that cannot be used, and with how unusual the
             joining images are under the present calibration.
         force: let images join even if nothing like them could be rejected any more, if networks
-            were trained on some of them, or if the calibration that images were given to is gone.
+            were trained on some of them, or if the calibration that feedback changed is gone.
 
     Raises:
         BundleError: the bundle is not whole, or cannot score.
@@ -379,7 +379,7 @@ def _statistics(images: Sequence[_Image]) -> dict[str, np.ndarray]:
 
 
 def _last_version(audit: Path, name: str) -> str | None:
-    """The version of a calibration that feedback left last; ``None`` if there was none."""
+    """The version of a calibration after the last feedback; ``None`` without feedback."""
     version = None
     with contextlib.suppress(FileNotFoundError):
         for line in audit.read_bytes().splitlines():
@@ -390,9 +390,9 @@ def _last_version(audit: Path, name: str) -> str | None:
 
 
 def _check_not_lost(folder: Path, name: str, version: str) -> None:
-    """Check that a calibration that feedback changed before is still there.
+    """Check that a calibration which feedback changed before still exists.
 
-    A bundle's own, of this version, would be copied in its place.
+    Otherwise the bundle's own, which has ``version``, would be copied in its place.
 
     Raises:
         CalibrationError: it is gone.
@@ -400,8 +400,8 @@ def _check_not_lost(folder: Path, name: str, version: str) -> None:
     audit, path = folder / FOLDER / AUDIT, path_of(folder, name)
     if not os.path.lexists(path) and _last_version(audit, name) not in (None, version):
         raise CalibrationError(
-            f"{path}, to which images were given before ({audit}), is gone: put it back, or give "
-            "the option force to begin with the bundle's own calibration again"
+            f"{path} is gone, although feedback changed it before ({audit}): put it back, or give "
+            "the option force to restart from the bundle's own calibration"
         )
 
 

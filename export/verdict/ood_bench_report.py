@@ -78,7 +78,8 @@ def write_report(
         + (
             ""
             if calibrations.resized
-            else " There is none for resized images: they get no verdict; the other scores them."
+            else " The bundle has no calibration for resized images: they get no verdict, and "
+            "their scores are by the calibration for images of the model's size."
         ),
         "",
         "## False alarms",

@@ -48,8 +48,8 @@ class Judged:
         scores: of :func:`scores_of`, those that all kinds of these images have.
         p_values: float64 ``(N,)``, NaN for a kind without a calibration.
         resized: bool ``(N,)``.
-        calibrations: by kind; ``None`` for resized images if there is none for them. Their scores
-            are then those of the other.
+        calibrations: by kind; ``None`` if the bundle has no calibration for resized images, whose
+            scores are then by the calibration for images of the model's size.
     """
 
     scores: dict[str, np.ndarray]

@@ -391,11 +391,11 @@ def check_contract(
 def _seen(bundle: Bundle, memory: Path | None) -> Path | None:
     """The file by which a service knows that a bundle had a ``default.npz``, if it exists."""
     path = None if memory is None else seen_file(bundle, memory)
-    return path if path is not None and path.exists() else None
+    return path if path is not None and os.path.exists(path) else None
 
 
 def _open(bundle: Bundle, memory: Path | None) -> CalibrationStore:
-    """The calibrations of a bundle. Looking at them notes nothing: it may never be served.
+    """Open the calibrations of a bundle without noting a ``default.npz``: it may never be served.
 
     Raises:
         BundleError, CalibrationError: see :func:`serving.engine.calibrations.open_calibrations`.

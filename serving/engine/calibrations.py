@@ -66,8 +66,9 @@ def open_calibrations(
 def seen_file(bundle: Bundle, memory: Path) -> Path:
     """The file that exists once a service has seen ``default.npz`` of a bundle.
 
-    Another bundle that takes the folder over has another one. A link that is moved to a copy of the
-    bundle has the same.
+    Its name depends on the bundle's digest and on the folder that the service was given. So another
+    bundle in the same folder has another file, and a link that is moved to a copy of the bundle
+    keeps its file.
 
     Args:
         bundle: as the service was given it.

@@ -122,10 +122,10 @@ class CalibrationStore:
     that is removed is forgotten.
 
     ``default.npz`` takes the place of the bundle's own calibration, which would accept other
-    images, and never gives it back: once the file was seen, it is missed if it is gone, for
-    whatever reason. If nothing was read of it before, there is no verdict. Nor is there one if the
-    bundle is no longer where it was, be it at the start, or the folder of the named ones is a link
-    that leads nowhere, since it may have held that file.
+    images. Once the file has been seen, the bundle's own does not decide again, even if the file
+    disappears: what was read of it stays in use, and if nothing was read, there is no verdict. Nor
+    is there one if the bundle is not where it should be, or if the folder of the named calibrations
+    is a link that leads nowhere, because it may have held that file.
 
     A calibration that another version of libwebp helped to make is used, with a warning in the log.
 
@@ -349,7 +349,8 @@ class CalibrationStore:
         return read
 
     def _is_remembered(self) -> bool:
-        return self._memory is not None and os.path.exists(self._memory)  # also if it cannot tell
+        # Not Path.exists, which raises an error if the folder cannot be entered.
+        return self._memory is not None and os.path.exists(self._memory)
 
     def _remember_default(self) -> None:
         is_new, self._had_default = not self._had_default, True
