@@ -1049,10 +1049,11 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
-    folder = make_folder(tmp_path / "My images", both[:, ::2, ::2])
+    # Neither images nor model have a power of two.
+    folder = make_folder(tmp_path / "My images", both[:, 4:28, 4:28])
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
-    words = ["fit", str(folder), "--out", str(out), "--budget", "0.8m"]
+    words = ["fit", str(folder), "--out", str(out), "--budget", "0.8m", "--image-size", "24"]
     script = (
         f"import sys; from fitting.plan import FLOWS; FLOWS['tiny'] = {SMALL_FLOW}; "
         "from ade_cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -1070,11 +1071,11 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     assert "704 image files" in said.err
     assert f"serve it: ade serve {out / 'bundle'}" in said.out
     bundle = verify_bundle(out / "bundle")
-    assert bundle.name == "my-images" and bundle.image_shape == (16, 16, 3)
+    assert bundle.name == "my-images" and bundle.image_shape == (24, 24, 3)
     calibration = bundle.manifest["calibration"]
     assert calibration["images"] > 40 and calibration["resized"]["resized_and_back"] > 60
     assert bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
-    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), np.uint8)
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1
     page = (out / "report.html").read_text()
@@ -1093,8 +1094,8 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     assert "http" not in named  # nothing is fetched
     assert main(words) == 0 and "training" not in capsys.readouterr().err
     assert main([*words, "--image-size", "8"]) == 2
-    assert "begun with images of 16 pixels" in capsys.readouterr().err
-    Image.new("RGB", (16, 16)).save(folder / "another.png")
+    assert "begun with images of 24 pixels" in capsys.readouterr().err
+    Image.new("RGB", (24, 24)).save(folder / "another.png")
     assert main(words) == 2
     text = capsys.readouterr().err
     assert re.search("begun with 704 image files.*; .* with 705 image files", text)

@@ -212,7 +212,7 @@ def test_an_answer_that_would_be_too_large_leaves_its_neighbours_theirs(
 
 @pytest.mark.slow
 def test_many_large_answers_end_no_worker(service: RunningService, real_images: np.ndarray) -> None:
-    """Twenty requests at once, with answers of 264 MB in total."""
+    """Twelve requests at once, with answers of 158 MB in total."""
     array = io.BytesIO()
     np.save(array, real_images[:256])
     workers = {process.pid for process in service.workers()}
@@ -226,8 +226,8 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
         )
         return answer.status_code, len(answer.content)
 
-    with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(ask, range(20)))
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
     assert {status for status, _ in answers} <= {200, 503}
     found = Counter(answers)
     ((length, count),) = [(size, n) for (status, size), n in found.items() if status == 200]

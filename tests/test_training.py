@@ -1547,16 +1547,6 @@ def test_images_to_bundle_and_back(
     assert before["data"] == folder.name and before["splits"] and len(before["sketch"]) > 1
 
 
-@pytest.mark.slow
-def test_a_size_that_is_no_power_of_two_trains_and_exports(
-    real_images: np.ndarray, tmp_path: Path
-) -> None:
-    folder, run = make_folder(tmp_path / "images", real_images[:60]), str(tmp_path / "run")
-    words = ["train", "av-ade", *TRAIN, *NARROW, "--image-size", "48", "--data", str(folder)]
-    assert main([*words, "--images", "32", "--out", run]) == 0
-    assert main(["export", run, str(tmp_path / "bundle")]) == 0
-
-
 def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
     other = trainer(
         dataclasses.replace(
