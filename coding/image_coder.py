@@ -14,6 +14,7 @@ made, so its mean is the ELBO that ``ade score`` estimates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,8 +40,7 @@ class ImageCoder:
             NotCoded: the model cannot code it. The stack is then in no defined state.
         """
         y = self._networks.bins.enter(np.ascontiguousarray(pixels.transpose(2, 0, 1)), stack)
-        for step in self._networks.flow:
-            y = self._forward(step, y, stack)
+        y = self._through(self._networks.flow, y, stack)
         check_range(y)
         if not self._networks.levels:
             stack.push_gaussian(y.ravel(), np.zeros(y.size), np.full(y.size, self._unit))
@@ -70,8 +70,7 @@ class ImageCoder:
         else:
             size = channels * height * width
             y = stack.pop_gaussian(np.zeros(size), np.full(size, self._unit)).reshape(shape)
-        for step in reversed(self._networks.flow):
-            y = self._inverse(step, y, stack)
+        y = self._through(self._networks.flow, y, stack, back=True)
         return self._networks.bins.leave(y, stack).transpose(1, 2, 0)
 
     def _decode_y(self, stack: Stack, shape: tuple[int, int, int]) -> np.ndarray:
@@ -90,39 +89,24 @@ class ImageCoder:
             stack.undraw_gaussian(z, *self._latent_gaussian(decoder.posterior(encoded[level])))
         return y
 
-    def _forward(self, step: dict[str, Any], x: np.ndarray, stack: Stack) -> np.ndarray:
-        match step["do"]:
-            case "rotate":
-                return self._networks.rotations[step["rotation"]].forward(x)
-            case "couple":
-                return self._couple(step, x, stack, stretch)
-            case "squeezed":
-                x = _squeeze(x)
-                for inner in step["steps"]:
-                    x = self._forward(inner, x, stack)
-                return _unsqueeze(x)
-            case _:
-                half = x[: x.shape[0] // 2]
-                for inner in step["steps"]:
-                    half = self._forward(inner, half, stack)
-                return np.concatenate([half, x[x.shape[0] // 2 :]])
-
-    def _inverse(self, step: dict[str, Any], y: np.ndarray, stack: Stack) -> np.ndarray:
-        match step["do"]:
-            case "rotate":
-                return self._networks.rotations[step["rotation"]].inverse(y)
-            case "couple":
-                return self._couple(step, y, stack, shrink)
-            case "squeezed":
-                y = _squeeze(y)
-                for inner in reversed(step["steps"]):
-                    y = self._inverse(inner, y, stack)
-                return _unsqueeze(y)
-            case _:
-                half = y[: y.shape[0] // 2]
-                for inner in reversed(step["steps"]):
-                    half = self._inverse(inner, half, stack)
-                return np.concatenate([half, y[y.shape[0] // 2 :]])
+    def _through(
+        self, steps: Sequence[dict[str, Any]], x: np.ndarray, stack: Stack, back: bool = False
+    ) -> np.ndarray:
+        """Apply steps of the flow or, with ``back``, undo them, the last first."""
+        for step in reversed(steps) if back else steps:
+            match step["do"]:
+                case "rotate":
+                    rotation = self._networks.rotations[step["rotation"]]
+                    x = rotation.inverse(x) if back else rotation.forward(x)
+                case "couple":
+                    x = self._couple(step, x, stack, shrink if back else stretch)
+                case "squeezed":
+                    x = _unsqueeze(self._through(step["steps"], _squeeze(x), stack, back))
+                case _:
+                    half = x.shape[0] // 2
+                    inner = self._through(step["steps"], x[:half], stack, back)
+                    x = np.concatenate([inner, x[half:]])
+        return x
 
     def _couple(self, step: dict[str, Any], x: np.ndarray, stack: Stack, change: Any) -> np.ndarray:
         """A coupling layer, with ``change`` one of :func:`stretch` and :func:`shrink`."""

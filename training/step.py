@@ -371,19 +371,11 @@ class Trainer:
         Returns:
             As :meth:`_apply`.
         """
-        assert (
-            self.discriminator is not None
-            and self.d_optimizer is not None
-            and self.config.discriminator is not None
-        )
+        assert self.discriminator is not None and self.d_optimizer is not None
         with self.autocast():  # apart, because a discriminator may compare images within a batch
             logits_real = self.discriminator(self._augmented(x, noise))
             logits_fake = self.discriminator(self._augmented(x_fake, noise))
-        divergence = (
-            hinge_discriminator_loss
-            if self.config.discriminator.kind == "projected"
-            else discriminator_loss
-        )
+        divergence = hinge_discriminator_loss if self.config.compares_images else discriminator_loss
         loss = divergence(logits_real, logits_fake)
         losses = {
             "d_loss": loss.item(),

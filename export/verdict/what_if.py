@@ -158,10 +158,7 @@ def what_if(
         judge = calibrations.of(resized)
         ways.append(_way(resized, judge, found[mine], known[mine], count, level))
     caught = {}
-    for name, its in corruptions_of(images[:corrupt]).items():
-        report(f"{name}: {len(its)} images")
-        caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
-    for name, its in unlike.items():
+    for name, its in {**corruptions_of(images[:corrupt]), **unlike}.items():
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     return WhatIf(

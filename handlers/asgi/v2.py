@@ -371,12 +371,9 @@ def _json_bytes(tensor: np.ndarray) -> int:
 def _tensors(operation: str, response: Response) -> Tensors:
     if operation == "score":
         results = orjson.loads(response.body)["results"]
-        columns = {
-            "bpd": [one.get("bpd") for one in results],
-            "p_value": [one.get("p_value") for one in results],
-        }
         return {
-            **{name: np.array(column, np.float64) for name, column in columns.items()},
+            "bpd": np.array([one.get("bpd") for one in results], np.float64),
+            "p_value": np.array([one.get("p_value") for one in results], np.float64),
             "accepted": np.array([one.get("decision") == "accept" for one in results]),
             "has_verdict": np.array([type(one.get("ood")) is bool for one in results]),
         }

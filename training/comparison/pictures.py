@@ -55,11 +55,6 @@ def sample_pictures(
     return list(shown.values())
 
 
-def _is_hinged(row: dict[str, Any]) -> bool:
-    discriminator = row["config"].discriminator
-    return discriminator is not None and discriminator.kind == "projected"
-
-
 def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
     """Write a picture of each loss over the images seen; returns file names and captions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -85,7 +80,7 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
         hinged = dict.fromkeys(
             row["config"].recipe
             for row in rows
-            if name in HINGED and row["curves"][name][1] and _is_hinged(row)
+            if name in HINGED and row["curves"][name][1] and row["config"].compares_images
         )
         if hinged:
             caption += f" ({', '.join(hinged)}: of a hinge loss, without unit)"
