@@ -149,7 +149,7 @@ class GroupScore:
         results: one per image.
         p_value: of all images (Simes); ``None`` if fewer than two have a verdict.
         discoveries: how many images are reported at the false discovery rate.
-        rejected: how many images have a p-value of at most 0.01, whether reported or not.
+        rejected: how many images have a p-value of at most alpha, whether reported or not.
         notes: what limits the group's figures.
     """
 
@@ -403,6 +403,7 @@ class AdeClient:
         fdr: float = 0.1,
         resize: bool = False,
         calibration: str = DEFAULT,
+        alpha: float = 0.01,
     ) -> GroupScore:
         """Judge several images together.
 
@@ -410,7 +411,9 @@ class AdeClient:
         """
         answer = self._score(
             images,
-            ScoreParameters(fdr=fdr, resize=resize, explain=False, calibration=calibration),
+            ScoreParameters(
+                alpha=alpha, fdr=fdr, resize=resize, explain=False, calibration=calibration
+            ),
         )
         with _reading():
             results = [_entry(r) for r in answer.results]

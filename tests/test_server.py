@@ -385,12 +385,15 @@ def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     (result,) = client.score(noise)
     assert result.ood and result.explain[0].p_value < 0.001
-    group = client.score_group(np.concatenate([real_images[:9], noise]), fdr=0.1)
+    images = np.concatenate([real_images[:9], noise])
+    group = client.score_group(images, fdr=0.1)
     assert group.p_value is not None and group.p_value < 0.05
     assert (
         group.discoveries == sum(r.discovery for r in group.results) >= 1
         and group.results[-1].discovery
     )
+    at_half = client.score_group(images, alpha=0.5)
+    assert at_half.rejected == sum(r.p_value <= 0.5 for r in group.results) > group.rejected
 
 
 def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
