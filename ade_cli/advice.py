@@ -38,7 +38,7 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
         worst = missed or [name for name in SUBTLE if shares.get(name, 1.0) < MIN_SUBTLE]
         found.append(
             f"this model misses too many corrupted images ({'; '.join(worst)}): train one on your "
-            "images. ade fit DIR --budget 20m did so for street scenes: AUROC 0.995 against "
+            "images. ade fit DIR --budget 20m did so for street scenes: AUROC 0.994 against "
             "CIFAR-10 (docs/training.md). It needs at least 800 images"
         )
     if not has_features:

@@ -241,7 +241,7 @@ class Supervisor:
 
         Raises:
             LaunchError: a child ended that is not restarted, or one ended :data:`MAX_DEATHS` times
-                within a minute.
+                within the seconds that it was started with.
         """
         with self._lock:
             return self._tend(restarts)
