@@ -69,7 +69,7 @@ bench-codec: $(VENV)/.test  ## lossless coding: size and speed beside PNG, WebP,
 	$(BIN)/python -m benchmarks.codec $(BUNDLE) "$(DATA)" --into docs/explanation/codec.md
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \

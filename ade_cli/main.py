@@ -66,6 +66,8 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "rollback": "asgi",
     "status": "asgi",
 }
+# Extras with gradio, whose metadata refuse the Pillow that has security fixes; see pyproject.toml.
+WITH_GRADIO = ("asgi", "ray", "serve")
 HELP = {"-h", "--help"}
 
 
@@ -299,6 +301,11 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | Non
         f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",
         file=sys.stderr,
     )
+    if extra in WITH_GRADIO:
+        print(
+            f"{shlex.quote(sys.executable)} -m pip install --no-deps 'pillow>=13,<14'",
+            file=sys.stderr,
+        )
 
 
 def _runtime() -> str:
@@ -312,10 +319,12 @@ def _requirement(extras: list[str]) -> str:
     listed = f"[{','.join(extras)}]"
     source = json.loads(metadata.distribution(PROJECT).read_text("direct_url.json") or "{}")
     url = str(source.get("url", ""))
-    if not url.startswith("file://"):
+    path = unquote(url.removeprefix("file://"))
+    # The image of the Dockerfile no longer has the folder, but pip knows what is installed.
+    if not url.startswith("file://") or not Path(path).exists():
         return shlex.quote(PROJECT + listed)
     editable = "--editable " if source.get("dir_info", {}).get("editable") else ""
-    return editable + shlex.quote(unquote(url.removeprefix("file://")) + listed)
+    return editable + shlex.quote(path + listed)
 
 
 if __name__ == "__main__":

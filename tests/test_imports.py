@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ade_cli.main import EXTRAS, VERBS, _requirement, main
+from ade_cli.main import EXTRAS, VERBS, WITH_GRADIO, _requirement, main
 from tests.helpers import PRETRAINED, ROOT
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -129,7 +129,8 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     done = ade(*words, missing=(missing,))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
-    command = done.stderr.strip().splitlines()[-1]
+    _, command, *pillow = done.stderr.strip().splitlines()
+    assert bool(pillow) == (extra in WITH_GRADIO)  # which would take an older one
     extras = rf"\[(cpu|cuda){f',{extra}' if extra else ''}\]"
     pattern = rf"{re.escape(sys.executable)} -m pip install .*{extras}'?"
     assert re.fullmatch(pattern, command), command
@@ -141,10 +142,13 @@ def test_a_folder_of_any_name_can_be_installed_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone = tmp_path / "für mich"
+    clone.mkdir()
     source = json.dumps({"url": clone.as_uri(), "dir_info": {"editable": True}})
     installed = SimpleNamespace(read_text=lambda name: source)
     monkeypatch.setattr("ade_cli.main.metadata.distribution", lambda name: installed)
     assert shlex.split(_requirement(["cpu", "fit"])) == ["--editable", f"{clone}[cpu,fit]"]
+    clone.rmdir()  # as in an image that was built from it
+    assert shlex.split(_requirement(["cpu", "fit"])) == ["av-ade[cpu,fit]"]
 
 
 def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:

@@ -83,7 +83,7 @@ def load_guide(path: Path, image_size: int, channels: int) -> Guide:
         import onnx
         from onnx import numpy_helper
     except ModuleNotFoundError as error:
-        raise FeatureError("a guide needs onnx: pip install 'av-ade[fit]'") from error
+        raise FeatureError("a guide needs onnx: pip install onnx") from error
     try:
         graph = onnx.load(path).graph
     except Exception as error:  # onnx and protobuf have no error of their own in common

