@@ -24,7 +24,8 @@ from handlers.ray_serve.environment import MARK
 
 SERVES = b"serves\n"  # written by a process that is about to deploy on an unused cluster
 DONE = b"done\n"  # written by a process that has stopped everything itself
-TITLE = b"ray::"
+# Of Ray's processes; a title may take the place of the environment, and with it of the mark.
+TITLES = (b"ray::", b"ray-dashboard-")
 ROUNDS = 50
 PAUSE_S = 0.1
 
@@ -62,7 +63,7 @@ def processes_of(mark: str, folder: Path) -> list[int]:
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if int(process.name) not in own and (
                 wanted in (process / "environ").read_bytes().split(b"\0")
-                or (process / "cmdline").read_bytes().startswith(TITLE)
+                or (process / "cmdline").read_bytes().startswith(TITLES)
                 and _has_open(process, folder)
             ):
                 found.append(int(process.name))
