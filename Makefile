@@ -14,7 +14,7 @@ OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
 
-test: $(VENV)/.test  ## every fast test, in under ten minutes on two cores
+test: $(VENV)/.test  ## every fast test, in about ten minutes on two cores
 	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzzing

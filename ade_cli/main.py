@@ -66,8 +66,8 @@ EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
     "rollback": "asgi",
     "status": "asgi",
 }
-# Extras with gradio, whose metadata refuse the Pillow that has security fixes; see pyproject.toml.
-WITH_GRADIO = ("asgi", "ray", "serve")
+# Extras with gradio, for which pip installs a Pillow without security fixes; see pyproject.toml.
+WITH_GRADIO = {"asgi", "ray", "serve"}
 HELP = {"-h", "--help"}
 
 
@@ -296,16 +296,15 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | Non
     if (Path(__file__).parents[1] / package).is_dir():
         raise error
     extras = [_runtime(), *([extra] if extra else [])]
+    needed = [_requirement(extras)]
+    if WITH_GRADIO.intersection(",".join(extras).split(",")):
+        needed.append("--no-deps 'pillow>=13,<14'")
     print(
-        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
-        f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",
+        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:",
+        *(f"{shlex.quote(sys.executable)} -m pip install {one}" for one in needed),
+        sep="\n",
         file=sys.stderr,
     )
-    if extra in WITH_GRADIO:
-        print(
-            f"{shlex.quote(sys.executable)} -m pip install --no-deps 'pillow>=13,<14'",
-            file=sys.stderr,
-        )
 
 
 def _runtime() -> str:

@@ -1049,7 +1049,7 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     tmp_path: Path, real_images: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
-    # Neither images nor model have a power of two.
+    # 24 pixels: a size that is no power of two.
     folder = make_folder(tmp_path / "My images", both[:, 4:28, 4:28])
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken too")
     out = tmp_path / "fit"
