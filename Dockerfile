@@ -13,18 +13,18 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
-# The dependencies first, with empty packages: this layer is kept until one of these three files changes.
-RUN mkdir -p $(python -c "import tomllib; \
-      print(*(name.replace('.', '/') for name in tomllib.load(open('pyproject.toml', 'rb'))['tool']['setuptools']['packages']))") \
-    && /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]" \
+# The dependencies first, without our packages: this layer is kept until one of these three files changes.
+RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]" \
     && /opt/venv/bin/pip install --no-deps "pillow>=13,<14"  # pyproject.toml says why
+COPY ade_base ade_base
 COPY ade_model ade_model
 COPY training training
 COPY export export
-COPY coding coding
 COPY fitting fitting
 COPY serving serving
 COPY handlers handlers
+COPY extensions extensions
+COPY ade_client ade_client
 COPY ade_cli ade_cli
 RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
 

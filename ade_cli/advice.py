@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
+from export.gate.corruptions import CORRUPTIONS, SUBTLE
 
 ENOUGH = 500  # calibration images: 1,000 files give about 550, fewer if some cannot be used
 MIN_GROSS, MIN_SUBTLE = 0.9, 0.6  # shares that a good gate rejects
@@ -20,7 +20,7 @@ def advice(calibrated: int, has_features: bool, rejected: Mapping[str, float | N
         calibrated: number of calibration images.
         has_features: whether the features of a network count in the verdict.
         rejected: share of corrupted images that is rejected at alpha 0.05, by the names of
-            :mod:`export.verdict.corruptions`; ``None`` without a verdict. A kind is missing if no
+            :mod:`export.gate.corruptions`; ``None`` without a verdict. A kind is missing if no
             such image has a likelihood: then none is accepted.
     """
     found = []

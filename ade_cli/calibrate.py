@@ -16,12 +16,12 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import check_writable
 from ade_cli.paths import given_path, say_what_is_not_followed
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
+from export.gate.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
+from export.gate.images import readable
+from export.gate.split import choose_files, choose_rows
 from export.sketch import data_of_features
-from export.verdict.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
-from export.verdict.choice import choose_files, choose_rows
-from export.verdict.images import readable
-from serving.api.requests import InputImage
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
+from serving.ingest.requests import InputImage
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import images_needed

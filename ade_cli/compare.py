@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ade_base.files import LOCK, locked
 from ade_cli.data_options import (
     add_data_arguments,
     add_image_size,
@@ -18,9 +19,8 @@ from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_one_process, check_same_data, size_checked
-from serving.files import LOCK, locked
-from training.comparison.compare import Job, compare, read_rows, recorded_data
-from training.comparison.report import write_comparison
+from extensions.comparison.compare import Job, compare, read_rows, recorded_data
+from extensions.comparison.report import write_comparison
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
 from training.measure import Measurer, check_networks, check_options

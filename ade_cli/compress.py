@@ -6,14 +6,14 @@ import argparse
 import os
 import sys
 
+from ade_base.messages import counted
 from ade_cli.commands import command
 from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
-from coding.compress import compress
-from coding.sources import open_source
+from extensions.codec.compress import compress
+from extensions.codec.sources import open_source
 from serving.engine.bundle import CODEC_NAME, open_bundle
-from serving.messages import counted
 
 INCOMPLETE = 3  # exit status
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ade_base.messages import visible
 from ade_cli.paths import given, say_what_is_not_followed
-from serving.messages import visible
 from training.data import DataError, Dataset
 from training.datasets import NAMES, load_dataset
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ade_cli.image_files import check_parent
 from ade_cli.paths import given_path
 from ade_cli.progress import progress_bar
-from coding.decompress import decompress
+from extensions.codec.decompress import decompress
 from serving.engine.bundle import open_bundle
 
 LOST = 3  # exit status

@@ -8,6 +8,7 @@ from itertools import compress
 
 import numpy as np
 
+from ade_base.files import replacing
 from ade_cli.image_files import (
     NONE_USABLE,
     FileError,
@@ -19,7 +20,6 @@ from ade_cli.image_files import (
     read_pixels,
 )
 from ade_cli.paths import given_path
-from serving.files import replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

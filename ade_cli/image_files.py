@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ade_base.errors import UserError
+from ade_base.files import image_paths, read_file
+from ade_base.messages import visible
+from ade_base.pictures.images import in_options
 from ade_cli.help_texts import BUNDLE
 from ade_cli.paths import given_path, say_what_is_not_followed
-from serving.api.errors import ApiError
-from serving.api.requests import prepare_source
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import MAX_SEED
-from serving.errors import UserError
-from serving.files import image_paths, read_file
-from serving.images import in_options
-from serving.messages import visible
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import prepare_source
 
 NONE_USABLE = "no image could be used"
 

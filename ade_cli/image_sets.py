@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ade_base.files import Rows
 from ade_cli.data_options import say
 from ade_cli.paths import say_what_is_not_followed
-from export.verdict.images import readable
-from serving.files import Rows
+from export.gate.images import readable
 from training.data import NOT_ARRAYS, DataError
 from training.datasets.files import shuffled
 from training.datasets.folder import image_files

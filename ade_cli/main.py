@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any, TextIO
 from urllib.parse import unquote
 
+from ade_base.errors import UserError
 from ade_cli.absent import import_for_help
-from serving.errors import UserError
 
 PROJECT = "av-ade"
 VERBS = {
@@ -210,7 +210,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"ade {args.verb}: {_of_gpu_memory(args)}", file=sys.stderr)
         return 2
     except OSError as error:
-        from serving.files import NO_ROOM  # here, because few verbs end with an error
+        from ade_base.files import NO_ROOM  # here, because few verbs end with an error
 
         if error.filename is None and error.errno not in (*NO_ROOM, errno.EIO):
             raise
@@ -229,7 +229,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _say(verb: str, error: str) -> None:
     """Print an error; names of files in it must not control the terminal."""
-    from serving.messages import visible  # here, because few verbs end with an error
+    from ade_base.messages import visible  # here, because few verbs end with an error
 
     print(f"ade {verb}: " + "\n".join(map(visible, error.split("\n"))), file=sys.stderr)
 

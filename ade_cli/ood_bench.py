@@ -11,10 +11,10 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_folder, load_engine
 from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.paths import given, given_path
-from export.verdict.choice import as_read, files_that_test
-from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.images import Images, readable
-from export.verdict.ood_bench import bench
+from export.gate.corruptions import CORRUPTIONS
+from export.gate.images import Images, readable
+from export.gate.split import as_read, files_that_test
+from extensions.gate_reports.ood_bench import bench
 from serving.engine.bundle import Bundle
 from serving.verdict.calibration import CalibrationError
 from training.data import DataError

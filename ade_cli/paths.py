@@ -8,8 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from serving.files import linked_folders
-from serving.messages import visible
+from ade_base.files import linked_folders
+from ade_base.messages import visible
 
 # Pictures that people have among their images, and that nothing here reads.
 OTHER_PICTURES = frozenset(

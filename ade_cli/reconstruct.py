@@ -6,6 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from ade_base.files import replacing
+from ade_base.messages import visible
+from ade_base.pictures.images import IMAGE_SUFFIXES, psnr, write_png
 from ade_cli.help_texts import KIND
 from ade_cli.image_files import (
     FileError,
@@ -16,9 +19,6 @@ from ade_cli.image_files import (
     read_pixels,
 )
 from ade_cli.paths import given_path
-from serving.files import replacing
-from serving.images import IMAGE_SUFFIXES, psnr, write_png
-from serving.messages import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

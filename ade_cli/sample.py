@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import secrets
 
+from ade_base.files import replacing
 from ade_cli.help_texts import BUNDLE, KIND
 from ade_cli.image_files import check_parent, load_engine
 from ade_cli.paths import given_path
-from serving.api.errors import ApiError
 from serving.api.operations.sample import MAX_DRAWN_SEED
-from serving.api.requests import RawRequest
 from serving.api.service import Service
-from serving.files import replacing
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import RawRequest
 
 FORMATS = {".png": "png", ".npy": "npy"}
 

@@ -8,11 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+from ade_base.brand import rounded
+from ade_base.cores import available_cores
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given, given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
-from serving.brand import rounded
 from serving.bulk import (
     FORMATS,
     BulkError,
@@ -22,7 +23,6 @@ from serving.bulk import (
     check_out,
     score_folder,
 )
-from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
 from serving.verdict.calibration_file import DEFAULT
 
@@ -166,7 +166,7 @@ def _score_on_ray(args: argparse.Namespace, scorer: FileScorer) -> int:
     if len(args.images) != 1 or args.out is None:
         raise BulkError("--engine ray scores one folder or manifest, and needs --out DIR")
     try:
-        from handlers.ray_bulk.score import score_on_ray
+        from extensions.ray.bulk.score import score_on_ray
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("--engine ray", name=error.name) from None
     if Path(args.images[0]).is_dir():

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from ade_base.ports import LOOPBACK, VARIABLES
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch import serve
 from handlers.launch.engines import DEFAULT, ENGINES
 from handlers.launch.serve import MAX_SCORE_WORKERS
-from handlers.launch.supervision import LaunchError
+from handlers.processes.supervision import LaunchError
 from serving.engine.backends import BACKENDS, DEVICES
-from serving.ports import LOOPBACK, VARIABLES
 
 __all__ = ["add_arguments", "extra", "run"]
 

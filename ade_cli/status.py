@@ -6,9 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from ade_base.ports import Ports, check_host
 from handlers.front.settings import given_token
 from handlers.torchserve.status import read_status
-from serving.ports import Ports, check_host
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

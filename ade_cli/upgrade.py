@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ade_base.ports import VARIABLES, Ports
 from ade_cli.paths import given_path
-from handlers.launch.channel import ChannelError, ask
-from handlers.launch.run_folder import find_service
 from handlers.launch.upgrades import FINISH, UPGRADE
-from serving.ports import VARIABLES, Ports
+from handlers.processes.channel import ChannelError, ask
+from handlers.processes.run_folder import find_service
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

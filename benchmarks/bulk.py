@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from ade_base.files import image_paths
 from benchmarks.serving import CORES, engines
-from serving.files import image_paths
 
 KILLED_AFTER = 0.4  # fraction of the files
 INTERVAL_S = 2.0

@@ -24,11 +24,11 @@ import psutil
 import pyarrow as pa
 from pyarrow import dataset, parquet
 
+from ade_base.files import image_paths
 from benchmarks.bulk import Memory
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from benchmarks.serving import CORES, Outcome, engines
-from handlers.ray_serve.environment import MARK
-from serving.files import image_paths
+from extensions.ray.serve.environment import MARK
 
 KILLED_AFTER = (0.1, 0.2, 0.3)  # fractions of the files
 NODE_KILLED_AFTER = 0.3

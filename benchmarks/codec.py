@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coding.compress import compress
-from coding.decompress import decompress
-from coding.lattice import Rotation
-from coding.networks import Networks
-from coding.pictures import Picture
-from coding.sources import ArraySource, open_source
-from coding.stack import Stack
 from export.codec import add_codec
+from extensions.codec.compress import compress
+from extensions.codec.decompress import decompress
+from extensions.codec.lattice import Rotation
+from extensions.codec.networks import Networks
+from extensions.codec.pictures import Picture
+from extensions.codec.sources import ArraySource, open_source
+from extensions.codec.stack import Stack
 from serving.engine.bundle import CODEC_NAME, open_bundle
 
 STRIP = 500  # images in one picture, as whole data sets are stored

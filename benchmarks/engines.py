@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from ade_base.pictures.images import write_png
 from benchmarks.serving import (
     CORES,
     WORKERS,
@@ -36,7 +37,6 @@ from benchmarks.serving import (
 from benchmarks.traffic import running
 from handlers.launch.engines import ENGINES
 from serving.engine.engine import InferenceEngine
-from serving.images import write_png
 
 CLIENTS = (64, 1)
 LARGE_CLIENTS = 8  # with large bodies: the service holds 256 MiB of them

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE, corrupted
-from export.verdict.detector import fit_calibration
-from export.verdict.measuring import statistics_of
+from export.gate.corruptions import CORRUPTIONS, SUBTLE, corrupted
+from export.gate.density_fit import fit_calibration
+from export.gate.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import (
     COORDINATES,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ade_base.pictures.images import lossless_bits, read_image
 from serving.engine.engine import InferenceEngine
-from serving.images import lossless_bits, read_image
 from serving.page.served import EXAMPLES
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import CalibrationStore

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.verdict.detector import fit_calibration
-from export.verdict.measuring import statistics_of
+from export.gate.density_fit import fit_calibration
+from export.gate.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import false_alarm_band

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
-from export.verdict.kinds import resize_and_back
-from export.verdict.measuring import statistics_of
+from ade_base.pictures.images import resize_centre
+from export.gate.measuring import statistics_of
+from export.gate.pair import resize_and_back
 from serving.engine.engine import InferenceEngine
-from serving.images import resize_centre
 from serving.verdict.false_alarms import false_alarm_band
 from training.datasets import load_dataset
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.verdict.corruptions import blur, jpeg
-from export.verdict.detector import fit_calibration
-from export.verdict.measuring import statistics_of
+from export.gate.corruptions import blur, jpeg
+from export.gate.density_fit import fit_calibration
+from export.gate.measuring import statistics_of
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.verdict.conformal import conformal_p_values

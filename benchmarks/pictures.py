@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from serving.brand import STYLE
+from ade_base.brand import STYLE
+from ade_base.pictures.images import tile
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
-from serving.images import tile
 from serving.page.served import EXAMPLES
 
 ROOT = Path(__file__).parents[1]

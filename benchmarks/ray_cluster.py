@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from handlers.ray_serve.environment import MARK, of_every_node, of_haproxy
-from handlers.ray_serve.guard import end_all
-from serving.ports import free_ports
+from ade_base.ports import free_ports
+from extensions.ray.serve.environment import MARK, of_every_node, of_haproxy
+from extensions.ray.serve.guard import end_all
 
 START_S = 60.0  # that a node may take to start
 

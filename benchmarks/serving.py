@@ -32,13 +32,13 @@ import httpx
 import numpy as np
 import psutil
 
+from ade_base.pictures.images import write_png
+from ade_base.ports import VARIABLES
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
 from benchmarks.traffic import new_session, pictures_of
 from export.write import export_bundle
 from serving.engine.engine import MAX_ROWS, InferenceEngine
-from serving.images import write_png
-from serving.ports import VARIABLES
 
 CORES = len(os.sched_getaffinity(0))
 WORKERS = min(CORES, 4)

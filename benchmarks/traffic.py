@@ -21,11 +21,11 @@ import httpx
 import numpy as np
 import psutil
 
-from handlers.launch.run_folder import find_service
+from ade_base.pictures.images import read_image, write_png
+from ade_base.ports import VARIABLES, Ports, free_ports
+from handlers.processes.run_folder import find_service
 from handlers.torchserve.status import describe_models
-from serving.images import read_image, write_png
 from serving.page.served import EXAMPLES
-from serving.ports import VARIABLES, Ports, free_ports
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ade_base.errors import UserError
+from ade_base.files import new_folder
+from ade_base.onnx_runtime import cpu_session
 from ade_model.bijections import (
     AffineCoupling,
     Bijection,
@@ -49,9 +52,6 @@ from serving.engine.bundle import (
     verify_bundle,
     write_manifest,
 )
-from serving.errors import UserError
-from serving.files import new_folder
-from serving.onnx_runtime import cpu_session
 
 GRID_BITS = 16  # of the flow's values: finer steps cost initial bits, coarser ones likelihood
 LATENT_BITS = 8  # posteriors are at least four steps wide

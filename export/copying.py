@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ade_base.files import NO_ROOM
 from serving.engine.bundle import MANIFEST_NAME, Bundle, BundleError, open_bundle, verify_bundle
-from serving.files import NO_ROOM
 from serving.verdict.store import FOLDER
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.errors import UserError
+from ade_base.errors import UserError
 
 FORMAT = "scale=SCALE,size=PIXELS,layout=nchw|nhwc,order=rgb|bgr, or some of these"
 # Normalisations of the channels: mean and standard deviation of values between 0 and 1.

@@ -20,6 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ade_base.onnx_runtime import cpu_session
 from export.feature_source import (
     CHECKED,
     DATA_KEY,
@@ -29,7 +30,6 @@ from export.feature_source import (
     FeatureSource,
 )
 from serving.engine.manifest import DATA, check_types
-from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import FEATURES, LOGITS
 from training.datasets.sketch import KEY, sketch_in
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ade_base.errors import UserError
 from ade_model.config import OPERATIONS
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
@@ -21,7 +22,6 @@ from export.graphs import Graph, Graphs
 from serving.engine.backends import Backend
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import graphs_of, input_shape, inputs_of, outputs_of
-from serving.errors import UserError
 from training.data import Dataset
 
 BATCHES = (1, 7, 64)

@@ -17,12 +17,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxscript import opset20 as op
 from torch import nn
 
+from ade_base.files import replacing
 from ade_model.exporting import quiet_export
 from export.feature_source import DATA_KEY
 from export.graphs import Graph, Graphs
 from serving.engine.bundle import WEIGHTS_NAME
 from serving.engine.signatures import inputs_of, outputs_of
-from serving.files import replacing
 
 OPSET = 20
 STORED_TYPES: dict[str, tuple[str, int]] = {

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ade_base.errors import UserError
+from ade_base.files import new_folder
 from ade_model.checkpoint import load_model, read_config, round_to_half, save_model
 from ade_model.model import ADEModel
 from export.codec import check_codable, write_codec
@@ -28,8 +30,6 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.signatures import graphs_of, inputs_of
-from serving.errors import UserError
-from serving.files import new_folder
 from training.data import Dataset
 from training.datasets.sketch import KEY, record_of, sketch_in
 

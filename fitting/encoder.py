@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from scipy import stats
 
+from ade_base.onnx_runtime import cpu_session
 from export.feature_source import FeatureSource
 from export.to_onnx import export_encoder
 from fitting.held_out import rows_of
 from fitting.plan import Plan, minutes_text
 from fitting.survey import Survey
-from serving.onnx_runtime import cpu_session
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset, ImageSet, Report
 from training.datasets.sketch import record_of

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.images import digests_of, others
-from export.verdict.what_if import corruptions_of, rejected
+from ade_base.cores import available_cores
+from export.gate.corruptions import CORRUPTIONS
+from export.gate.images import digests_of, others
+from extensions.gate_reports.what_if import corruptions_of, rejected
 from fitting.encoder import ENCODER_ABOUT, recognised_share
 from fitting.held_out import held_out_images, rows_of
 from fitting.plan import Plan
@@ -26,10 +27,9 @@ from fitting.report import (
     write_report,
 )
 from fitting.survey import Survey, size_of
-from serving.api.requests import InputImage
-from serving.cores import available_cores
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.engine import InferenceEngine, Score
+from serving.ingest.requests import InputImage
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset

@@ -22,10 +22,10 @@ import torch
 
 from ade_model.checkpoint import load_model
 from export.feature_source import FeatureSource
+from export.gate.calibrate import calibrate_bundle
+from export.gate.images import readable
+from export.gate.split import MAX_CALIBRATING, MAX_FITTED
 from export.parity import ParityError, parity_images
-from export.verdict.calibrate import calibrate_bundle
-from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
-from export.verdict.images import readable
 from export.write import export_bundle
 from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
 from fitting.findings import report_on

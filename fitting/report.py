@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ade_base.brand import percent, verdict_card
+from ade_base.files import write_text
+from ade_base.pictures.images import psnr, tile, write_png
+from ade_base.reports import render
 from fitting.plan import Plan
 from fitting.survey import Survey
-from serving.brand import percent, verdict_card
 from serving.engine.bundle import Bundle
-from serving.files import write_text
-from serving.images import psnr, tile, write_png
-from serving.reports import render
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band

@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from export.verdict.choice import MAX_CALIBRATING, MAX_FITTED
-from export.verdict.images import counting
-from serving.cores import available_cores
-from serving.files import read_file
-from serving.images import file_size
-from serving.messages import printable
+from ade_base.cores import available_cores
+from ade_base.files import read_file
+from ade_base.messages import printable
+from ade_base.pictures.images import file_size
+from export.gate.images import counting
+from export.gate.split import MAX_CALIBRATING, MAX_FITTED
 from training.data import PARTS, REPEATS, Dataset, Report
 from training.datasets.files import unusable_hint
 

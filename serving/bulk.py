@@ -26,19 +26,19 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from serving.api.errors import ApiError
+from ade_base.errors import UserError
+from ade_base.files import image_paths, naming, only_writer, read_file, replacing
+from ade_base.messages import printable
+from ade_base.pictures.decoders import DecoderError
+from ade_base.pictures.images import IMAGE_SUFFIXES, in_options
+from ade_base.signals import signals_held
+from ade_base.tables import write_csv
 from serving.api.operations.score import score_result
-from serving.api.requests import InputImage, prepare_source
 from serving.api.score_table import columns, failed_row, scored_row
-from serving.decode.pool import DecoderError
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.errors import UserError
-from serving.files import image_paths, naming, only_writer, read_file, replacing
-from serving.images import IMAGE_SUFFIXES, in_options
-from serving.messages import printable
-from serving.signals import signals_held
-from serving.tables import write_csv
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import InputImage, prepare_source
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT
 

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serving.api.errors import ApiError, unusable
-from serving.api.requests import InputImage, prepare_source
-from serving.client import ImageLike, image_file, several
+from ade_base.pictures.images import MAX_FILE_BYTES, MAX_PIXELS
+from ade_client.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
-from serving.images import MAX_FILE_BYTES, MAX_PIXELS
+from serving.ingest.errors import ApiError, unusable
+from serving.ingest.requests import InputImage, prepare_source
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import NOT_SCORED, Choice, decide
 

@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 
-from serving.decode.worker import ANSWER, READY, REQUEST, receive
+from ade_base.pictures.decoder_process import ANSWER, READY, REQUEST, receive
 
 if __name__ == "__main__":
     connection = socket.socket(fileno=sys.stdin.fileno())

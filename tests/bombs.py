@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from serving.decode import pool as decoders
-from serving.images import ImageError, file_size, read_image
+from ade_base.pictures import decoders
+from ade_base.pictures.images import ImageError, file_size, read_image
 
 MIB = 2**20
 

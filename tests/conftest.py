@@ -73,7 +73,7 @@ def small_checks() -> Iterator[None]:
     needs more sets the number itself.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.verdict.kinds.CORRUPTED", 20)
+        patch.setattr("export.gate.pair.CORRUPTED", 20)
         patch.setattr("export.parity.MIN_PIXEL_VALUES", 100_000)
         yield
 
@@ -105,7 +105,7 @@ def tiny_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A bundle of that checkpoint, exported and calibrated by the real code."""
-    from export.verdict.calibrate import calibrate_bundle
+    from export.gate.calibrate import calibrate_bundle
     from export.write import export_bundle
 
     def make(bundle: Path) -> None:

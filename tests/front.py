@@ -14,9 +14,9 @@ from typing import Any
 
 from aiohttp import web
 
+from ade_base.ports import free_ports
 from handlers.torchserve.front import ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
-from serving.ports import free_ports
 from tests.helpers import ROOT, wait_for
 
 SCRIPT = """

@@ -50,7 +50,7 @@ TINY = ModelConfig(
 HOLD = """
 import sys
 from pathlib import Path
-from serving.files import locked
+from ade_base.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

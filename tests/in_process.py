@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from handlers.launch.options import served_name
-from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
+from serving.ingest.requests import RawRequest
 from serving.page.app import build_page
 from serving.page.served import Served
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_cli.main import main
-from handlers.launch.run_folder import RunFolder, find_service
-from serving.ports import VARIABLES, Ports, free_ports
+from handlers.processes.run_folder import RunFolder, find_service
 from tests.helpers import PRETRAINED, ROOT
 
 # In the environment of ``ade serve``; its child processes must not have them.
@@ -26,7 +26,11 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
 }
 
-WORKERS = ("model_service_worker", "handlers.asgi.worker")  # of each engine, as in their commands
+# Of each engine, as in their commands.
+WORKERS = (
+    "model_service_worker",
+    "handlers.service.worker",
+)
 
 
 class RunningService:

@@ -35,30 +35,30 @@ import tritonclient.http
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ade_base.ports import Ports, free_ports
 from ade_cli.status import _text
-from handlers.asgi import v2, wire, worker
-from handlers.asgi.application import READY, Application, ApplicationSettings, served_models
-from handlers.asgi.control import DESCRIBE
-from handlers.asgi.forms import raw_request
-from handlers.asgi.metrics import Metrics
-from handlers.asgi.pool import Pool, WorkerError
-from handlers.asgi.worker import WorkerSettings
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
 from handlers.launch import engines
-from handlers.launch.channel import ask
 from handlers.launch.options import ServingOptions
-from handlers.launch.run_folder import run_folder
 from handlers.limits import MAX_REQUEST_BYTES
+from handlers.process.pool import Pool, WorkerError
+from handlers.processes.channel import ask
+from handlers.processes.run_folder import run_folder
+from handlers.service import v2, wire, worker
+from handlers.service.application import READY, Application, ApplicationSettings, served_models
+from handlers.service.control import DESCRIBE
+from handlers.service.forms import raw_request
+from handlers.service.metrics import Metrics
+from handlers.service.worker import WorkerSettings
 from handlers.torchserve.status import _by_bundle, read_status
-from serving.api.errors import ApiError, worker_died
-from serving.api.forms import MAX_FIELDS
 from serving.api.journal import last_errors
 from serving.api.responses import Response
 from serving.engine.bundle import CALIBRATION_NAME, BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.ports import Ports, free_ports
+from serving.ingest.errors import ApiError, worker_died
+from serving.ingest.forms import MAX_FIELDS
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import write_calibrations
 from tests.helpers import (
@@ -73,7 +73,7 @@ from tests.helpers import (
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from handlers.asgi import application
+from handlers.service import application
 from handlers.front.admission import Limits
 file, limits, constants = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 vars(application).update(constants)
@@ -88,7 +88,7 @@ def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
 
 
 class RunningApplication:
-    """``python -m handlers.asgi.application``, as ``ade serve`` starts it, without a page.
+    """``python -m handlers.service.application``, as ``ade serve`` starts it, without a page.
 
     The constructor starts it, and the end of a ``with`` block kills it if it still runs.
 
@@ -1145,7 +1145,7 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
                     await pool.answer(request)
             await pool.stop()
 
-    monkeypatch.setattr("handlers.asgi.pool._Worker.start", start)
+    monkeypatch.setattr("handlers.process.pool._Worker.start", start)
     asyncio.run(answer())
     assert started >= 2
 
@@ -1222,11 +1222,11 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
     head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "invalid_worker.py").write_text(
-        "import socket, time\nfrom handlers.asgi import wire\n"
+        "import socket, time\nfrom handlers.service import wire\n"
         f"socket.socket(fileno=0).sendall(b''.join(wire.pack({head!r})))\ntime.sleep(1000)"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    monkeypatch.setattr("handlers.asgi.pool.WORKER", "invalid_worker")
+    monkeypatch.setattr("handlers.process.pool.WORKER", "invalid_worker")
 
     others = psutil.Process().children()
 

@@ -7,9 +7,9 @@ import dataclasses
 
 import pytest
 
-from handlers.asgi import batches
-from handlers.asgi.batches import BatchQueue
 from handlers.limits import LARGE_BYTES, MAX_BATCH
+from handlers.process import batches
+from handlers.process.batches import BatchQueue
 
 
 @dataclasses.dataclass(eq=False)

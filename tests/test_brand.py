@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from serving.brand import MARK, STYLE
+from ade_base.brand import MARK, STYLE
 
 TEXTS = [  # a text's colour, and what is behind it
     ("ink", "paper"),

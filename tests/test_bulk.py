@@ -29,24 +29,24 @@ import pytest
 from PIL import Image
 
 import ade_cli.serve
+from ade_base.files import image_paths, only_writer
+from ade_base.pictures.decoders import DecoderError
+from ade_base.pictures.images import MAX_FILE_BYTES, write_png
 from ade_cli.commands import command
 from ade_cli.data_options import say
 from ade_cli.main import main, parse
 from ade_cli.score import NO_VERDICT, _report, resumed
-from export.verdict.calibrate import calibrate_bundle
-from export.verdict.images import readable
-from export.verdict.ood_bench_report import _write_csv
-from export.verdict.separation import Figures
+from export.gate.calibrate import calibrate_bundle
+from export.gate.images import readable
+from export.gate.separation import Figures
+from extensions.gate_reports.ood_bench_report import _write_csv
 from handlers.launch import serve
 from serving import bulk
 from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
-from serving.decode.pool import DecoderError
 from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.files import image_paths, only_writer
-from serving.images import MAX_FILE_BYTES, write_png
 from serving.page.files import write_file
 from serving.page.served import Runs, Served
 from serving.page.uploads import safe_name
@@ -232,7 +232,7 @@ def test_a_few_of_the_files_that_cannot_be_read_are_named(
     assert not [*readable(sorted(tmp_path.iterdir()), lines.append)]
     assert lines[0].startswith("files: left out 10 images: ") and lines[0].count(".png") == 5
     failed = mock.Mock(side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
-    monkeypatch.setattr("export.verdict.images.read_file", failed)
+    monkeypatch.setattr("export.gate.images.read_file", failed)
     assert not [*readable([tmp_path / f"{i}.png" for i in range(5)], lines.append)]
     with pytest.raises(DataError, match=r"6 of 6 files cannot be .*: Stale file handle"):
         [*readable([tmp_path / f"{i}.png" for i in range(6)], lines.append)]
@@ -617,8 +617,8 @@ def test_without_room_for_a_decoder_a_command_ends_with_one_line(
     exif = Image.Exif()
     exif[0x0112] = 1  # such a file is decoded in another process
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
-    monkeypatch.setattr("serving.decode.pool._idle", [])
-    monkeypatch.setattr("serving.decode.pool.START_SECONDS", 0.001)
+    monkeypatch.setattr("ade_base.pictures.decoders._idle", [])
+    monkeypatch.setattr("ade_base.pictures.decoders.START_SECONDS", 0.001)
     assert main(["score", str(tmp_path / "a.jpg"), "--bundle", str(tiny_bundle)]) == 2
     said = capsys.readouterr().err
     assert "the process that decodes images did not start" in said and "Traceback" not in said

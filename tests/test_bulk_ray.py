@@ -23,21 +23,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_base.cores import available_cores
+from ade_base.files import LOCK, locked
+from ade_base.pictures.images import is_image_name
+from ade_base.ports import free_ports
 from benchmarks.ray_cluster import ray_cluster
 from serving import bulk
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
-from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
-from serving.files import LOCK, locked
-from serving.images import is_image_name
-from serving.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT, make_folder
 
 pytest.importorskip("fsspec")
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow as pa  # noqa: E402
 
-from handlers.ray_bulk import manifest, score  # noqa: E402
+from extensions.ray.bulk import manifest, score  # noqa: E402
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed (extra ray)"
@@ -45,7 +45,7 @@ needs_ray = pytest.mark.skipif(
 # Small parts, so that a run can be killed between two of them.
 SCRIPT = """
 import sys
-from handlers.ray_bulk import manifest, score
+from extensions.ray.bulk import manifest, score
 manifest.PART_ROWS = score.PART_ROWS = 32
 from ade_cli.main import main
 sys.exit(main(sys.argv[1:]))
@@ -656,7 +656,7 @@ def test_a_node_without_the_bundle_is_named(tiny_bundle: Path, tmp_path: Path) -
     script = f"""
 import shutil, sys
 from ade_cli.main import main
-from handlers.ray_bulk import score
+from extensions.ray.bulk import score
 score._uncommit = lambda out: shutil.rmtree({str(moved)!r})  # just before Ray starts
 sys.exit(main(sys.argv[1:]))
 """

@@ -22,6 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ade_base.onnx_runtime import cpu_session
 from ade_cli.main import main
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config
@@ -43,7 +44,6 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
-from serving.onnx_runtime import cpu_session
 from serving.page.about import card
 from serving.page.served import Served
 from tests.helpers import PRETRAINED, ROOT
@@ -456,8 +456,8 @@ def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
 def test_a_verdict_of_another_version_is_replaced(
     copy: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    from export.verdict.calibrate import calibrate_bundle
-    from serving.files import sha256_of
+    from ade_base.files import sha256_of
+    from export.gate.calibrate import calibrate_bundle
 
     (copy / "calibration.npz").write_bytes(b"of another version")
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -519,7 +519,7 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
 
 
 def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bundle: Path) -> None:
-    from export.verdict.choice import trained_on
+    from export.gate.split import trained_on
 
     said: list[str] = []
 

@@ -26,19 +26,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import export.verdict.feedback as feedback_module
+import export.gate.feedback as feedback_module
 import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
+from ade_base.pictures.images import coder_version, write_png
 from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main
-from export.verdict.calibrate import _parts, calibrate_bundle, calibrate_into
-from export.verdict.choice import choose_files, choose_rows
-from export.verdict.corruptions import corrupted
-from export.verdict.feedback import _report_unusual, give_feedback
-from export.verdict.images import digests_of, readable
-from export.verdict.ood_bench import bench
-from serving.api.requests import RawRequest
+from export.gate.calibrate import _parts, calibrate_bundle, calibrate_into
+from export.gate.corruptions import corrupted
+from export.gate.feedback import _report_unusual, give_feedback
+from export.gate.images import digests_of, readable
+from export.gate.split import choose_files, choose_rows
+from extensions.gate_reports.ood_bench import bench
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
 from serving.engine.bundle import (
@@ -52,7 +52,7 @@ from serving.engine.calibrations import open_calibrations, seen_file
 from serving.engine.engine import InferenceEngine, Score
 from serving.engine.noise import image_digest, short_digest
 from serving.gate import Gate
-from serving.images import coder_version, write_png
+from serving.ingest.requests import RawRequest
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.decision import decide
@@ -953,7 +953,7 @@ def test_a_large_folder_or_data_set_is_sampled(
     """Of the parts that have not trained the model, too: scoring them all could take hours."""
     limits = {"MAX_IMAGES": 25, "MAX_FITTED": 10, "MAX_CALIBRATING": 15, "MIN_IMAGES": 1}
     for name, value in limits.items():
-        monkeypatch.setattr(f"export.verdict.choice.{name}", value)
+        monkeypatch.setattr(f"export.gate.split.{name}", value)
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(800):
@@ -979,7 +979,7 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Images that a network was trained on calibrate nothing either."""
-    monkeypatch.setattr("export.verdict.choice.MIN_IMAGES", 1)
+    monkeypatch.setattr("export.gate.split.MIN_IMAGES", 1)
     photos = tmp_path / "photos"
     for i, image in enumerate(dark.copy()):
         image[0, 0, :2] = divmod(i, 256)  # no two are equal
@@ -1084,7 +1084,7 @@ def test_reading_training_images_is_reported(
     tmp_path: Path,
 ) -> None:
     """There may be many more than those that calibrate or are tested."""
-    monkeypatch.setattr("export.verdict.images.REPORT_S", -1)
+    monkeypatch.setattr("export.gate.images.REPORT_S", -1)
     trained, others = small_images[:3], small_images[100:200]
     told: list[str] = []
     _parts(open_bundle(tiny_bundle), others[:50], others[50:], trained, told.append)

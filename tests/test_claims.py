@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from training.comparison.judging import _comparable, _deciding, _shared_budget, judge_claims
-from training.comparison.paper import Claim, Finding, claims
+from extensions.comparison.judging import _comparable, _deciding, _shared_budget, judge_claims
+from extensions.comparison.paper import Claim, Finding, claims
 from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
 

@@ -27,30 +27,31 @@ from PIL.PngImagePlugin import PngInfo
 
 pytest.importorskip("constriction")
 
-from ade_cli.main import main
-from ade_model import ADEModel, ModelConfig
-from ade_model.checkpoint import load_model, save_model
 from coding import archive as archives
 from coding import chunks, decompress, lattice, networks
 from coding import compress as compressing
-from coding.chunks import Figures
-from coding.compress import Report, compress
-from coding.errors import CodingError, Damaged, NotCoded
-from coding.image_coder import ImageCoder
-from coding.pictures import Picture, read_picture
-from coding.sources import ArraySource, open_source
-from coding.stack import Stack
+
+from ade_base.pictures.decoder_process import DecodedImage
+from ade_base.pictures.decoders import DecoderError
+from ade_base.pictures.images import ImageError, read_image
+from ade_cli.main import main
+from ade_model import ADEModel, ModelConfig
+from ade_model.checkpoint import load_model, save_model
 from export.codec import CodecError, add_codec, check_codable, write_codec
 from export.graphs import Graphs
 from export.lifting import COEFFICIENT_BITS, factorize
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
-from serving.decode.pool import DecoderError
-from serving.decode.worker import DecodedImage
+from extensions.codec.chunks import Figures
+from extensions.codec.compress import Report, compress
+from extensions.codec.errors import CodingError, Damaged, NotCoded
+from extensions.codec.image_coder import ImageCoder
+from extensions.codec.pictures import Picture, read_picture
+from extensions.codec.sources import ArraySource, open_source
+from extensions.codec.stack import Stack
 from serving.engine.bundle import Bundle, open_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import inputs_of
-from serving.images import ImageError, read_image
 from tests.helpers import PRETRAINED, ROOT, make_model, make_traps, narrow
 from training.recipes import recipe_names
 
@@ -492,7 +493,7 @@ def save_array(path: Path, images: np.ndarray) -> ArraySource:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coding.pictures.PAUSE_S", 0.0)
+    monkeypatch.setattr("extensions.codec.pictures.PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -712,7 +713,7 @@ def test_a_machine_that_is_busy_for_a_moment_loses_nothing(
             raise errors.pop()
         return read_image(data)
 
-    monkeypatch.setattr("coding.pictures.read_image", fail_at_first)
+    monkeypatch.setattr("extensions.codec.pictures.read_image", fail_at_first)
     decompress.decompress(archived, tmp_path / "back.npy", bundle)
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:200])
 
@@ -739,7 +740,7 @@ def test_a_machine_that_is_too_busy_for_a_chunk_restores_the_others(
             raise reason
         return image
 
-    monkeypatch.setattr("coding.pictures.read_image", fail)
+    monkeypatch.setattr("extensions.codec.pictures.read_image", fail)
     words = ["decompress", str(archived), "--bundle", str(bundle.folder)]
     assert main([*words, str(tmp_path / "back.npy")]) == 3
     printed = capsys.readouterr().err
@@ -803,7 +804,7 @@ def test_a_busy_machine_is_no_reason_to_do_without_the_model(
 
     source = save_array(tmp_path / "in.npy", small_images[:100])
     with monkeypatch.context() as patch:
-        patch.setattr("coding.pictures.read_image", fail)
+        patch.setattr("extensions.codec.pictures.read_image", fail)
         with pytest.raises(CodingError, match="an image could not be .* repeat the command"):
             compress(source, tmp_path / "out.ade", bundle)
     assert (tmp_path / "out.ade.part").exists()
@@ -819,7 +820,7 @@ def test_a_picture_that_a_busy_machine_cannot_read_is_no_file(
         raise BUSY
 
     with monkeypatch.context() as patch:
-        patch.setattr("coding.pictures.read_image", fail)
+        patch.setattr("extensions.codec.pictures.read_image", fail)
         with pytest.raises(CodingError, match="an image could not be .* repeat the command"):
             compress(open_source(folder), tmp_path / "out.ade", bundle)
     assert compress(open_source(folder), tmp_path / "out.ade", bundle).archive_bytes
@@ -837,7 +838,7 @@ def test_pictures_whose_pixels_cannot_be_stored_are_stored_as_files(
         return read_image(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("coding.pictures.read_image", refuse)
+        patch.setattr("extensions.codec.pictures.read_image", refuse)
         compress(open_source(folder), tmp_path / "out.ade", bundle)
     decompress.decompress(tmp_path / "out.ade", tmp_path / "back", bundle)
     for path in folder.rglob("*.png"):
@@ -851,7 +852,7 @@ def test_a_large_scan_is_stored_as_a_file(
     scan, out = tmp_path / "in" / "scan.png", tmp_path / "out.ade"
     scan.parent.mkdir()
     Image.new("L", (4001, 4000)).save(scan)
-    monkeypatch.setattr("coding.pictures.read_image", None)
+    monkeypatch.setattr("extensions.codec.pictures.read_image", None)
     compress(open_source(scan.parent), out, bundle)
     decompress.decompress(out, tmp_path / "back", bundle)
     assert (tmp_path / "back" / "scan.png").read_bytes() == scan.read_bytes()
@@ -861,7 +862,7 @@ def test_an_array_with_a_slow_image_is_no_bug(
     bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An array has no file to store in place of the image."""
-    monkeypatch.setattr("coding.pictures.read_image", mock.Mock(side_effect=SLOW))
+    monkeypatch.setattr("extensions.codec.pictures.read_image", mock.Mock(side_effect=SLOW))
     source = save_array(tmp_path / "in.npy", small_images[:100])
     with pytest.raises(CodingError, match="more than 2 seconds to decode"):
         compress(source, tmp_path / "out.ade", bundle)
@@ -1277,7 +1278,7 @@ def test_a_file_that_can_be_opened_but_not_read_is_left_out(
             raise OSError(errno.EIO, "Input/output error", str(path))
         return path.read_bytes()
 
-    monkeypatch.setattr("coding.sources.read_file", read)
+    monkeypatch.setattr("extensions.codec.sources.read_file", read)
     source = open_source(tmp_path)
     assert source.count == 1 and source.left_out == [(tmp_path / "a.png", "Input/output error")]
 
@@ -1295,7 +1296,7 @@ def test_what_an_archive_cannot_hold_is_refused_before_the_work(
             open_source(folder)
     assert open_source(tmp_path / "deep" / "a").count == 1
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    monkeypatch.setattr("coding.pictures.MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr("extensions.codec.pictures.MAX_FILE_BYTES", 4000)
     with pytest.raises(CodingError, match=r"40 x 40 pixels .* can store 4,000"):
         Picture(noise).stored()
     file = io.BytesIO()
@@ -1352,7 +1353,7 @@ def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_
     np.save(tmp_path / "in.npy", images)
     out, part = tmp_path / "out.ade", tmp_path / "out.ade.part"
     script = (
-        "import sys; from coding import compress; compress.MAX_IMAGES = 40\n"
+        "import sys; from extensions.codec import compress; compress.MAX_IMAGES = 40\n"
         "from ade_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["compress", str(tmp_path / "in.npy"), str(out), "--bundle", str(bundle.folder)]

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("constriction")
 
 import constriction
-
 from coding import lattice, stack
-from coding.image_coder import ImageCoder
-from coding.stack import Stack
+
 from export.lifting import COEFFICIENT_BITS, factorize
+from extensions.codec.image_coder import ImageCoder
+from extensions.codec.stack import Stack
 
 Coder = constriction.stream.stack.AnsCoder
 TOTAL = 2**24  # a table's probabilities are multiples of 1 / TOTAL

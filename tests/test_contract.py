@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coding.networks import fingerprint
+from extensions.codec.networks import fingerprint
 from handlers.launch.engines import DEFAULT, ENGINES
 from serving.engine.bundle import open_bundle
 from tests.helpers import DATA, PRETRAINED, ROOT, b64, npy, png_header

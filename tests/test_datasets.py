@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_base.files import LOCK, read_file
+from ade_base.pictures.images import ImageError
 from ade_cli.data_options import dataset_of
 from fitting.survey import picture_sizes
-from serving.files import LOCK, read_file
-from serving.images import ImageError
 from tests.helpers import ROOT, encode, make_folder, make_traps
 from training.data import DataError, ImageSet
 from training.datasets import NAMES, cifar10, files, image_size_of, load_dataset

@@ -19,22 +19,22 @@ from typing import Any
 import pytest
 import yaml
 
+from ade_base.cores import available_cores
+from ade_base.ports import VARIABLES
 from ade_cli.main import parse
-from handlers.asgi.metrics import MODEL
 from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.launch.serve import _allowed_hosts
-from handlers.launch.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
+from handlers.processes.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
+from handlers.service.metrics import MODEL
 from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
 from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.telemetry import EXPECTED_FLAGS, METRICS, OBSERVED_FLAGS, VERSION
-from serving.cores import available_cores
 from serving.engine.bundle import open_bundle
 from serving.page import sweep, uploads
 from serving.page.app import make_app
-from serving.ports import VARIABLES
 from tests.helpers import PRETRAINED, ROOT, tool
 from tests.test_docker import STEPS, USER
 

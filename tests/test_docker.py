@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from handlers.launch.parts import page_is_ready
+from ade_base.ports import VARIABLES, Ports, free_ports
+from ade_client.client import AdeClient, AdeError
+from handlers.launch.page_process import page_is_ready
 from handlers.torchserve.status import read_status
-from serving.client import AdeClient, AdeError
-from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 

@@ -19,17 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ade_base import ports
 from ade_cli.main import VERBS, main, parse
+from extensions.comparison.compare import read_rows
+from extensions.comparison.report import write_comparison
 from handlers.front.settings import TOKEN_VARIABLE
-from handlers.launch import run_folder
-from serving import ports
+from handlers.processes import run_folder
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import DATA, PRETRAINED, ROOT
 from tests.service import RunningService
-from training.comparison.compare import read_rows
-from training.comparison.report import write_comparison
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
@@ -153,8 +153,9 @@ def test_anchors_are_those_of_github(tmp_path: Path) -> None:
 
 def test_the_contract_names_every_error() -> None:
     in_process = {"bulk.py", "gate.py"}  # read files themselves, and answer nothing over HTTP
-    paths = [path for room in ("serving", "handlers") for path in (ROOT / room).rglob("*.py")]
-    own_page = {"gate_asgi.py"}  # a middleware in front of other services
+    rooms = ("ade_base", "extensions", "handlers", "serving")
+    paths = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    own_page = {"middleware.py"}  # a middleware in front of other services
     raised = r'(?:ApiError\(\s*\d+,|\(\d{3},|unusable\(|ImageError\()\s*"(\w+)"'
     for page, names, least in (
         ("api.md", {path.name for path in paths} - in_process - own_page, 25),

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.backends import BACKENDS, BackendError
 from serving.engine.cuda import BoundGraph
 from serving.engine.engine import BUCKETS, MAX_ROWS, InferenceEngine, NotFinite, Score
 from serving.engine.noise import NoiseStream, sample_key
+from serving.ingest.requests import RawRequest
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from tests.helpers import PRETRAINED, with_calibrations
@@ -419,7 +419,7 @@ def test_each_path_has_its_own_verdict(
     tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
 ) -> None:
     """In one batch, the same pixels are judged by the calibration of their kind, resized or not."""
-    from export.verdict.calibrate import calibrate_bundle
+    from export.gate.calibrate import calibrate_bundle
 
     larger = [np.repeat(np.repeat(image, 2, 0), 2, 1) for image in small_images[200:]]
     told: list[str] = []
@@ -480,7 +480,7 @@ def test_each_path_has_its_own_verdict(
 def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
     real_images: np.ndarray,
 ) -> None:
-    from export.verdict.kinds import resize_and_back
+    from export.gate.pair import resize_and_back
 
     made = np.stack([resize_and_back(image) for image in real_images[:20]])
     assert made.dtype == np.uint8 and np.array_equal(made[7], resize_and_back(real_images[7]))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ade_base.errors import UserError
 from ade_cli.main import main
 from ade_model.errors import ConfigError
-from serving.errors import UserError
 from tests.helpers import ROOT
 from tests.test_rooms import PACKAGES
 

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from gradio.data_classes import FileData, ListFiles
 
+from ade_base.pictures.images import write_png
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
-from export.verdict.calibrate import calibrate_bundle
-from handlers.asgi.v2 import Call, respond
+from ade_client.client import AdeClient, AdeError, ScoreResult
+from export.gate.calibrate import calibrate_bundle
+from handlers.service.v2 import Call, respond
 from serving.api.operations.score import CalibrationLabel
-from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
-from serving.client import AdeClient, AdeError, ScoreResult
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.images import write_png
+from serving.ingest.requests import RawRequest
 from serving.page import many
 from serving.page.about import card as card_of
 from serving.page.app import build_page

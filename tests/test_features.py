@@ -19,16 +19,17 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
+from ade_base.files import sha256_of
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
 from export.features import check_source, data_of, feature_graph
+from export.gate.calibrate import calibrate_bundle, calibrate_into
+from export.gate.density_fit import fit_calibration, fit_mixture
+from export.gate.feedback import give_feedback
+from export.gate.measuring import Measured, statistics_of
+from export.gate.separation import COMBINED, NO_FEATURES, scores_of
 from export.to_onnx import export_encoder
-from export.verdict.calibrate import calibrate_bundle, calibrate_into
-from export.verdict.detector import fit_calibration, fit_mixture
-from export.verdict.feedback import give_feedback
-from export.verdict.measuring import Measured, statistics_of
-from export.verdict.ood_bench_report import write_report
-from export.verdict.separation import COMBINED, NO_FEATURES, scores_of
+from extensions.gate_reports.ood_bench_report import write_report
 from serving.engine.bundle import (
     FEATURES_NAME,
     open_bundle,
@@ -36,7 +37,6 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.engine import InferenceEngine, Score
-from serving.files import sha256_of
 from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
@@ -737,7 +737,7 @@ def test_statistics_do_not_depend_on_the_threads(
     engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
     expected = engine.statistics(small_images)
     for cores in (1, 3):
-        monkeypatch.setattr("export.verdict.images.available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("export.gate.images.available_cores", lambda cores=cores: cores)
         lines: list[str] = []
         found = statistics_of(engine, small_images, "corners", report=lines.append)
         assert list(found) == list(expected) and lines[-1] == "corners: scored 300 images"

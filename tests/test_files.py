@@ -19,14 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from ade_cli.main import main
-from export.verdict.calibrate import calibrate_bundle
-from export.verdict.feedback import give_feedback
-from export.verdict.images import usable
-from export.write import ExportError, export_bundle
-from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
-from serving.engine.bundle import open_bundle, verify_bundle
-from serving.files import (
+from ade_base.files import (
     image_paths,
     new_folder,
     only_writer,
@@ -35,7 +28,14 @@ from serving.files import (
     replacing,
     write_text,
 )
-from serving.images import DecodedImage, read_image
+from ade_base.pictures.images import DecodedImage, read_image
+from ade_cli.main import main
+from export.gate.calibrate import calibrate_bundle
+from export.gate.feedback import give_feedback
+from export.gate.images import usable
+from export.write import ExportError, export_bundle
+from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
+from serving.engine.bundle import open_bundle, verify_bundle
 from serving.verdict.calibration import CalibrationError
 from tests.helpers import ROOT, full_disk, make_folder
 from training.datasets.files import decode_into
@@ -196,8 +196,8 @@ import os, sys
 sys.modules["resource"] = None
 import pathlib, httpx, numpy, PIL.Image, filelock
 del os.register_at_fork, os.O_NONBLOCK, os.O_CLOEXEC
-import serving.client
-from serving.files import read_file
+import ade_client.client
+from ade_base.files import read_file
 print(len(read_file(pathlib.Path(sys.argv[1]))))
 """
     cat = ROOT / "serving" / "examples" / "cat.png"
@@ -254,7 +254,7 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
     def refuse(*args: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("serving.files.FileLock.acquire", refuse)
+    monkeypatch.setattr("ade_base.files.FileLock.acquire", refuse)
     with pytest.raises(OSError, match="Read-only") as raised, only_writer(out, ValueError):
         raise AssertionError
     assert raised.value.filename == str(out)
@@ -357,7 +357,7 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
             raise MemoryError
         return read_image(data, size=None)
 
-    monkeypatch.setattr("serving.api.requests.read_image", read)
+    monkeypatch.setattr("serving.ingest.requests.read_image", read)
     monkeypatch.setattr("training.datasets.files.read_image", read)
     monkeypatch.setattr("training.datasets.folder.read_image", read)
     assert first_size([huge, good]) == 32

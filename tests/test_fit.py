@@ -21,10 +21,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from ade_base.pictures.images import ImageError, read_image, write_png
 from ade_cli.main import main
 from export.features import data_of
+from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from export.parity import ParityError
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
 from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
 from fitting.findings import _caught, _scores, _tested
 from fitting.held_out import held_out_images
@@ -53,7 +54,6 @@ from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, su
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
-from serving.images import ImageError, read_image, write_png
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder

@@ -33,20 +33,21 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from handlers.asgi.application import Application
+from ade_base.ports import free_ports
 from handlers.front.admission import ClientGone, Departure, Lane, Limits, Memory, read_body
 from handlers.front.connections import BoundedProtocol
 from handlers.front.forms import checked_type
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.listen import open_socket
 from handlers.limits import LARGE_BYTES
+from handlers.service.application import Application
 from handlers.torchserve.front import ModelServer, ServerSettings
 from handlers.torchserve.wire import TYPE_HEADER
-from serving.api import forms, pipelining
-from serving.api.errors import ApiError
+from serving.api import pipelining
 from serving.api.guard import Receive, Scope, Send
-from serving.api.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
-from serving.ports import free_ports
+from serving.ingest import forms
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
 from tests.helpers import ROOT, address_beyond_loopback, wait_for
 from tests.test_observability import METRICS_TEXT

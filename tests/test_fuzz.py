@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
+from ade_client.client import AdeClient
 from benchmarks.malformed import malformed_requests
-from serving.client import AdeClient
 from tests.service import RunningService
 
 

@@ -30,14 +30,14 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from ade_base.pictures.images import read_image, write_png
+from ade_base.ports import free_ports
+from ade_client.client import image_file
 from benchmarks.pictures import gate_images
-from serving.api.requests import MAX_BODY_BYTES
-from serving.client import image_file
+from extensions.upload_gate.middleware import GateMiddleware
 from serving.engine.bundle import BundleError
 from serving.gate import Decision, Gate
-from serving.gate_asgi import GateMiddleware
-from serving.images import read_image, write_png
-from serving.ports import free_ports
+from serving.ingest.requests import MAX_BODY_BYTES
 from serving.verdict.calibration_file import Calibrations
 from tests.helpers import PRETRAINED, ROOT, wait_for, with_calibrations
 
@@ -385,12 +385,14 @@ def test_a_request_has_no_more_images_than_the_gate_takes(
 ) -> None:
     client, reached = app_behind(gate)
     cat = CAT.read_bytes()
-    monkeypatch.setattr("serving.gate_asgi.MAX_IMAGES", 2)
-    monkeypatch.setattr("serving.gate_asgi.MAX_HELD_BYTES", 0)  # which small bodies may exceed
+    monkeypatch.setattr("extensions.upload_gate.middleware.MAX_IMAGES", 2)
+    monkeypatch.setattr(
+        "extensions.upload_gate.middleware.MAX_HELD_BYTES", 0
+    )  # which small bodies may exceed
     files = [(f"f{i}", ("cat.png", cat)) for i in range(3)]
     answer = client.post("/classify", files=files)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_images")
-    monkeypatch.setattr("serving.api.requests.MAX_REQUEST_PIXELS", 32 * 32)
+    monkeypatch.setattr("serving.ingest.requests.MAX_REQUEST_PIXELS", 32 * 32)
     answer = client.post("/classify", files=files[:2])
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
     assert client.post("/classify", files=files[:1]).status_code == 200
@@ -402,8 +404,8 @@ def test_bodies_are_bounded_together_and_in_time(
 ) -> None:
     app = GateMiddleware(FastAPI(), gate)
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
-    monkeypatch.setattr("serving.gate_asgi.MAX_HELD_BYTES", 3000)
-    monkeypatch.setattr("serving.gate_asgi.SMALL_BODY_BYTES", 1000)
+    monkeypatch.setattr("extensions.upload_gate.middleware.MAX_HELD_BYTES", 3000)
+    monkeypatch.setattr("extensions.upload_gate.middleware.SMALL_BODY_BYTES", 1000)
 
     async def ask(*sizes: int) -> int:
         """The status for a body that arrives in parts and never ends."""
@@ -430,7 +432,7 @@ def test_bodies_are_bounded_together_and_in_time(
         first.cancel()
         small.cancel()
         await asyncio.gather(first, small, return_exceptions=True)
-        monkeypatch.setattr("serving.gate_asgi.MAX_BODY_S", 0.05)
+        monkeypatch.setattr("extensions.upload_gate.middleware.MAX_BODY_S", 0.05)
         assert await ask(2500) == 408  # nothing is held any more
 
     asyncio.run(main())
@@ -445,7 +447,7 @@ def test_reading_the_headers_of_files_blocks_no_other_request(
         threads.append(threading.current_thread())
         return 0
 
-    monkeypatch.setattr("serving.gate_asgi.pixels_to_resize", pixels)
+    monkeypatch.setattr("extensions.upload_gate.middleware.pixels_to_resize", pixels)
     client, _ = app_behind(gate)
     assert client.post("/classify", content=CAT.read_bytes(), headers=PNG).status_code == 200
     assert [thread.name for thread in threads] == ["gate_0"]

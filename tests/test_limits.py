@@ -15,11 +15,11 @@ import httpx
 import numpy as np
 import pytest
 
+from ade_base.pictures.images import write_png
 from serving.api.operations.registry import OPERATIONS
-from serving.api.requests import FilesRequest, RawRequest, decode_images, prepare_image
 from serving.api.service import MAX_DECODE_S, Service
 from serving.engine.engine import InferenceEngine
-from serving.images import write_png
+from serving.ingest.requests import FilesRequest, RawRequest, decode_images, prepare_image
 from tests.service import RunningService
 
 CASES = (
@@ -136,7 +136,7 @@ def test_images_are_decoded_until_the_time_is_over(
         now += 0.6 * MAX_DECODE_S
         return prepare_image(*args)
 
-    monkeypatch.setattr("serving.api.requests.prepare_image", prepare_slowly)
+    monkeypatch.setattr("serving.ingest.requests.prepare_image", prepare_slowly)
     monkeypatch.setattr("serving.api.service.time", SimpleNamespace(monotonic=lambda: now))
     requests = [request(real_images[:1]), request(real_images[:2]), request(real_images[:1])]
     answers = Service("score", engine).answer(requests)

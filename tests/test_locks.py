@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from serving.files import locked
+from ade_base.files import locked
 from tests.helpers import held_by_another
 
 

@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.client import AdeClient
-from serving.ports import free_ports
+from ade_base.ports import free_ports
+from ade_client.client import AdeClient
 from tests.helpers import ROOT, npy, wait_for
 from tests.service import RunningService
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from handlers.asgi.metrics import QUEUE_SECONDS
+from ade_base.brand import NAME, STYLE
+from ade_base.files import LOCK
+from ade_base.ports import VARIABLES, free_ports
 from handlers.front.exposition import REFUSALS, START
 from handlers.launch.serve import _alone_with_logs
+from handlers.service.metrics import QUEUE_SECONDS
 from handlers.torchserve.exposition import by_convention
 from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
@@ -27,9 +30,6 @@ from serving.api.telemetry import (
     Metric,
     Stopwatch,
 )
-from serving.brand import NAME, STYLE
-from serving.files import LOCK
-from serving.ports import VARIABLES, free_ports
 from tests.helpers import PRETRAINED, ROOT, held_by_another
 from tests.service import RunningService, error_of_serve
 

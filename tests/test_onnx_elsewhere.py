@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from ade_base.pictures.images import read_image
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
-from serving.images import read_image
 from tests.helpers import PRETRAINED, ROOT, npm_install, tool
 from tests.test_docs import blocks
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from export.verdict.detector import MAX_COMPONENTS, fit_calibration
-from export.verdict.measuring import Measured
-from export.verdict.ood_bench_report import write_report
+from export.gate.density_fit import MAX_COMPONENTS, fit_calibration
+from export.gate.measuring import Measured
+from extensions.gate_reports.ood_bench_report import write_report
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes

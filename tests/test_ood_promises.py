@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from export.verdict.corruptions import CORRUPTIONS
-from export.verdict.detector import fit_calibration
-from export.verdict.measuring import statistics_of
-from export.verdict.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
-from serving.api.requests import InputImage, prepare_image
+from export.gate.corruptions import CORRUPTIONS
+from export.gate.density_fit import fit_calibration
+from export.gate.measuring import statistics_of
+from export.gate.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
+from serving.ingest.requests import InputImage, prepare_image
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
 

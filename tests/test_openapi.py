@@ -27,11 +27,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from ade_base.pictures.images import write_png
 from serving.api.openapi import openapi_document
 from serving.api.operations.base import IMAGE_TYPES
 from serving.api.operations.registry import OPERATIONS
 from serving.engine.bundle import Bundle, open_bundle
-from serving.images import write_png
 from tests.helpers import DATA, PRETRAINED, ROOT, encode, npm_install, npy
 from tests.service import RunningService
 

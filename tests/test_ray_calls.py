@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from handlers.asgi.metrics import MODEL
+from extensions.ray.serve import reporter
+from extensions.ray.serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
+from extensions.ray.serve.reporter import MetricsReplica
+from extensions.ray.serve.scaling import REQUESTS, WAITING, LastingQueue, by_requests
 from handlers.limits import MAX_BATCH
-from handlers.ray_serve import reporter
-from handlers.ray_serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
-from handlers.ray_serve.reporter import MetricsReplica
-from handlers.ray_serve.scaling import REQUESTS, WAITING, LastingQueue, by_requests
+from handlers.service.metrics import MODEL
 from serving.api.telemetry import BROKEN, IMAGES
 
 SMALL = Asked({}, b"image")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from export.verdict.ood_bench_report import _histogram
-from export.verdict.separation import COMBINED, RAW_BPD
-from export.verdict.what_if import ALPHAS, Alarms, Way, WhatIf
-from export.verdict.what_if_report import what_if_lines, write_what_if
-from serving.brand import MARK, percent, verdict_card
-from serving.reports import from_markdown, markdown_table, render
+from ade_base.brand import MARK, percent, verdict_card
+from ade_base.reports import from_markdown, markdown_table, render
+from export.gate.separation import COMBINED, RAW_BPD
+from extensions.gate_reports.ood_bench_report import _histogram
+from extensions.gate_reports.what_if import ALPHAS, Alarms, Way, WhatIf
+from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 from tests.helpers import ROOT

@@ -17,12 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ade_client.client import AdeClient, AdeError
 from handlers.front.admission import Limits
-from serving.api.errors import ApiError
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import Sample, SampleRequest
 from serving.api.operations.score import ScoreParameters
-from serving.api.requests import (
+from serving.api.responses import error_response
+from serving.engine.bundle import Bundle
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import (
     FilesRequest,
     ImagesRequest,
     InputImage,
@@ -30,9 +33,6 @@ from serving.api.requests import (
     array_of,
     decode_images,
 )
-from serving.api.responses import error_response
-from serving.client import AdeClient, AdeError
-from serving.engine.bundle import Bundle
 from tests.helpers import b64, npy
 
 SHAPE = (8, 8, 3)
@@ -491,7 +491,7 @@ def check(operation: str, request_: RawRequest) -> None:
 def test_large_pictures_are_refused_together_before_they_are_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("serving.api.requests.MAX_REQUEST_PIXELS", 2_000)
+    monkeypatch.setattr("serving.ingest.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
     assert isinstance(
         read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage
@@ -506,7 +506,7 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(
 
 
 def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("serving.ingest.requests.MAX_JSON_BYTES", 1000)
     with pytest.raises(
         ApiError, match="JSON may have at most 1000 bytes here, the body has 2000"
     ) as caught:
@@ -516,7 +516,7 @@ def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPat
 
 def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer text is not parsed, neither in a body nor in a form."""
-    monkeypatch.setattr("serving.api.requests.MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("serving.ingest.requests.MAX_JSON_BYTES", 1000)
     shapes = [(8, 8, 8)]
     number = -1.1754943508222875e-38  # as long as possible
     level = dict.fromkeys(("mean", "log_scale", "z", "eps"), np.full(shapes[0], number).tolist())

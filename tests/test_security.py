@@ -17,13 +17,13 @@ import httpx
 import psutil
 import pytest
 
-from handlers.launch.environment import child_environment
-from handlers.launch.parts import Page
+from ade_base.ports import PortError, Ports
+from ade_client.client import AdeClient, AdeError
+from handlers.launch.page_process import Page
 from handlers.launch.serve import _token
+from handlers.processes.environment import child_environment
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
 from handlers.torchserve.status import read_status
-from serving.client import AdeClient, AdeError
-from serving.ports import PortError, Ports
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
 from tests.helpers import PRETRAINED, address_beyond_loopback, wait_for
 from tests.service import CANARIES, RunningService, error_of_serve

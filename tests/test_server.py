@@ -27,17 +27,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ade_base.cores import available_cores
+from ade_base.pictures.images import write_png
+from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_cli.main import main
+from ade_client.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from ade_model.checkpoint import save_model
 from handlers.launch.options import ServingOptions
-from handlers.launch.run_folder import RunFolder
 from handlers.launch.serve import MAX_SCORE_WORKERS
+from handlers.processes.run_folder import RunFolder
 from handlers.torchserve.configuration import BROADCAST, write_configuration
 from handlers.torchserve.status import describe_models, read_status
-from serving.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
-from serving.cores import available_cores
-from serving.images import write_png
-from serving.ports import VARIABLES, Ports, free_ports
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -606,7 +606,7 @@ def client_of(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses of clients, which do not last."""
     found: list[float] = []
-    monkeypatch.setattr("serving.client.time.sleep", found.append)
+    monkeypatch.setattr("ade_client.client.time.sleep", found.append)
     return found
 
 

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ade_base.pictures.images import write_png
 from ade_model.checkpoint import read_config
 from export.feature_source import DATA_KEY
 from export.features import data_of
+from export.gate.split import choose_files, files_that_test, trained_on
 from export.to_onnx import export_encoder
-from export.verdict.choice import choose_files, files_that_test, trained_on
 from export.write import export_bundle
 from serving.engine.bundle import Bundle, open_bundle
-from serving.images import write_png
 from tests.helpers import narrow
 from training.data import DataError, Dataset
 from training.datasets.files import part_of
@@ -53,7 +53,7 @@ def loaded(folder: Path) -> Dataset:
 
 @pytest.fixture(autouse=True)
 def a_few_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.verdict.choice.MIN_IMAGES", 1)
+    monkeypatch.setattr("export.gate.split.MIN_IMAGES", 1)
 
 
 @pytest.fixture

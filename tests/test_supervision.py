@@ -32,10 +32,13 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from handlers.launch import hangs, serve
-from handlers.launch.hangs import MAX_UNANSWERED, MAX_UNANSWERED_AT_START
-from handlers.launch.parts import Page
-from handlers.launch.run_folder import (
+from ade_base.files import LOCK
+from ade_base.ports import Ports, free_ports
+from ade_client.client import AdeClient, AdeError
+from handlers.launch import serve
+from handlers.launch.page_process import Page
+from handlers.processes import watchdog as hangs
+from handlers.processes.run_folder import (
     PREFIX,
     RunFolder,
     RunFolderError,
@@ -43,22 +46,20 @@ from handlers.launch.run_folder import (
     find_service,
     run_folder,
 )
-from handlers.launch.supervision import (
+from handlers.processes.supervision import (
     MAX_DEATHS,
     MAX_OUTPUT_BYTES,
     Child,
     LaunchError,
     Supervisor,
 )
+from handlers.processes.watchdog import MAX_UNANSWERED, MAX_UNANSWERED_AT_START
 from handlers.torchserve import launcher
 from handlers.torchserve.launcher import TorchServe
 from handlers.torchserve.status import describe_models
 from serving.api.guard import check_host
-from serving.client import AdeClient, AdeError
 from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
-from serving.files import LOCK
-from serving.ports import Ports, free_ports
 from tests.helpers import PRETRAINED, ROOT
 from tests.service import RunningService
 
@@ -216,7 +217,7 @@ def test_a_child_that_dies_slowly_may_have_more_time(
 ) -> None:
     """Such as a driver on Ray, which waits a minute for the deployment of the one before."""
     now = itertools.count(0.0, 61.0)
-    monkeypatch.setattr("handlers.launch.supervision.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("handlers.processes.supervision.time.monotonic", lambda: next(now))
     with Supervisor(tmp_path) as supervisor:
         child = supervisor.start(
             "front", ["false"], dict(os.environ), restarts=True, deaths_within_s=600.0
@@ -252,7 +253,7 @@ def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
 
 def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers get one grace period for all of them."""
-    monkeypatch.setattr("handlers.launch.supervision.STOP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("handlers.processes.supervision.STOP_TIMEOUT_S", 1.0)
     stubborn = ["sh", "-c", "trap '' TERM; touch \"$0\"; exec sleep 1000"]
     with Supervisor(tmp_path) as supervisor:
         for name in ("one", "two", "three"):
@@ -546,7 +547,7 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     folder.mkdir()
     script = (
         "import os, sys, time\nfrom pathlib import Path\n"
-        "from handlers.launch.supervision import Supervisor\n"
+        "from handlers.processes.supervision import Supervisor\n"
         "with Supervisor(Path(sys.argv[1])) as supervisor:\n"
         "    environment = dict(os.environ)\n"
         "    supervisor.start('torchserve', ['sh', '-c', 'sleep 1000 & sleep 1000'], environment)\n"
@@ -934,7 +935,8 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
     impatient = tmp_path / "python"  # checks for 3 s instead of 20
     impatient.write_text(
         f"#!{sys.executable}\nimport runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from handlers.launch import hangs\nhangs.CHECK_TIMEOUT_S, hangs.PAUSE_S = 3.0, 1.0\n"
+        "from handlers.processes import watchdog\n"
+        "watchdog.CHECK_TIMEOUT_S, watchdog.PAUSE_S = 3.0, 1.0\n"
         "del sys.argv[:2]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
     )
     impatient.chmod(0o700)

@@ -19,10 +19,10 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.client import AdeClient, AdeError
+from ade_base.ports import VARIABLES
+from ade_client.client import AdeClient, AdeError
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.gate import Gate
-from serving.ports import VARIABLES
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import FOLDER, path_of
 from tests.helpers import PRETRAINED, ROOT, wait_for

@@ -16,19 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from ade_base.files import LOCK
+from ade_base.pictures.images import write_png
+from ade_base.reports import from_markdown
 from ade_cli.main import main
 from ade_model.checkpoint import load_model
-from export.verdict.calibrate import calibrate_bundle
+from export.gate.calibrate import calibrate_bundle
 from export.write import export_bundle
-from serving.api.requests import RawRequest
-from serving.api.service import Service
-from serving.engine.bundle import BundleError
-from serving.engine.engine import InferenceEngine
-from serving.files import LOCK
-from serving.images import write_png
-from serving.reports import from_markdown
-from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
-from training.comparison.compare import (
+from extensions.comparison.compare import (
     FAILURE,
     MEASURED,
     Job,
@@ -37,7 +32,12 @@ from training.comparison.compare import (
     compare,
     read_rows,
 )
-from training.comparison.report import _notes, _table, write_comparison
+from extensions.comparison.report import _notes, _table, write_comparison
+from serving.api.service import Service
+from serving.engine.bundle import BundleError
+from serving.engine.engine import InferenceEngine
+from serving.ingest.requests import RawRequest
+from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
@@ -398,7 +398,7 @@ def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("training.comparison.compare.train", Mock(side_effect=ValueError("why")))
+    monkeypatch.setattr("extensions.comparison.compare.train", Mock(side_effect=ValueError("why")))
     folder, out = make_folder(tmp_path / "images", small_images[:40]), tmp_path / "out"
     words = ["compare", "vae", "v-ade", "--data", str(folder), "--image-size", "8"]
     with held_by_another(out / "runs" / "v-ade-seed0" / LOCK):

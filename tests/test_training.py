@@ -26,6 +26,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ade_base.files import LOCK
+from ade_base.ports import free_ports
 from ade_cli.data_options import dataset_of, dataset_of_run
 from ade_cli.evaluate import _store
 from ade_cli.main import VERBS, main
@@ -37,9 +39,8 @@ from ade_model.layers import ResidualBlock
 from ade_model.likelihood import ElboTerms
 from benchmarks.training import _compiled
 from export.write import ExportError, evaluation_of, export_bundle
+from extensions.comparison.compare import keep_rows, read_rows, recorded_data
 from serving.engine.bundle import verify_bundle
-from serving.files import LOCK
-from serving.ports import free_ports
 from tests.helpers import (
     ROOT,
     TINY,
@@ -51,7 +52,6 @@ from tests.helpers import (
     shake,
 )
 from tests.test_docs import ade_commands
-from training.comparison.compare import keep_rows, read_rows, recorded_data
 from training.data import DataError, Dataset, ImageSet
 from training.datasets import load_dataset
 from training.datasets.files import part_of

@@ -39,16 +39,16 @@ from safetensors.numpy import load_file, save_file
 
 from ade_cli.main import main
 from ade_cli.status import _releases
-from handlers.asgi.application import build_release
-from handlers.asgi.control import CHANGE, DESCRIBE
-from handlers.asgi.launcher import Asgi
+from ade_client.client import AdeClient, AdeError
 from handlers.front.admission import Limits
 from handlers.front.releases import Release, Releases
-from handlers.launch.channel import ChannelError, Listener, ask
 from handlers.launch.engines import SWITCHED, UpgradableEngine
-from handlers.launch.supervision import LaunchError
 from handlers.launch.upgrades import ROLLBACK, UPGRADE, UpgradeError, Upgrades, check_contract
-from serving.client import AdeClient, AdeError
+from handlers.process.launcher import Asgi
+from handlers.processes.channel import ChannelError, Listener, ask
+from handlers.processes.supervision import LaunchError
+from handlers.service.application import build_release
+from handlers.service.control import CHANGE, DESCRIBE
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     MANIFEST_NAME,
@@ -475,7 +475,7 @@ class SwitchingEngine(UpgradableEngine):
 
 
 def at_once(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]]:
-    """The page of other bundles, in the place of :meth:`handlers.launch.parts.Page.prepared`."""
+    """The page of other bundles, in the place of :meth:`Page.prepared`."""
     return nullcontext(lambda: None)
 
 

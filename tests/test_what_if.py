@@ -23,20 +23,21 @@ from scipy import stats
 from ade_cli.advice import advice
 from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.main import main, parse
-from export.verdict import images as images_module
-from export.verdict import kinds, separation
-from export.verdict import what_if as what_if_module
-from export.verdict.calibrate import calibrate_bundle
-from export.verdict.corruptions import CORRUPTIONS, SUBTLE
-from export.verdict.images import NamedFile, others, usable
-from export.verdict.measuring import statistics_of
-from export.verdict.what_if import ALPHAS, corruptions_of, rejected, what_if
-from export.verdict.what_if_report import what_if_lines, write_what_if
+from export.gate import images as images_module
+from export.gate import pair as kinds
+from export.gate import separation
+from export.gate.calibrate import calibrate_bundle
+from export.gate.corruptions import CORRUPTIONS, SUBTLE
+from export.gate.images import NamedFile, others, usable
+from export.gate.measuring import statistics_of
+from extensions.gate_reports import what_if as what_if_module
+from extensions.gate_reports.what_if import ALPHAS, corruptions_of, rejected, what_if
+from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from fitting.pipeline import ENOUGH
-from serving.api.requests import InputImage
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.gate import Gate
+from serving.ingest.requests import InputImage
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
@@ -527,7 +528,7 @@ def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     packages = tuple(set(TRAINING_PACKAGES) - {"scipy", "sklearn"})
     done = {}
-    fewer = "from export.verdict import kinds; kinds.CORRUPTED = 2; "
+    fewer = "from export.gate import pair; pair.CORRUPTED = 2; "
     for missing, first, words in (
         (TRAINING_PACKAGES, "", ["gate", "what-if", PRETRAINED, "--per-day", 9, "--corrupted", 2]),
         (packages, fewer, ["calibrate", PRETRAINED, tmp_path / "mine"]),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.errors import UserError
+from ade_base.errors import UserError
 
 PARTS = ("train", "select", "calibrate", "test")
 CHANNELS = 3  # of the images of every loader

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from serving.messages import printable
+from ade_base.messages import printable
 from training.data import Dataset
 
 IMAGES_A_CLASS = 20

@@ -17,8 +17,8 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
+from ade_base.signals import signals_held
 from ade_model.checkpoint import read_config
-from serving.signals import signals_held
 from training.budget import Budget
 from training.data import Dataset
 from training.datasets.sketch import KEY, VERSION, record_of, sketch_in, version_of

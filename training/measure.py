@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ade_base.pictures.images import psnr
 from ade_model.model import ADEModel
-from serving.images import psnr
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images, sample_kinds
 from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ade_base.files import write_text
+from ade_base.pictures.images import write_png
 from ade_model.checkpoint import read_config
 from ade_model.model import ADEModel
-from serving.files import write_text
-from serving.images import write_png
 from training.data import Dataset
 from training.evaluate import evaluate, reconstruction_grid, sample_grid, sample_kinds
 from training.runs import read_state

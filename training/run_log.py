@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from serving.files import write_text
+from ade_base.files import write_text
 from training.data import Dataset
 from training.evaluate import bpd_of, reconstruction_grid, sample_grid, sample_kinds
 from training.runs import Progress

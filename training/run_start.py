@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from serving.files import replacing
+from ade_base.files import replacing
 from training.data import Dataset
 from training.guide import NAME as GUIDE_NAME
 from training.guide import Guide, load_guide

@@ -22,6 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ade_base.errors import UserError
+from ade_base.files import alone_in as only_one_in
+from ade_base.files import new_folder, sha256_of, write_text
 from ade_model.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -32,9 +35,6 @@ from ade_model.checkpoint import (
 )
 from ade_model.config import ModelConfig
 from ade_model.errors import ConfigError
-from serving.errors import UserError
-from serving.files import alone_in as only_one_in
-from serving.files import new_folder, sha256_of, write_text
 from training.growth import check_growth, grown_weights
 from training.step import Trainer
 

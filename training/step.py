@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ade_base.errors import UserError
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
-from serving.errors import UserError
 from training.augment import NUMBERS, augment
 from training.discriminator import make_discriminator
 from training.guide import ClassifierGuide, Guide

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bentoml
 
 from benchmarks.peers.scorer import BATCH, WORKERS, Scorer
-from serving.api.requests import RawRequest
+from serving.ingest.requests import RawRequest
 
 
 @bentoml.service(workers=WORKERS, traffic={"timeout": 120}, logging={"access": {"enabled": False}})

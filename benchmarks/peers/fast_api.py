@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.peers.scorer import BATCH, DELAY_S, PORT, WORKERS, Scorer
-from serving.api.requests import RawRequest
+from serving.ingest.requests import RawRequest
 
 waiting: asyncio.Queue[tuple[RawRequest, asyncio.Future[bytes]]] = asyncio.Queue()
 

@@ -9,7 +9,7 @@ import litserve
 from fastapi import Response
 
 from benchmarks.peers.scorer import BATCH, DELAY_S, PORT, WORKERS, Scorer
-from serving.api.requests import RawRequest
+from serving.ingest.requests import RawRequest
 
 
 class ScoreApi(litserve.LitAPI):

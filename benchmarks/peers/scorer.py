@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handlers.limits import MAX_BATCH
-from serving.api.requests import RawRequest
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
+from serving.ingest.requests import RawRequest
 
 BATCH = MAX_BATCH
 DELAY_S = 0.001

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from handlers.limits import MAX_BATCH, MAX_REQUEST_BYTES, QUEUE_SIZE, RESPONSE_TIMEOUT_S
-from serving.api.errors import ApiError, overloaded
 from serving.api.guard import Receive, Scope, header_values
+from serving.ingest.errors import ApiError, overloaded
 
 T = TypeVar("T")
 # Seconds after an answer to a client in which probes need not wait behind other requests.

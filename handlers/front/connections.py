@@ -13,9 +13,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from handlers.front.admission import Departure, Limits
-from serving.api.errors import ApiError, malformed, overloaded
 from serving.api.guard import error_answer
 from serving.api.pipelining import LEAST_PART, MANY_PARTS, MAX_FIELDS, PipeliningProtocol
+from serving.ingest.errors import ApiError, malformed, overloaded
 
 CONNECT = b"CONNECT"
 _BLANK = b"\r\n\r\n"

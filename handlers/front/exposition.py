@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 
 from handlers.front.front import Answer, Endpoint
-from serving.api.errors import ApiError
 from serving.api.telemetry import HistogramMetric, Metric
+from serving.ingest.errors import ApiError
 
 Family = Metric | HistogramMetric
 REFUSALS = Metric(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from urllib.parse import unquote_to_bytes
 
-from serving.api.errors import malformed
-from serving.api.forms import (
+from ade_base.messages import show
+from serving.ingest.errors import malformed
+from serving.ingest.forms import (
     MAX_FIELDS,
     MAX_NAME_BYTES,
     multipart_names,
@@ -18,8 +19,7 @@ from serving.api.forms import (
     too_long_name,
     too_many_fields,
 )
-from serving.api.requests import MULTIPART, URLENCODED
-from serving.messages import show
+from serving.ingest.requests import MULTIPART, URLENCODED
 
 _FILE_START = 64  # every image format and .npy has a byte within these that no form has
 _TEXT = bytes(range(32, 127)) + b"\r\n\t"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from ade_base.messages import show
 from handlers.front.admission import (
     ClientGone,
     Lane,
@@ -27,10 +28,9 @@ from handlers.front.admission import (
 )
 from handlers.front.forms import checked_type
 from handlers.limits import LARGE_BYTES
-from serving.api.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
-from serving.api.requests import MODEL_HEADER, PROBE_HEADER
-from serving.messages import show
+from serving.ingest.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
+from serving.ingest.requests import MODEL_HEADER, PROBE_HEADER
 
 logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")

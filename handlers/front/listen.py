@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from ade_base.ports import LOOPBACK
 from handlers.front.admission import Limits, Memory
 from handlers.front.connections import BoundedProtocol
 from handlers.front.exposition import only_metrics
@@ -25,7 +26,6 @@ from handlers.front.forms import quieten_parser
 from handlers.front.front import SLICE_BYTES, Endpoint, Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
-from serving.ports import LOOPBACK
 
 # Longer than nginx and HTTP libraries keep connections: if the client closes first, no request is
 # lost.

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from serving.errors import UserError
-from serving.ports import LOOPBACK
+from ade_base.errors import UserError
+from ade_base.ports import LOOPBACK
 
 ANY_ADDRESS = "0.0.0.0"
 TOKEN_VARIABLE = "ADE_TOKEN"

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from handlers.launch.channel import Say
+from ade_base.ports import Ports
 from handlers.launch.options import ServingOptions
-from handlers.launch.run_folder import RunFolder
-from handlers.launch.supervision import Supervisor
+from handlers.processes.channel import Say
+from handlers.processes.run_folder import RunFolder
+from handlers.processes.supervision import Supervisor
 from serving.engine.bundle import Bundle
-from serving.ports import Ports
 
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
     from handlers.front.releases import Release
@@ -26,7 +26,11 @@ if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the 
 ENGINES = {"torchserve": "serve", "asgi": "asgi", "ray": "ray"}
 DEFAULT = next(iter(ENGINES))
 ON_CLUSTERS = ("ray",)
-_ROOMS = {"ray": "ray_serve"}  # where the folder has another name: packages are named ray
+_ROOMS = {
+    "torchserve": "handlers.torchserve",
+    "asgi": "handlers.process",
+    "ray": "extensions.ray.serve",
+}
 SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
@@ -151,7 +155,5 @@ def engine_class(name: str) -> type[Engine]:
     Raises:
         ModuleNotFoundError: of a package that is not installed.
     """
-    found: type[Engine] = importlib.import_module(
-        f"handlers.{_ROOMS.get(name, name)}.launcher"
-    ).ENGINE
+    found: type[Engine] = importlib.import_module(f"{_ROOMS[name]}.launcher").ENGINE
     return found

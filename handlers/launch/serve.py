@@ -16,22 +16,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from ade_base.cores import available_cores
+from ade_base.errors import UserError
+from ade_base.files import alone_in
+from ade_base.ports import LOOPBACK, USER, Ports, check_host
 from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
-from handlers.launch.channel import Listener
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names
-from handlers.launch.parts import Page, inference_url, page_is_ready, wait_until
-from handlers.launch.run_folder import RunFolder, run_folder
-from handlers.launch.supervision import LaunchError, Supervisor, tell
+from handlers.launch.page_process import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.upgrades import Upgrades
+from handlers.processes.channel import Listener
+from handlers.processes.run_folder import RunFolder, run_folder
+from handlers.processes.supervision import LaunchError, Supervisor, tell
 from serving.api.guard import is_address
-from serving.cores import available_cores
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.errors import UserError
-from serving.files import alone_in
-from serving.ports import LOOPBACK, USER, Ports, check_host
 from serving.verdict.calibration_file import Calibrations
 
 MAX_SCORE_WORKERS = 4

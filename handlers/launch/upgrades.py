@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from ade_base.errors import UserError
 from handlers.front.releases import Release
-from handlers.launch.channel import ChannelError, Say
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
-from handlers.launch.parts import Page
-from handlers.launch.supervision import tell
+from handlers.launch.page_process import Page
+from handlers.processes.channel import ChannelError, Say
+from handlers.processes.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations, seen_file
-from serving.errors import UserError
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.store import ALL, FOLDER, SUFFIX, CalibrationStore, path_of

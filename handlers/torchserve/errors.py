@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from serving.api.errors import ApiError, internal_error, malformed, overloaded, worker_died
+from serving.ingest.errors import ApiError, internal_error, malformed, overloaded, worker_died
 
 logger = logging.getLogger(__name__)
 BY_STATUS = {

@@ -26,7 +26,7 @@ from handlers.front.settings import FrontSettings
 from handlers.torchserve import wire
 from handlers.torchserve.errors import translate
 from handlers.torchserve.exposition import by_convention
-from serving.api.errors import ApiError, no_answer
+from serving.ingest.errors import ApiError, no_answer
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "/predictions/"

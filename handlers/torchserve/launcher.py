@@ -7,11 +7,11 @@ import sys
 import time
 
 from handlers.launch.engines import Plan
-from handlers.launch.environment import child_environment
-from handlers.launch.hangs import end_if_it_hangs
-from handlers.launch.parts import wait_until
-from handlers.launch.run_folder import RunFolder
-from handlers.launch.supervision import Child, Supervisor
+from handlers.launch.page_process import wait_until
+from handlers.processes.environment import child_environment
+from handlers.processes.run_folder import RunFolder
+from handlers.processes.supervision import Child, Supervisor
+from handlers.processes.watchdog import end_if_it_hangs
 from handlers.torchserve.archives import write_archives
 from handlers.torchserve.configuration import write_configuration
 from handlers.torchserve.front import ServerSettings

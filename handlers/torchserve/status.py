@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import psutil
 
-from handlers.asgi.metrics import FAILURES
-from handlers.launch.channel import DESCRIBE_S, ChannelError, ask
-from handlers.launch.run_folder import RunFolder, find_service
+from ade_base.ports import LOOPBACK, VARIABLES, Ports, local_address
 from handlers.launch.upgrades import DESCRIBE
+from handlers.processes.channel import DESCRIBE_S, ChannelError, ask
+from handlers.processes.run_folder import RunFolder, find_service
+from handlers.service.metrics import FAILURES
 from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
-from serving.api.requests import PROBE_HEADER
 from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
-from serving.ports import LOOPBACK, VARIABLES, Ports, local_address
+from serving.ingest.requests import PROBE_HEADER
 
 PACKAGES = (
     "av-ade",

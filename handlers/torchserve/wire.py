@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from serving.api.requests import PROBE_HEADER
+from serving.ingest.requests import PROBE_HEADER
 
 TYPE_HEADER = "X-Ade-Content-Type"
 
@@ -24,7 +24,7 @@ def pack(content_type: str, is_probe: bool) -> dict[str, str]:
 
 
 def unpack(headers: Mapping[str, Any], id: str) -> dict[str, Any]:
-    """What :func:`handlers.asgi.worker.answer_batch` takes beside the body.
+    """What :func:`handlers.service.worker.answer_batch` takes beside the body.
 
     Args:
         headers: as the handler gets them.

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from serving.api.errors import ApiError, malformed, shaped
+from serving.ingest.errors import ApiError, malformed, shaped
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from serving.api.errors import ApiError, Problem, unusable
-from serving.api.requests import JSON_TYPE, InputImage
+from serving.ingest.errors import ApiError, Problem, unusable
+from serving.ingest.requests import JSON_TYPE, InputImage
 
 PNG_TYPE = "image/png"
 NPY_TYPE = "application/x-npy"

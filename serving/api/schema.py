@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from serving.api.model import (
+from serving.engine.bundle import Bundle
+from serving.ingest.parameters import (
     Above,
     Axes,
     Between,
@@ -21,7 +22,6 @@ from serving.api.model import (
     fields_of,
     is_union,
 )
-from serving.engine.bundle import Bundle
 
 BINARY = {"type": "string", "format": "binary"}
 

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from serving.api.errors import ApiError, internal_error, is_out_of_memory, overloaded
+from ade_base.pictures.decoders import DecoderError
 from serving.api.journal import Journal
 from serving.api.operations.base import check_available
 from serving.api.operations.registry import OPERATIONS
-from serving.api.requests import (
+from serving.api.responses import MAX_ANSWER_BYTES, Response, error_response
+from serving.api.telemetry import Stopwatch, Telemetry
+from serving.engine.engine import InferenceEngine
+from serving.ingest.errors import ApiError, internal_error, is_out_of_memory, overloaded
+from serving.ingest.requests import (
     MAX_REQUEST_PIXELS,
     MODEL_HEADER,
     Each,
@@ -25,10 +29,6 @@ from serving.api.requests import (
     RawRequest,
     decode_images,
 )
-from serving.api.responses import MAX_ANSWER_BYTES, Response, error_response
-from serving.api.telemetry import Stopwatch, Telemetry
-from serving.decode.pool import DecoderError
-from serving.engine.engine import InferenceEngine
 
 logger = logging.getLogger(__name__)
 # Limits of one batch of requests, well within those of the server for a worker. A single request

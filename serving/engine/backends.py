@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ade_base.errors import UserError
+from ade_base.onnx_runtime import onnx_runtime
 from serving.engine.bundle import TORCHSCRIPT_NAME, WEIGHTS_NAME, Bundle
 from serving.engine.cuda import BoundGraph
 from serving.engine.signatures import inputs_of, outputs_of
-from serving.errors import UserError
-from serving.onnx_runtime import onnx_runtime
 
 BACKENDS = ("onnxruntime", "torchscript")
 DEVICES = ("auto", "cpu", "cuda")

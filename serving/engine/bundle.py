@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ade_base.errors import UserError
+from ade_base.files import replacing, sha256_of
+from ade_base.messages import printable
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS, needed_by
-from serving.errors import UserError
-from serving.files import replacing, sha256_of
-from serving.messages import printable
 
 FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
 KINDS = ("mean", "density")

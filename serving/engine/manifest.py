@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
-from serving.messages import show
+from ade_base.messages import show
 
 # One of: a type; ``[T]``, a list of any length; ``(T, T)``, a list of that length; a dictionary of
 # fields, all optional, in which ``...`` stands for all other names. Unknown fields are not checked.

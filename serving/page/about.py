@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 import httpx
 
+from ade_base.brand import NAME, percent
+from ade_client.client import AdeError
 from serving.api.openapi import openapi_document
-from serving.brand import NAME, percent
-from serving.client import AdeError
 from serving.engine.bundle import Bundle
 from serving.page import charts
 from serving.page.reference import reference

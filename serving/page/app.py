@@ -25,12 +25,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from gradio.state_holder import SessionState
 from starlette.routing import Mount
 
+from ade_base.brand import MARK, MARK_FILE, NAME
+from ade_base.pictures.images import MAX_FILE_BYTES
+from ade_base.ports import USER
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
 from serving.api.pipelining import PipeliningProtocol
-from serving.brand import MARK, MARK_FILE, NAME
 from serving.engine.bundle import Bundle, open_bundle
-from serving.images import MAX_FILE_BYTES
 from serving.page import about, compare, explore, many, reconstruct, sample, score
 from serving.page.files import UPLOADS, inbox
 from serving.page.routes import LOGGED_OUT, UPLOAD, OpenRoutes, report
@@ -38,7 +39,6 @@ from serving.page.served import UNEXPECTED, Served, Shared, example_files, html,
 from serving.page.sweep import start_sweeping
 from serving.page.theme import HEAD, make_theme
 from serving.page.uploads import Quota, receive
-from serving.ports import USER
 
 MAX_QUEUED = 64  # events
 MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones

@@ -1,6 +1,6 @@
 """Draws a score as HTML and SVG: verdict, place among the calibration images, reasons, parts.
 
-The classes are those of ``serving/style.css``, so that reports can use the same pieces.
+The classes are those of ``ade_base/style.css``, so that reports can use the same pieces.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from html import escape
 
 import numpy as np
 
+from ade_base.brand import percent, rounded
 from serving.api.operations.score import DIGITS
-from serving.brand import percent, rounded
 from serving.verdict.calibration import Calibration, Unusual
 from serving.verdict.conformal import SLACK
 from serving.verdict.false_alarms import flagging_rank

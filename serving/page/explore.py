@@ -9,12 +9,12 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ade_base.pictures.images import tile, write_png
+from ade_client.client import AdeClient
 from serving.api.latents import between, exchanged, from_coarsest, with_level
 from serving.api.operations.sample import MAX_TEMPERATURE
-from serving.client import AdeClient
 from serving.engine.bundle import Bundle
 from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
-from serving.images import tile, write_png
 from serving.page.charts import empty
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (

@@ -16,11 +16,18 @@ import gradio as gr
 import httpx
 from PIL import Image
 
-from serving.api.requests import MAX_REQUEST_PIXELS, RESIZED
+from ade_base.brand import percent, rounded, verdict_card
+from ade_base.pictures.images import (
+    MAX_FILE_BYTES,
+    ImageError,
+    header_pixels,
+    is_image_name,
+    read_image,
+)
+from ade_base.tables import write_csv
+from ade_client.client import SERVER_ERROR, AdeError, ScoreResult
 from serving.api.score_table import columns, failed_row, scored_row
-from serving.brand import percent, rounded, verdict_card
-from serving.client import SERVER_ERROR, AdeError, ScoreResult
-from serving.images import MAX_FILE_BYTES, ImageError, header_pixels, is_image_name, read_image
+from serving.ingest.requests import MAX_REQUEST_PIXELS, RESIZED
 from serving.page import charts
 from serving.page.files import write_file
 from serving.page.score import WORDS, alpha_input, notes_of
@@ -39,7 +46,6 @@ from serving.page.served import (
     slider,
 )
 from serving.page.uploads import MOST_IMAGES, TOO_MANY, is_accepted, own_name
-from serving.tables import write_csv
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
 

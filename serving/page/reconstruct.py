@@ -9,9 +9,9 @@ from html import escape
 import gradio as gr
 import numpy as np
 
+from ade_base.brand import rounded
+from ade_base.pictures.images import psnr, tile, write_png
 from serving.api.latents import coarsest, from_coarsest
-from serving.brand import rounded
-from serving.images import psnr, tile, write_png
 from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file
 from serving.page.score import notes_of

@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api.errors import ApiError
-from serving.api.forms import check_charset
 from serving.api.guard import replay
+from serving.ingest.errors import ApiError
+from serving.ingest.forms import check_charset
 from serving.page.files import FileRefused, own_path
 from serving.page.uploads import CLIENT_FILES, TOO_MANY
 

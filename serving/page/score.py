@@ -11,9 +11,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from serving.brand import percent, verdict_card
-from serving.client import ScoreResult
-from serving.images import write_png
+from ade_base.brand import percent, verdict_card
+from ade_base.pictures.images import write_png
+from ade_client.client import ScoreResult
 from serving.page import charts
 from serving.page.files import write_file
 from serving.page.served import (

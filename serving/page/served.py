@@ -21,12 +21,12 @@ from gradio.components import Component
 from gradio.context import LocalContext
 from PIL import Image
 
-from serving.api.errors import ApiError
-from serving.api.requests import InputImage, prepare_image
-from serving.client import AdeClient, AdeError
+from ade_base.pictures.images import RESIZING, file_size
+from ade_client.client import AdeClient, AdeError
 from serving.engine.bundle import Bundle
 from serving.engine.calibrations import open_calibrations
-from serving.images import RESIZING, file_size
+from serving.ingest.errors import ApiError
+from serving.ingest.requests import InputImage, prepare_image
 from serving.page.charts import problem
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file

@@ -1,4 +1,4 @@
-"""Gradio's theme in the colours and fonts of :mod:`serving.brand`, and the style sheets."""
+"""Gradio's theme in the colours and fonts of :mod:`ade_base.brand`, and the style sheets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import gradio as gr
 from gradio.themes.utils.colors import Color
 
-from serving.brand import STYLE
-from serving.images import IMAGE_SUFFIXES
+from ade_base.brand import STYLE
+from ade_base.pictures.images import IMAGE_SUFFIXES
 
 OWN = Path(__file__).with_name("page.css").read_text()
 # Says what Gradio does not: to screen readers names of examples and of pairs of images, which

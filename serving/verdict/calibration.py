@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.errors import UserError
-from serving.messages import show
+from ade_base.errors import UserError
+from ade_base.messages import show
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank

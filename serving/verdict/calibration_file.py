@@ -13,9 +13,9 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
-from serving.files import read_file
-from serving.images import coder_version
-from serving.messages import show, visible
+from ade_base.files import read_file
+from ade_base.messages import show, visible
+from ade_base.pictures.images import coder_version
 from serving.verdict.calibration import Calibration, CalibrationError
 
 DEFAULT = "default"  # the name of a bundle's own calibration

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from serving.files import replacing
-from serving.messages import show
+from ade_base.files import replacing
+from ade_base.messages import show
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import DEFAULT, Calibrations, version_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from serving.brand import percent
+from ade_base.brand import percent
 from serving.verdict.decision import Choice, images_needed
 from serving.verdict.false_alarms import false_alarm_band
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from serving.files import read_file
+from ade_base.files import read_file
 from training.data import Dataset
 from training.datasets.files import check_storage, may_pass, read_again
 

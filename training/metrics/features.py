@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.errors import UserError
+from ade_base.errors import UserError
 from training.data import NOT_ARRAYS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

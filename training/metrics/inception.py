@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from serving.files import sha256_of
+from ade_base.files import sha256_of
 from training.metrics.features import BATCH, FeatureError
 
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

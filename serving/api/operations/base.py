@@ -5,7 +5,7 @@ Data flows through an operation in four steps, which :class:`serving.api.service
     RawRequest --parse--> request --compute, with other requests--> result --respond--> Response
 
 The operation's models (its parameters and its answers) also make its part of the OpenAPI document,
-and :mod:`serving.client` takes its arguments and results from them.
+and :mod:`ade_client.client` takes its arguments and results from them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from serving.api.errors import malformed, unusable
-from serving.api.model import Between, Field, Flag, OfBundle, fields_of, read
-from serving.api.requests import (
+from serving.api.responses import MAX_ANSWER_BYTES, NPY_TYPE, Response
+from serving.engine.noise import MAX_SEED
+from serving.ingest.errors import malformed, unusable
+from serving.ingest.parameters import Between, Field, Flag, OfBundle, fields_of, read
+from serving.ingest.requests import (
     MAX_IMAGES,
     FilesRequest,
     ImagesRequest,
@@ -28,8 +30,6 @@ from serving.api.requests import (
     image_sources,
     pixels_to_resize,
 )
-from serving.api.responses import MAX_ANSWER_BYTES, NPY_TYPE, Response
-from serving.engine.noise import MAX_SEED
 
 if TYPE_CHECKING:
     from serving.api.telemetry import Telemetry

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
-from serving.api.errors import ApiError, Problem, unusable
-from serving.api.model import Axes, JsonSchema, OfBundle, to_json
 from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes, split
-from serving.api.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest, InputImage
 from serving.api.responses import (
     HEAD_BYTES,
     NPZ_TYPE,
@@ -25,6 +22,9 @@ from serving.api.responses import (
     npz_response,
     results_of,
 )
+from serving.ingest.errors import ApiError, Problem, unusable
+from serving.ingest.parameters import Axes, JsonSchema, OfBundle, to_json
+from serving.ingest.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest, InputImage
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from PIL import Image
 
-from serving.api.errors import Problem, unusable
-from serving.api.model import JsonSchema, Named, NullIs, to_json
+from ade_base.pictures.images import psnr, write_png
 from serving.api.operations.base import (
     KIND,
     Format,
@@ -22,7 +21,6 @@ from serving.api.operations.base import (
     Kind,
     Notes,
 )
-from serving.api.requests import JSON_TYPE, ImagesRequest, InputImage
 from serving.api.responses import (
     NPY_TYPE,
     PNG_TYPE,
@@ -34,7 +32,9 @@ from serving.api.responses import (
     picture_bytes,
     results_of,
 )
-from serving.images import psnr, write_png
+from serving.ingest.errors import Problem, unusable
+from serving.ingest.parameters import JsonSchema, Named, NullIs, to_json
+from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle

@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from serving.api.errors import ApiError, malformed, unusable
-from serving.api.model import Above, Axes, Between, Excludes, JsonSchema, to_json
+from ade_base.messages import show
+from ade_base.pictures.images import tile, write_png
 from serving.api.operations.base import KIND, Format, Kind, Operation, model_name, split
-from serving.api.requests import (
+from serving.api.responses import (
+    NPY_TYPE,
+    PNG_TYPE,
+    Response,
+    check_size,
+    json_response,
+    npy_response,
+    picture_bytes,
+)
+from serving.engine.noise import MAX_SEED
+from serving.ingest.errors import ApiError, malformed, unusable
+from serving.ingest.parameters import Above, Axes, Between, Excludes, JsonSchema, to_json
+from serving.ingest.requests import (
     JSON_BYTES_PER_NUMBER,
     JSON_TYPE,
     MAX_IMAGES,
@@ -28,18 +40,6 @@ from serving.api.requests import (
     json_object,
     parse_json,
 )
-from serving.api.responses import (
-    NPY_TYPE,
-    PNG_TYPE,
-    Response,
-    check_size,
-    json_response,
-    npy_response,
-    picture_bytes,
-)
-from serving.engine.noise import MAX_SEED
-from serving.images import tile, write_png
-from serving.messages import show
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle

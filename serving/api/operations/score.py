@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from serving.api.errors import ApiError, Problem, unusable
+from ade_base.pictures.images import write_png
 from serving.api.heat_map import heat_map
-from serving.api.model import Above, Axes, Between, JsonSchema, OfBundle, to_json
 from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes
-from serving.api.requests import JSON_TYPE, ImagesRequest, InputImage
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
-from serving.images import write_png
+from serving.ingest.errors import ApiError, Problem, unusable
+from serving.ingest.parameters import Above, Axes, Between, JsonSchema, OfBundle, to_json
+from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
 from serving.verdict.calibration import Unusual
 from serving.verdict.calibration_file import DEFAULT, Calibrations
 from serving.verdict.conformal import benjamini_hochberg, simes

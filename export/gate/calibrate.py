@@ -1,0 +1,381 @@
+"""Calibrates a bundle: scores held-out images with the serving engine and fits the verdict to them.
+
+The result is a new bundle, or a further calibration in a bundle, under a name of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ade_base.files import LOCK, locked, new_folder
+from ade_base.messages import counted
+from ade_base.pictures.images import coder_version
+from export.copying import copy_bundle
+from export.feature_source import CHECKED, FeatureSource
+from export.gate.density_fit import MIN_IMAGES
+from export.gate.images import Images, counting, prepared, usable
+from export.gate.network_checks import knows_classes, warn_if_seen
+from export.gate.pair import Parts, exact_calibration, resized_calibration
+from serving.engine.bundle import (
+    CALIBRATION_NAME,
+    FEATURES_NAME,
+    Bundle,
+    check_path,
+    open_bundle,
+    verify_bundle,
+    write_manifest,
+)
+from serving.engine.engine import InferenceEngine
+from serving.engine.noise import image_digest
+from serving.ingest.requests import InputImage
+from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.store import (
+    FOLDER,
+    SUFFIX,
+    check_name,
+    folder_of,
+    path_of,
+    write_calibrations,
+)
+from training.data import REPEATS, Report
+
+ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
+
+
+def calibrate_bundle(
+    folder: Path,
+    out: Path,
+    fit: Images,
+    calibrate: Images,
+    data_name: str,
+    report: Report = lambda line: None,
+    features: FeatureSource | None = None,
+    unseen: Images = (),
+    trained: Images = (),
+) -> Calibrations:
+    """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
+
+    There is one calibration for images of the model's size and one for resized images. Each uses
+    the images of its own kind alone if they are at least half of all. Otherwise it uses all images:
+    for the first, images of other sizes are resized as requests resize them; for the second, images
+    of the model's size go through :func:`export.gate.pair.resize_and_back`.
+
+    Images with the pixels of a training image are left out, and so are those with the pixels of
+    another one, of either part if they are to be fitted to. From :data:`training.data.REPEATS` on,
+    equal images of those that calibrate all count, also with the pixels of a training image.
+
+    Args:
+        folder: of the bundle.
+        out: the new bundle's folder; must not exist.
+        fit: image files, or uint8 ``(H, W, C)``; the density of statistics is fitted to them. They
+            must not be training images.
+        calibrate: other images, which must not be training images either.
+        data_name: describes the images in the manifest.
+        report: called with each line of progress.
+        features: a network whose features join the statistics; the bundle keeps its own unless
+            given. With another network the named calibrations are invalid and left out.
+        unseen: images of the same kind on which neither the model nor that network was trained.
+            They reveal whether the network was trained on the others.
+        trained: images that the model or that network was trained on, of which the others may hold
+            copies: these are left out too.
+
+    Raises:
+        BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
+        FeaturesError: the network cannot be used.
+        CalibrationError: ``out`` exists or was written by another process meanwhile, too few
+            images, or scores that cannot be used.
+    """
+    check_out(out)
+    bundle = verify_bundle(folder)
+    parts = _parts(bundle, fit, calibrate, trained, report)
+    with new_folder(out, CalibrationError) as temporary:
+        copy_bundle(bundle, temporary)
+        former = path_of(temporary, DEFAULT)
+        if former.exists():  # it would take precedence over the new calibration
+            former.unlink()
+            report(
+                f"left out {FOLDER}/{former.name}, and with it the images that feedback added to "
+                "it: the new calibration takes its place; ade gate feedback adds images again"
+            )
+        fields = bundle.manifest
+        if features is not None:
+            fields = {**fields, "features": _add_features(temporary, features, parts, report)}
+            write_manifest(temporary, fields)
+            if open_bundle(temporary).networks != bundle.networks:
+                _leave_out_named(temporary, report)
+        own = _own_calibration(bundle) if features is None else None
+        calibrations, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
+        (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
+        write_manifest(temporary, {**fields, "calibration": {**about, "data": data_name}})
+    return calibrations
+
+
+def check_out(out: Path) -> None:
+    """Check that the folder for a new bundle can become one.
+
+    Raises:
+        BundleError: its path is not UTF-8.
+        CalibrationError: it exists.
+    """
+    check_path(out)
+    if os.path.lexists(out):
+        raise CalibrationError(f"{out} exists: calibrate into a new folder")
+
+
+def calibrate_into(
+    folder: Path,
+    name: str,
+    fit: Images,
+    calibrate: Images,
+    data_name: str,
+    report: Report = lambda line: None,
+    unseen: Images = (),
+    trained: Images = (),
+    discard_feedback: bool = False,
+) -> Calibrations:
+    """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
+
+    A calibration of that name is replaced, unless it has images that feedback added. Services that
+    run with the bundle take the new one over.
+
+    Args:
+        folder: of the bundle; nothing that its manifest lists is changed.
+        name: the name that requests give.
+        fit: as for a new bundle.
+        calibrate: as for a new bundle.
+        data_name: as for a new bundle.
+        report: called with each line of progress.
+        unseen: as for a new bundle.
+        trained: as for a new bundle.
+        discard_feedback: replace a calibration even if it has images that feedback added.
+
+    Raises:
+        BundleError: the bundle is not whole, or cannot score.
+        CalibrationError: the name is not valid, the calibration has images that feedback added, too
+            few images, or scores that cannot be used.
+    """
+    folder = folder.resolve()  # a link may be moved meanwhile
+    bundle = check_into(folder, name, discard_feedback)
+    parts = _parts(bundle, fit, calibrate, trained, report)
+    calibrations, _ = _calibrate(bundle, parts, _own_calibration(bundle), report, unseen)
+    named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
+    with locked(folder_of(folder) / LOCK, wait=True):
+        given = _given(folder, name, discard_feedback)  # feedback may have come meanwhile
+        written = write_calibrations(folder, named)
+    if given:
+        report(f"discarded {counted(given, 'image')} that feedback had added to {name}")
+    return written
+
+
+def check_into(folder: Path, name: str, discard_feedback: bool = False) -> Bundle:
+    """Check a bundle to which a calibration is to be added; takes no time, unlike reading images.
+
+    Args:
+        folder: as for :func:`calibrate_into`.
+        name: as for :func:`calibrate_into`.
+        discard_feedback: as for :func:`calibrate_into`.
+
+    Raises:
+        BundleError: as :func:`calibrate_into`.
+        CalibrationError: the name is not valid, or the calibration has images that feedback added.
+    """
+    check_name(name)
+    bundle = verify_bundle(folder)
+    bundle.check_has("score")
+    _given(folder, name, discard_feedback)
+    return bundle
+
+
+def _given(folder: Path, name: str, discard: bool) -> int:
+    """The number of images that feedback added to a calibration, which may not exist.
+
+    Raises:
+        CalibrationError: there are some, unless they are to be discarded; or the file cannot be
+            opened. A damaged one has nothing that could be kept.
+    """
+    path = path_of(folder, name)
+    try:
+        count = len(Calibrations.load(path, name).joined) if os.path.lexists(path) else 0
+    except CalibrationError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return 0
+    if count and not discard:
+        raise CalibrationError(
+            f"{path} has {counted(count, 'image')} that ade gate feedback added, which would be "
+            "lost: give another name, or the option discard-feedback to replace it all the same"
+        )
+    return count
+
+
+def _parts(
+    bundle: Bundle,
+    fit: Images,
+    calibrate: Images,
+    trained: Images,
+    report: Report,
+) -> Parts:
+    bundle.check_has("score")
+
+    def read(name: str, images: Images) -> list[InputImage]:
+        found, _ = usable(name, images, bundle.image_shape, report, may_be_empty=True)
+        return found
+
+    given = read("fitting", fit), read("calibration", calibrate)
+    trained_on = _digests(trained, bundle.image_shape, report)
+    # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
+    # it counts as often as it occurs, and does not also fit the density. A few copies are files
+    # that were stored twice: they do not make the false-alarm rate any surer.
+    counts = Counter(image_digest(image.pixels) for image in given[1])
+    often = {digest: count for digest, count in counts.items() if count >= REPEATS}
+    seldom = trained_on - often.keys()
+    calibrating = _without(seldom, given[1], "calibration", "training images", report)
+    # Of pictures that both parts have, two fifths fit the density, too, chosen by their pixels.
+    both = {image_digest(image.pixels) for image in given[0]} & counts.keys() - often.keys()
+    to_fit = {digest for digest in both if digest[0] < 256 * 2 / 5}
+    calibrating = _without(to_fit, calibrating, "calibration", "others", report, often)
+    if often:
+        report(
+            f"calibration: {sum(often.values())} images are copies of "
+            f"{counted(len(often), 'picture')}, {REPEATS} or more of each, and count as often as "
+            "they occur. If these do not repeat like this in use, remove the copies: otherwise "
+            "more images will be rejected than stated below"
+        )
+    known = trained_on | {image_digest(image.pixels) for image in calibrating}
+    parts = _without(known, given[0], "fitting", "others", report, may_repeat=()), calibrating
+    height, width, _ = bundle.image_shape
+    resized = sum(image.resized for part in parts for image in part)
+    report(
+        f"{sum(map(len, parts))} images: {len(parts[0])} fit the density of statistics, "
+        f"{len(parts[1])} set the false-alarm rate"
+        + (
+            f"; {resized} {'was' if resized == 1 else 'were'} resized to {width} x {height} pixels"
+            if resized
+            else ""
+        )
+    )
+    if min(map(len, parts)) < MIN_IMAGES and sum(map(len, parts)) < ENOUGH:
+        raise CalibrationError(
+            f"at least {ENOUGH} usable images are needed (two fifths of them, at least "
+            f"{MIN_IMAGES}, fit the density), got {sum(map(len, parts))}"
+        )
+    if min(map(len, parts)) < MIN_IMAGES:
+        raise CalibrationError(
+            f"without copies and unusable files, {len(parts[0])} images are left to fit the "
+            f"density and {len(parts[1])} to set the false-alarm rate: each needs at least "
+            f"{MIN_IMAGES}"
+        )
+    return parts
+
+
+def _add_features(
+    folder: Path, features: FeatureSource, parts: Parts, report: Report
+) -> dict[str, Any]:
+    """Write the features' network into a bundle; returns its entry in the manifest."""
+    from export.features import feature_graph  # needs onnx, which calibration alone does not
+
+    graph = feature_graph(features, np.stack([image.pixels for image in parts[0][:CHECKED]]))
+    (folder / FEATURES_NAME).write_bytes(graph.content)
+    about = graph.about
+    report(
+        f"features of {features.path.name}: {about['features']}, "
+        f"{about['classes'] or 'no'} classes; input {about['preprocessing']}"
+    )
+    return about
+
+
+def _leave_out_named(folder: Path, report: Report) -> None:
+    """Delete the named calibrations, which belong to the former features' network."""
+    files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
+    if files:
+        report(
+            f"left out the calibrations {', '.join(file.stem for file in files)}: they were made "
+            "for other features; ade calibrate makes them again"
+        )
+    for file in files:
+        file.unlink()
+
+
+def _calibrate(
+    bundle: Bundle, parts: Parts, own: Calibration | None, report: Report, unseen: Images
+) -> tuple[Calibrations, dict[str, Any]]:
+    """The calibrations, and their entry in the manifest."""
+    # Without the former calibration, which is replaced and may have an older format.
+    engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
+    has_classes = knows_classes(own, engine, parts, report)
+    exact, about = exact_calibration(engine, parts, has_classes, report)
+    warn_if_seen(engine, exact, unseen, report)
+    resized, about_resized = (
+        (exact, about)
+        if all(image.resized for part in parts for image in part)
+        else resized_calibration(engine, parts, has_classes, report)
+    )
+    for calibration in (exact, resized):
+        calibration.check_values()
+    return Calibrations(exact, resized, webp=coder_version()), {
+        **about,
+        "webp": coder_version(),
+        "resized": about_resized,
+    }
+
+
+def _own_calibration(bundle: Bundle) -> Calibration | None:
+    try:
+        return Calibrations.load(bundle.folder / CALIBRATION_NAME).exact
+    except CalibrationError:  # the bundle has none, or it is of an earlier version
+        return None
+
+
+def _digests(trained: Images, image_shape: tuple[int, int, int], report: Report) -> set[bytes]:
+    """The digests of training images at the model's size."""
+    images = prepared(trained, image_shape, resize=True)
+    return {
+        image_digest(image.pixels)
+        for _, image in counting("training", images, report)
+        if isinstance(image, InputImage)
+    }
+
+
+def _without(
+    seen: set[bytes],
+    images: list[InputImage],
+    name: str,
+    originals: str,
+    report: Report,
+    may_repeat: Collection[bytes] | None = None,
+) -> list[InputImage]:
+    """The images whose pixels were not seen before.
+
+    Args:
+        seen: digests of those that were.
+        images: to choose from.
+        name: of the images.
+        originals: what those that were seen before are, for messages.
+        report: called with a line if images are left out.
+        may_repeat: digests of those of which equal images are all kept, and of others only the
+            first; ``None`` for all.
+
+    Raises:
+        CalibrationError: all of them were seen before.
+    """
+    seen, kept = set(seen), []
+    for image in images:
+        digest = image_digest(image.pixels)
+        if digest not in seen:
+            kept.append(image)
+            if may_repeat is not None and digest not in may_repeat:
+                seen.add(digest)
+    if len(kept) < len(images):
+        left_out = counted(len(images) - len(kept), "image")
+        report(f"{name}: left out {left_out}: copies of {originals}")
+    if images and not kept:
+        raise CalibrationError(f"{name}: all of {len(images)} images are copies of {originals}")
+    return kept

@@ -1,0 +1,101 @@
+"""Computes the statistics of many images with the serving engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from export.gate.images import (
+    MAX_THREADS,
+    Images,
+    Prepared,
+    none_usable,
+    prepared,
+    report_left_out,
+    thread_pool,
+)
+from serving.engine.engine import MAX_ROWS, InferenceEngine
+from serving.ingest.requests import InputImage
+from serving.verdict.statistics import finite_rows
+from training.data import Report
+
+CHUNK = MAX_THREADS * MAX_ROWS
+
+
+class Measured(NamedTuple):
+    """The statistics of images by name, each ``(N, …)``, and which were resized, bool ``(N,)``."""
+
+    statistics: dict[str, np.ndarray]
+    resized: np.ndarray
+
+
+def statistics_of(
+    engine: InferenceEngine,
+    images: Images,
+    name: str,
+    report: Report = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """The statistics of images of the model's size, by name; see :func:`measured`."""
+    return measured(engine, prepared(images, engine.image_shape, False), name, report).statistics
+
+
+def measured(
+    engine: InferenceEngine, images: Iterable[Prepared], name: str, report: Report
+) -> Measured:
+    """Compute the statistics of many images, a chunk at a time.
+
+    Images that a request could not use are left out. Each core computes batches of its own: a graph
+    runs in a single thread, and no image depends on the others.
+
+    Args:
+        engine: with ``score``.
+        images: see :func:`export.gate.images.prepared`.
+        name: of the images, for progress and errors.
+        report: called with each line of progress.
+
+    Raises:
+        CalibrationError: no image could be used.
+    """
+    chunks: list[dict[str, np.ndarray]] = []
+    resized: list[bool] = []
+    errors: list[tuple[str, str]] = []
+    waiting: list[tuple[str, InputImage]] = []
+    done = 0
+
+    def flush() -> None:
+        nonlocal done
+        if waiting:
+            pixels = np.stack([image.pixels for _, image in waiting])
+            batches = [pixels[i : i + MAX_ROWS] for i in range(0, len(pixels), MAX_ROWS)]
+            found = _joined(list(threads.map(engine.statistics, batches)))
+            finite = finite_rows(found)
+            errors.extend(
+                (waiting[row][0], "its likelihood or another statistic is not a finite number")
+                for row in np.flatnonzero(~finite)
+            )
+            if finite.any():
+                chunks.append({key: values[finite] for key, values in found.items()})
+                resized.extend(waiting[row][1].resized for row in np.flatnonzero(finite))
+            done += len(waiting)
+            waiting.clear()
+            report(f"{name}: scored {done} images")
+
+    with thread_pool() as threads:
+        for its, image in images:
+            if isinstance(image, InputImage):
+                waiting.append((its, image))
+            else:
+                errors.append((its, image.message))
+            if len(waiting) == CHUNK:
+                flush()
+        flush()
+    report_left_out(name, errors, report)
+    if not chunks:
+        raise none_usable(name, errors)
+    return Measured(_joined(chunks), np.array(resized))
+
+
+def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}

@@ -1,0 +1,1 @@
+"""What can be deleted: each folder with its verbs, its extra and its page of documentation."""

@@ -1,0 +1,81 @@
+"""Measures how well a bundle's verdict detects OOD images, corrupted ID images among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from export.gate.corruptions import CORRUPTIONS
+from export.gate.corruptions import corrupt as corrupt_images
+from export.gate.images import Images, Prepared, counting, digests_of, others, prepared
+from export.gate.measuring import measured
+from extensions.gate_reports.ood_bench_report import write_report
+from serving.engine.engine import InferenceEngine
+from serving.engine.noise import short_digest
+from serving.ingest.requests import InputImage
+from serving.verdict.calibration import CalibrationError
+from training.data import Report
+
+
+def bench(
+    engine: InferenceEngine,
+    id_name: str,
+    id_images: Images,
+    ood_sets: Mapping[str, Images],
+    corrupt: int,
+    out: Path,
+    report: Report,
+    trained: Images = (),
+) -> Path:
+    """Measure how well the default calibration detects OOD images, and write the report.
+
+    Corrupted ID images are added to the sets; a kind of them without any finite likelihood is left
+    out. Images of another size are resized as a request with ``resize`` does it.
+
+    Args:
+        engine: with ``score``.
+        id_name: describes the ID images.
+        id_images: those that made the calibration, and their copies, are left out.
+        ood_sets: sets of OOD images by name.
+        corrupt: number of ID images that are corrupted in each way.
+        out: a folder.
+        report: called with each line of progress.
+        trained: images that a network of the bundle was trained on; their copies among the ID
+            images are left out, too.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        CalibrationError: no image of a set can be used.
+    """
+    calibrations, shape = engine.store.usable(), engine.image_shape
+    known = digests_of(calibrations) | {
+        short_digest(image.pixels)
+        for _, image in counting("training", prepared(trained, shape, resize=True), report)
+        if isinstance(image, InputImage)
+    }
+
+    def unused(report: Report) -> Iterator[Prepared]:
+        return others(id_name, prepared(id_images, shape, resize=True), known, report)
+
+    id_set = measured(engine, unused(report), id_name, report)
+    sets = {
+        name: measured(engine, prepared(images, shape, resize=True), name, report)
+        for name, images in ood_sets.items()
+    }
+    found = (image for _, image in unused(lambda line: None) if isinstance(image, InputImage))
+    few = list(islice(found, corrupt))
+    pixels = np.stack([image.pixels for image in few])
+    for name, corruption in CORRUPTIONS.items():
+        changed = corrupt_images(pixels, corruption)
+        its = [("", replace(image, pixels=p)) for image, p in zip(few, changed, strict=True)]
+        try:
+            sets[name] = measured(engine, its, name, report)
+        except CalibrationError as error:
+            report(f"left out {error}")
+    return write_report(calibrations, engine.bundle.model_id, id_name, id_set, sets, out)

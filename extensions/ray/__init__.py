@@ -1,0 +1,1 @@
+"""Serving and scoring on Ray."""

@@ -1,0 +1,1 @@
+"""A gate before the upload forms of an ASGI application."""

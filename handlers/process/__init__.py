@@ -1,0 +1,1 @@
+"""The engine of worker processes, without another model server."""

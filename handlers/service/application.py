@@ -1,0 +1,401 @@
+"""The service as one ASGI application: the API over pools of worker processes.
+
+``ade serve --engine asgi`` runs it under uvicorn: ``python -m handlers.service.application
+SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import re
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from handlers.front import listen
+from handlers.front.admission import Lane, Limits
+from handlers.front.exposition import metrics_answer
+from handlers.front.front import INFERRING, Answer, Endpoint, Request
+from handlers.front.releases import Release, Releases
+from handlers.front.settings import FrontSettings
+from handlers.launch.options import ServingOptions, check_names, served_name
+from handlers.process.pool import Pool
+from handlers.service import control, v2
+from handlers.service.metrics import Metrics
+from handlers.service.worker import WorkerSettings, check_same
+from serving.api.journal import SUFFIX as JOURNAL
+from serving.api.openapi import openapi_document
+from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.calibrations import seen_file
+from serving.engine.signatures import OPERATIONS
+from serving.ingest.errors import ApiError, malformed
+
+PREDICTIONS = ("/predictions/", "/v1/")
+READY = "/readyz"
+V2, V2_SLASH = "/v2", "/v2/"  # the protocol's text and its OpenAPI document
+V2_LIVE, V2_READY, V2_MODELS = "/v2/health/live", "/v2/health/ready", "/v2/models/"
+V2_SERVER = {
+    "name": "av-ade",
+    "version": metadata.version("av-ade"),
+    "extensions": ["binary_tensor_data"],
+}
+_V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>.*))?")
+_JOURNAL_OF_RELEASE = re.compile(rf"-release(\d+)-\d+{re.escape(JOURNAL)}")
+OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
+STOP_S = 25  # for accepted requests after a stop is requested
+REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplicationSettings(FrontSettings):
+    """Settings of the application, besides those of its front.
+
+    Attributes:
+        releases: fields of each :class:`handlers.front.releases.Release`, at least one.
+        workers: processes of each bundle, by operation.
+        options: fields of :class:`handlers.launch.options.ServingOptions`.
+        logs: an existing folder.
+        memory: folder for :func:`serving.engine.calibrations.seen_file`.
+        control: path of the socket at which the releases are changed, see
+            :mod:`handlers.service.control`.
+    """
+
+    releases: tuple[dict[str, Any], ...]
+    workers: dict[str, int]
+    options: dict[str, Any]
+    logs: str
+    memory: str
+    control: str
+
+
+class Model(Protocol):
+    """A model as the application sees it, whatever computes its answers.
+
+    Attributes:
+        name: under which it is served.
+        identity: ``NAME@HASH``.
+        metadata: of the model, by the Open Inference Protocol.
+        num_workers: that compute its answers, at most.
+    """
+
+    name: str
+    identity: str
+    metadata: dict[str, Any]
+    num_workers: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether something can compute its answers."""
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        """The answer to a request.
+
+        Args:
+            request: of the API, or of the Open Inference Protocol.
+            v2: bytes of JSON in the body, if it is of that protocol.
+
+        Raises:
+            ApiError: there is none.
+        """
+
+
+class Application:
+    """Computes the answers of one release behind the front.
+
+    Args:
+        models: the served models.
+        document: the OpenAPI document of the service.
+        limits: bounds on the requests that a model holds at once.
+    """
+
+    def __init__(self, models: Sequence[Model], document: dict[str, Any], limits: Limits) -> None:
+        self._models = models
+        self._predictions = {
+            model.name: Endpoint(
+                model.answer,
+                INFERRING,
+                model.identity,
+                Lane(limits, model.num_workers),
+                takes_forms=True,
+                can_cancel=True,
+            )
+            for model in models
+        }
+        self._infer = {
+            model.name: Endpoint(
+                functools.partial(_infer, model),
+                ("POST",),
+                model.identity,
+                self._predictions[model.name].lane,
+                can_cancel=True,
+            )
+            for model in models
+        }
+        described = _json(200, document)
+        self._reads = {
+            path: Endpoint(_reading(make))
+            for path, make in {
+                "/ping": self._health,
+                READY: self._readiness,
+                "/openapi.json": lambda: described,
+                "/v1/openapi.json": lambda: described,
+                V2: lambda: _json(200, V2_SERVER),
+                V2_SLASH: lambda: _json(200, V2_SERVER),
+                V2_LIVE: lambda: _json(200, {"live": True}),
+                V2_READY: self._readiness,
+            }.items()
+        }
+
+    def api(self, path: str) -> Endpoint:
+        """Find the endpoint of ``/predictions/{name}``, ``/v1/{name}`` and the paths for GET.
+
+        Raises:
+            ApiError: 404.
+        """
+        if path in self._reads:
+            return self._reads[path]
+        if path.startswith(V2_MODELS):
+            return self._v2_model(path.removeprefix(V2_MODELS))
+        for prefix in PREDICTIONS:
+            name = path.removeprefix(prefix)
+            if name != path and name in self._predictions:
+                return self._predictions[name]
+            if name != path and name and "/" not in name:
+                raise ApiError(404, "unknown_model", "the service has no model of this name")
+        raise ApiError(
+            404,
+            "not_found",
+            "there is no such path; there are /predictions/{operation}, /v1/{operation}, "
+            + ", ".join(self._reads),
+        )
+
+    def _v2_model(self, path: str) -> Endpoint:
+        """``NAME[/versions/1][/ready|/infer]``."""
+        match = _V2_MODEL.fullmatch(path)
+        model = next((m for m in self._models if match and match["name"] == m.name), None)
+        if match is None or model is None or match["version"] not in (None, v2.VERSION):
+            raise ApiError(404, "unknown_model", "the service has no such model")
+        if match["what"] == "infer":
+            return self._infer[model.name]
+        if match["what"] == "ready":
+            return Endpoint(
+                _reading(
+                    lambda: _json(
+                        200 if model.is_ready else 503,
+                        {"name": model.name, "ready": model.is_ready},
+                    )
+                )
+            )
+        if match["what"] is not None:
+            raise ApiError(
+                404,
+                "not_found",
+                f"there is no such path; a model has {V2_MODELS}{{name}}, …/ready and …/infer",
+            )
+        return Endpoint(_reading(lambda: _json(200, model.metadata)))
+
+    def num_waiting(self, name: str) -> int:
+        """Number of a model's requests that wait for their turn."""
+        lane = self._predictions[name].lane
+        return 0 if lane is None else lane.num_waiting
+
+    def is_ready(self) -> bool:
+        """Whether every model has a worker that is ready."""
+        return all(model.is_ready for model in self._models)
+
+    def _readiness(self) -> Answer:
+        return _json(200 if self.is_ready() else 503, {"ready": self.is_ready()})
+
+    def _health(self) -> Answer:
+        return _json(
+            200 if self.is_ready() else 503,
+            {"status": "Healthy" if self.is_ready() else "Unhealthy"},
+        )
+
+
+class PooledApplication(Application):
+    """The same over pools of worker processes: what answers for a release."""
+
+    def __init__(self, pools: Sequence[Pool], document: dict[str, Any], limits: Limits) -> None:
+        super().__init__(pools, document, limits)
+        self._pools = pools
+
+    def refuse(self) -> None:
+        """Answer 503 to requests that wait for a worker and to all further ones."""
+        for pool in self._pools:
+            pool.refuse()
+
+    def describe(self) -> dict[str, Any]:
+        """Workers and queue by model, as ``ade status`` shows them."""
+        return {pool.name: pool.describe() for pool in self._pools}
+
+
+async def _infer(model: Model, request: Request) -> Answer:
+    """Answer a request of the Open Inference Protocol."""
+    length = request.headers.get(v2.LENGTH_HEADER.lower(), str(len(request.body)))
+    if not length.isdecimal() or len(length) > 12 or int(length) > len(request.body):
+        raise malformed(f"{v2.LENGTH_HEADER} must be at most the body's length")
+    return await model.answer(request, int(length))
+
+
+def _json(status: int, value: dict[str, Any]) -> Answer:
+    return Answer(status, [("content-type", "application/json")], orjson.dumps(value))
+
+
+def _reading(make: Callable[[], Answer]) -> Callable[[Request], Any]:
+    async def answer(request: Request) -> Answer:
+        return make()
+
+    return answer
+
+
+def served_models(bundles: Sequence[Bundle]) -> list[tuple[str, str, Bundle]]:
+    """Name, operation and bundle of each model that is served.
+
+    Raises:
+        BundleError: two bundles have the same name.
+    """
+    check_names(bundles)
+    return [
+        (served_name(operation, bundle.name if i else None), operation, bundle)
+        for i, bundle in enumerate(bundles)
+        for operation in OPERATIONS
+    ]
+
+
+def make_pools(
+    settings: ApplicationSettings,
+    release: Release,
+    bundles: list[Bundle],
+    metrics: Metrics,
+    limits: Limits,
+) -> list[Pool]:
+    """A pool for each operation of each bundle; nothing is started."""
+    pools = []
+    for name, operation, bundle in served_models(bundles):
+        # Journals of two releases must not have the same name; see remove_journals.
+        journal = name if release.number == 1 else f"{name}-release{release.number}"
+        workers = [
+            WorkerSettings(
+                str(bundle.folder),
+                bundle.model_id,
+                bundle.digest,
+                operation,
+                name,
+                f"{journal}-{number}",
+                settings.logs,
+                ServingOptions(**settings.options),
+                str(seen_file(bundle, Path(settings.memory))),
+            )
+            for number in range(settings.workers[operation])
+        ]
+        described = v2.metadata(name, operation, bundle, settings.options["backend"])
+        pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
+    return pools
+
+
+def remove_journals(logs: Path, kept: Collection[int]) -> None:
+    """Remove the journals of releases, except some. Those of the first, without a number, stay.
+
+    Args:
+        logs: their folder.
+        kept: numbers of releases.
+    """
+    with contextlib.suppress(OSError):  # of a folder that cannot be listed
+        for path in logs.glob(f"*{JOURNAL}*"):
+            number = _JOURNAL_OF_RELEASE.search(path.name)
+            if number is not None and int(number[1]) not in kept:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+@contextlib.asynccontextmanager
+async def build_release(
+    settings: ApplicationSettings, metrics: Metrics, limits: Limits, release: Release
+) -> AsyncIterator[PooledApplication]:
+    """What answers for a release, with its workers.
+
+    Raises:
+        BundleError: a bundle cannot be read, or is another one by now.
+        WorkerError: a worker cannot be started.
+    """
+    bundles = [open_bundle(Path(folder)) for folder in release.bundles]
+    for bundle, model, digest in zip(bundles, release.models, release.digests, strict=True):
+        check_same(bundle, model, digest)
+    document = openapi_document("/", bundles, settings.token is not None)
+    pools = make_pools(settings, release, bundles, metrics, limits)
+    with metrics.of_models(release.models):
+        try:
+            started = await asyncio.gather(
+                *(pool.start() for pool in pools), return_exceptions=True
+            )
+            for error in started:
+                if error is not None:
+                    raise error
+            yield PooledApplication(pools, document, limits)
+        finally:
+            await asyncio.gather(*(pool.stop() for pool in pools))
+
+
+@contextlib.asynccontextmanager
+async def build_app(
+    settings: ApplicationSettings, limits: Limits, file: Path | None = None
+) -> AsyncIterator[listen.Built]:
+    """The application for both ports, with the workers of its releases.
+
+    Args:
+        settings: of the process.
+        limits: on clients.
+        file: where the settings are kept, so that a front that is started again has the same
+            releases.
+
+    Raises:
+        BundleError, WorkerError: the first release cannot be started.
+    """
+    refusals = Counter[str]()
+    metrics = Metrics(refusals)
+
+    former = {one["number"] for one in settings.releases}
+
+    def save(releases: Sequence[Release]) -> None:
+        nonlocal former
+        if file is not None:
+            replace(settings, releases=tuple(map(asdict, releases))).replace(file)
+        numbers = {one.number for one in releases}
+        remove_journals(Path(settings.logs), former | numbers)
+        former = numbers
+
+    scrape = Endpoint(_reading(lambda: metrics_answer(metrics.text())))
+    releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
+
+    def refuse_later() -> None:
+        asyncio.get_running_loop().call_later(REFUSE_S, releases.refuse)
+
+    async with (
+        releases.run([Release.from_dict(one) for one in settings.releases]),
+        control.listen(Path(settings.control), releases),
+    ):
+        yield listen.built(
+            settings, limits, releases.api, scrape, refusals, OPEN, on_stop=refuse_later
+        )
+
+
+def run(
+    settings: ApplicationSettings, limits: Limits | None = None, file: Path | None = None
+) -> None:
+    """Serve in this process until it is asked to stop; ``file`` as for :func:`build_app`."""
+    limits = limits or Limits()
+    listen.run(settings, limits, functools.partial(build_app, settings, limits, file), STOP_S)
+
+
+if __name__ == "__main__":
+    settings_file = Path(sys.argv[1])
+    run(ApplicationSettings.load(settings_file), file=settings_file)

@@ -1,0 +1,66 @@
+"""Lets ``ade serve`` change the releases of the running application over a private channel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from handlers.front.releases import Release, Releases
+from handlers.launch.engines import SWITCHED
+from handlers.processes.channel import MAX_LINE, READ_S, encode, peer_is_own_user
+from serving.engine.bundle import BundleError
+
+if TYPE_CHECKING:
+    from handlers.service.application import PooledApplication
+
+logger = logging.getLogger(__name__)
+CHANGE, DESCRIBE = "change", "describe"
+
+
+@contextlib.asynccontextmanager
+async def listen(path: Path, releases: Releases[PooledApplication]) -> AsyncIterator[None]:
+    """Answer at a new Unix domain socket during the block."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def send(message: dict[str, Any]) -> None:
+            writer.write(encode(message))
+
+        with contextlib.closing(writer):
+            if not peer_is_own_user(writer.get_extra_info("socket")):
+                return
+            try:
+                async with asyncio.timeout(READ_S):
+                    message = json.loads(await reader.readline())
+                if message["do"] == CHANGE:
+                    wanted = [Release.from_dict(one) for one in message["releases"]]
+                    removed = await releases.change(wanted)
+                    send({"say": SWITCHED})
+                    await releases.drain(removed)
+                send({"result": {"releases": _describe(releases)}})
+                await writer.drain()
+            except (BundleError, RuntimeError, OSError) as error:  # such as a WorkerError
+                logger.error("%s", error)
+                send({"error": str(error)})
+            except Exception:
+                logger.exception("a command failed")
+                send({"error": "internal error: front.out has the reason"})
+
+    path.unlink(missing_ok=True)  # of a front that was killed
+    server = await asyncio.start_unix_server(answer, str(path), limit=MAX_LINE)
+    path.chmod(0o600)
+    try:
+        yield
+    finally:
+        server.close()
+
+
+def _describe(releases: Releases[PooledApplication]) -> list[dict[str, Any]]:
+    return [
+        {**asdict(release), "workers": backend.describe()} for release, backend in releases.backends
+    ]

@@ -1,0 +1,1 @@
+"""Bodies of requests to parameters and images."""
