@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from coding.networks import fingerprint
-from serving.api.requests import InputImage, prepare_image
+from ade_base.pictures.images import write_png
+from extensions.codec.networks import fingerprint
 from serving.engine.engine import InferenceEngine, Score
-from serving.images import write_png
+from serving.ingest.requests import InputImage, prepare_image
 from serving.verdict.decision import decide
 from tests.helpers import DATA, PRETRAINED, ROOT
 
