@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ade_base.brand import rounded
-from ade_base.cores import available_cores
+from ade_base.system import available_cores
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given, given_path, say_what_is_not_followed

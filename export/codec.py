@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ade_base.errors import UserError
 from ade_base.files import new_folder
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from ade_model.bijections import (
     AffineCoupling,
     Bijection,

@@ -20,7 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from export.feature_source import (
     CHECKED,
     DATA_KEY,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from export.feature_source import FeatureSource
 from export.to_onnx import export_encoder
 from fitting.held_out import rows_of

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_base.cores import available_cores
+from ade_base.system import available_cores
 from export.gate.corruptions import CORRUPTIONS
 from export.gate.images import digests_of, others
 from extensions.gate_reports.what_if import corruptions_of, rejected

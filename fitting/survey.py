@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ade_base.cores import available_cores
 from ade_base.files import read_file
 from ade_base.messages import printable
 from ade_base.pictures.images import file_size
+from ade_base.system import available_cores
 from export.gate.images import counting
 from export.gate.split import MAX_CALIBRATING, MAX_FITTED
 from training.data import PARTS, REPEATS, Dataset, Report

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_base.cores import available_cores
 from ade_base.files import LOCK, locked
 from ade_base.pictures.images import is_image_name
 from ade_base.ports import free_ports
+from ade_base.system import available_cores
 from benchmarks.ray_cluster import ray_cluster
 from serving import bulk
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder

@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from ade_cli.main import main
 from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config

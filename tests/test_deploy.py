@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ade_base.cores import available_cores
 from ade_base.ports import VARIABLES
+from ade_base.system import available_cores
 from ade_cli.main import parse
 from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START

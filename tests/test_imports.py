@@ -202,7 +202,7 @@ def test_importing_the_engine_loads_no_torch() -> None:
 
 def test_onnx_runtime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     """Its telemetry stores a device's id in the home folder once the package is imported."""
-    script = "from ade_base.onnx_runtime import onnx_runtime; onnx_runtime()"
+    script = "from ade_base.system import onnx_runtime; onnx_runtime()"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env=environment)
     assert not list(tmp_path.iterdir())
@@ -212,4 +212,4 @@ def test_onnx_runtime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
         for path in (ROOT / package).rglob("*.py")
         if re.search(r"^\s*(import|from) onnxruntime\b", path.read_text(), re.MULTILINE)
     }
-    assert others == {"ade_base/onnx_runtime.py"}
+    assert others == {"ade_base/system.py"}

@@ -27,9 +27,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_base.cores import available_cores
 from ade_base.pictures.images import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
+from ade_base.system import available_cores
 from ade_cli.main import main
 from ade_client.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
 from ade_model.checkpoint import save_model

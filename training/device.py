@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ade_base.cores import available_cores
+from ade_base.system import available_cores
 from training.runs import RunError
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from ade_model.quantization import NUM_LEVELS
 from training.encoder_network import MIN_SIZE, WIDTHS, SmallEncoder
 from training.metrics.efficientnet import LEVEL_CHANNELS, load_efficientnet

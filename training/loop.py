@@ -17,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from ade_base.signals import signals_held
+from ade_base.system import signals_held
 from ade_model.checkpoint import read_config
 from training.budget import Budget
 from training.data import Dataset

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from ade_base.cores import available_cores
 from ade_base.files import read_file
 from ade_base.messages import commonest, counted
+from ade_base.system import available_cores
 from serving.engine.noise import short_digest
 from serving.ingest.errors import ApiError
 from serving.ingest.requests import InputImage, prepare_source

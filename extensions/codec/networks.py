@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_base.onnx_runtime import cpu_session, onnx_runtime
+from ade_base.system import cpu_session, onnx_runtime
 from extensions.codec.errors import CodingError, NotCoded
 from extensions.codec.lattice import Bins, Rotation
 from extensions.codec.positions import LearnedBins

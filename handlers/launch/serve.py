@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from ade_base.cores import available_cores
 from ade_base.errors import UserError
 from ade_base.files import alone_in
 from ade_base.ports import LOOPBACK, USER, Ports, check_host
+from ade_base.system import available_cores
 from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names

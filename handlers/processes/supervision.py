@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ade_base.errors import UserError
-from ade_base.signals import signals_held
+from ade_base.system import signals_held
 
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0

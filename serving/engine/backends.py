@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ade_base.errors import UserError
-from ade_base.onnx_runtime import onnx_runtime
+from ade_base.system import onnx_runtime
 from serving.engine.bundle import TORCHSCRIPT_NAME, WEIGHTS_NAME, Bundle
 from serving.engine.cuda import BoundGraph
 from serving.engine.signatures import inputs_of, outputs_of

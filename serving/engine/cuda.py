@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_base.onnx_runtime import onnx_runtime
+from ade_base.system import onnx_runtime
 
 NO_CAPTURE = -1  # the graph id with which ONNX Runtime does not record a run
 

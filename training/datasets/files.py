@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from ade_base.cores import available_cores
 from ade_base.files import LOCK, locked, preallocated, read_file, write_text
 from ade_base.messages import commonest, counted
 from ade_base.pictures.images import ImageError, read_image, resize_centre
+from ade_base.system import available_cores
 from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
 
 # The hash of a name, modulo 100, is below the bound of its part and not below the one before.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_base.onnx_runtime import cpu_session
+from ade_base.system import cpu_session
 from ade_model.exporting import quiet_export
 from training.metrics.features import FeatureError
 

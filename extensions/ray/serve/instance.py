@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ade_base.cores import available_cores
 from ade_base.errors import UserError
+from ade_base.system import available_cores
 from extensions.ray.serve import guard
 from extensions.ray.serve.environment import HAPROXY, SHORT, of_every_node, of_own_instance
 from handlers.processes.run_folder import kept_from_cleaners
