@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ade_base.messages import printable
-from ade_base.pictures.images import MAX_FILE_BYTES, is_image_name
+from ade_base.pictures.read import MAX_FILE_BYTES, is_image_name
 
 LOCK = ".lock"  # in a folder that one process at a time works in
 # Without O_NONBLOCK, opening a pipe would wait for a writer. Windows, where clients run, lacks it.

@@ -14,7 +14,7 @@ import numpy as np
 from ade_base.errors import UserError
 from ade_base.files import image_paths, read_file
 from ade_base.messages import visible
-from ade_base.pictures.images import in_options
+from ade_base.pictures.read import in_options
 from ade_cli.help_texts import BUNDLE
 from ade_cli.paths import given_path, say_what_is_not_followed
 from serving.engine.bundle import open_bundle

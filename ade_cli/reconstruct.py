@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ade_base.files import replacing
 from ade_base.messages import visible
-from ade_base.pictures.images import IMAGE_SUFFIXES, psnr, write_png
+from ade_base.pictures.read import IMAGE_SUFFIXES
+from ade_base.pictures.show import psnr, write_png
 from ade_cli.help_texts import KIND
 from ade_cli.image_files import (
     FileError,

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from ade_base.files import read_file
 from ade_base.messages import words_of
-from ade_base.pictures.decoder_process import check_tiff, scaled_key
+from ade_base.pictures.convert import check_tiff, scaled_key
 from ade_base.ports import LOOPBACK, Ports
 from serving.api.operations.base import ImageParameters, Kind
 from serving.api.operations.encode import EncodeParameters, Latents

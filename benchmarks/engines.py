@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from benchmarks.serving import (
     CORES,
     WORKERS,

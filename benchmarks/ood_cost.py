@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_base.pictures.images import lossless_bits, read_image
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import lossless_bits
 from serving.engine.engine import InferenceEngine
 from serving.page.served import EXAMPLES
 from serving.verdict.calibration_file import Calibrations

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
-from ade_base.pictures.images import resize_centre
+from ade_base.pictures.show import resize_centre
 from export.gate.measuring import statistics_of
 from export.gate.pair import resize_and_back
 from serving.engine.engine import InferenceEngine

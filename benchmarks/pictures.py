@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ade_base.brand import STYLE
-from ade_base.pictures.images import tile
+from ade_base.pictures.show import tile
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
 from serving.page.served import EXAMPLES

@@ -32,7 +32,7 @@ import httpx
 import numpy as np
 import psutil
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model

@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 import psutil
 
-from ade_base.pictures.images import read_image, write_png
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
 from handlers.processes.run_folder import find_service
 from handlers.torchserve.status import describe_models

@@ -13,7 +13,7 @@ import numpy as np
 
 from ade_base.brand import percent, verdict_card
 from ade_base.files import write_text
-from ade_base.pictures.images import psnr, tile, write_png
+from ade_base.pictures.show import psnr, tile, write_png
 from ade_base.reports import render
 from fitting.plan import Plan
 from fitting.survey import Survey

@@ -13,7 +13,7 @@ from typing import Any
 
 from ade_base.files import read_file
 from ade_base.messages import printable
-from ade_base.pictures.images import file_size
+from ade_base.pictures.read import file_size
 from ade_base.system import available_cores
 from export.gate.images import counting
 from export.gate.split import MAX_CALIBRATING, MAX_FITTED

@@ -30,7 +30,7 @@ from ade_base.errors import UserError
 from ade_base.files import image_paths, naming, only_writer, read_file, replacing
 from ade_base.messages import printable
 from ade_base.pictures.decoders import DecoderError
-from ade_base.pictures.images import IMAGE_SUFFIXES, in_options
+from ade_base.pictures.read import IMAGE_SUFFIXES, in_options
 from ade_base.system import signals_held
 from ade_base.tables import write_csv
 from serving.api.operations.score import score_result

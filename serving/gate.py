@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import MAX_FILE_BYTES, MAX_PIXELS
+from ade_base.pictures.read import MAX_FILE_BYTES, MAX_PIXELS
 from ade_client.client import ImageLike, image_file, several
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score

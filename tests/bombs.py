@@ -23,7 +23,8 @@ from typing import Any
 from PIL import Image
 
 from ade_base.pictures import decoders
-from ade_base.pictures.images import ImageError, file_size, read_image
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import file_size, read_image
 
 MIB = 2**20
 

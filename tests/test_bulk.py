@@ -31,7 +31,8 @@ from PIL import Image
 import ade_cli.serve
 from ade_base.files import image_paths, only_writer
 from ade_base.pictures.decoders import DecoderError
-from ade_base.pictures.images import MAX_FILE_BYTES, write_png
+from ade_base.pictures.read import MAX_FILE_BYTES
+from ade_base.pictures.show import write_png
 from ade_cli.commands import command
 from ade_cli.data_options import say
 from ade_cli.main import main, parse

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from ade_base.files import LOCK, locked
-from ade_base.pictures.images import is_image_name
+from ade_base.pictures.read import is_image_name
 from ade_base.ports import free_ports
 from ade_base.system import available_cores
 from benchmarks.ray_cluster import ray_cluster

@@ -29,7 +29,7 @@ from PIL import Image
 import export.gate.feedback as feedback_module
 import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
-from ade_base.pictures.images import coder_version, write_png
+from ade_base.pictures.show import coder_version, write_png
 from ade_cli import calibrate as calibrate_command
 from ade_cli import ood_bench
 from ade_cli.main import main

@@ -31,9 +31,10 @@ from coding import archive as archives
 from coding import chunks, decompress, lattice, networks
 from coding import compress as compressing
 
-from ade_base.pictures.decoder_process import DecodedImage
+from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.decoders import DecoderError
-from ade_base.pictures.images import ImageError, read_image
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import read_image
 from ade_cli.main import main
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import load_model, save_model

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from ade_base.files import LOCK, read_file
-from ade_base.pictures.images import ImageError
+from ade_base.pictures.limits import ImageError
 from ade_cli.data_options import dataset_of
 from fitting.survey import picture_sizes
 from tests.helpers import ROOT, encode, make_folder, make_traps

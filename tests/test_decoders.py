@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ade_base.pictures import decoders
-from ade_base.pictures.decoder_process import decode
+from ade_base.pictures.convert import decode
 from ade_base.pictures.decoders import decode_apart
-from ade_base.pictures.images import ImageError, file_size, read_image, write_png
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import file_size, read_image
+from ade_base.pictures.show import write_png
 from ade_base.pictures.structure import read_structure
 from fitting.survey import size_of
 from serving.api.service import Service
@@ -291,9 +293,7 @@ def test_memory_is_limited(gif: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
     """It is no reason not to decode images that need less."""
-    script = (
-        "import sys; from ade_base.pictures.images import *; read_image(sys.stdin.buffer.read())"
-    )
+    script = "import sys; from ade_base.pictures.read import *; read_image(sys.stdin.buffer.read())"
     limited = ["bash", "-c", 'ulimit -v 400000; exec "$0" -c "$1"', sys.executable, script]
     done = subprocess.run(limited, input=gif, cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -358,8 +358,8 @@ def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, 
     (tmp_path / "image.gif").write_bytes(gif)
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from ade_base.pictures import images; from ade_base.pictures import decoders as pool\n"
-        "images.read_image(Path(sys.argv[1]).read_bytes())\n"
+        "from ade_base.pictures import read; from ade_base.pictures import decoders as pool\n"
+        "read.read_image(Path(sys.argv[1]).read_bytes())\n"
         "print(pool._idle[0].pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from gradio.data_classes import FileData, ListFiles
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_cli.main import main
 from ade_cli.score import NO_VERDICT
 from ade_client.client import AdeClient, AdeError, ScoreResult

@@ -28,7 +28,8 @@ from ade_base.files import (
     replacing,
     write_text,
 )
-from ade_base.pictures.images import DecodedImage, read_image
+from ade_base.pictures.convert import DecodedImage
+from ade_base.pictures.read import read_image
 from ade_cli.main import main
 from export.gate.calibrate import calibrate_bundle
 from export.gate.feedback import give_feedback

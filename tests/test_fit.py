@@ -21,7 +21,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from ade_base.pictures.images import ImageError, read_image, write_png
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import write_png
 from ade_cli.main import main
 from export.features import data_of
 from export.gate.corruptions import CORRUPTIONS, SUBTLE

@@ -30,7 +30,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from ade_base.pictures.images import read_image, write_png
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import write_png
 from ade_base.ports import free_ports
 from ade_client.client import image_file
 from benchmarks.pictures import gate_images

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ade_base.pictures.images
-from ade_base.pictures.images import ImageError, read_image, resize_centre, tile, write_png
+import ade_base.pictures.read
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import resize_centre, tile, write_png
 from ade_client.client import image_file
 from serving.ingest.requests import InputImage, prepare_image
 from tests.helpers import encode, png_header
@@ -249,7 +251,7 @@ def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
 
 
 def test_file_size_is_limited(monkeypatch: pytest.MonkeyPatch, picture: Image.Image) -> None:
-    monkeypatch.setattr(ade_base.pictures.images, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(ade_base.pictures.read, "MAX_FILE_BYTES", 100)
     with pytest.raises(ImageError, match="may have at most 100 bytes"):
         read_image(encode(picture, "PNG"))
 

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from serving.api.operations.registry import OPERATIONS
 from serving.api.service import MAX_DECODE_S, Service
 from serving.engine.engine import InferenceEngine

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ade_base.pictures.images import psnr
+from ade_base.pictures.show import psnr
 from tests.helpers import large_data, make_model, needs_data
 from training.data import Dataset, ImageSet
 from training.measure import MeasureOptions, Measurer

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from ade_base.pictures.images import read_image
+from ade_base.pictures.read import read_image
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key

@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from serving.api.openapi import openapi_document
 from serving.api.operations.base import IMAGE_TYPES
 from serving.api.operations.registry import OPERATIONS

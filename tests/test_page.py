@@ -44,7 +44,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from ade_base.pictures.images import MAX_FILE_BYTES, untile, write_png
+from ade_base.pictures.read import MAX_FILE_BYTES
+from ade_base.pictures.show import untile, write_png
 from ade_base.tables import safe_cell
 from ade_client.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
 from serving.api.latents import with_level

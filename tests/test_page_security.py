@@ -35,7 +35,7 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_base.ports import free_ports
 from ade_base.tables import FORMULA_STARTS, safe_cell, write_csv
 from serving.engine.bundle import open_bundle

@@ -31,7 +31,7 @@ import psutil
 import pytest
 import yaml
 
-from ade_base.pictures.images import read_image
+from ade_base.pictures.read import read_image
 from ade_base.ports import free_ports, local_address
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from extensions.ray.serve import driver

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_base.system import available_cores
 from ade_cli.main import main

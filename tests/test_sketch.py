@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_model.checkpoint import read_config
 from export.feature_source import DATA_KEY
 from export.features import data_of

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ade_base.pictures.images import lossless_bits
+from ade_base.pictures.show import lossless_bits
 from serving.engine.engine import InferenceEngine
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import MEANINGS, compute_statistics, meaning, statistic_names

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ade_base.files import LOCK
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_base.reports import from_markdown
 from ade_cli.main import main
 from ade_model.checkpoint import load_model

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ade_base.pictures.images import tile
+from ade_base.pictures.show import tile
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.model import ADEModel
 from ade_model.quantization import quantize

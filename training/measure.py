@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ade_base.pictures.images import psnr
+from ade_base.pictures.show import psnr
 from ade_model.model import ADEModel
 from training.data import DataError, Dataset
 from training.evaluate import evaluate, reconstructions, sample_images, sample_kinds

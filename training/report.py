@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ade_base.files import write_text
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_model.checkpoint import read_config
 from ade_model.model import ADEModel
 from training.data import Dataset

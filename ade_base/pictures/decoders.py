@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from ade_base.errors import UserError
-from ade_base.pictures.decoder_process import ANSWER, READY, REQUEST, DecodedImage, fill, receive
-from ade_base.pictures.structure import ImageError, Structure
+from ade_base.pictures.convert import DecodedImage
+from ade_base.pictures.decoder_process import ANSWER, READY, REQUEST, fill, receive
+from ade_base.pictures.limits import ImageError, Structure
 
 MEMORY_BYTES = 384 * 2**20  # an image of 16 million pixels takes up to 340 MiB
 CPU_SECONDS = 2.0  # an image of 16 million pixels takes up to one second
@@ -88,7 +89,7 @@ class _Decoder:
             )
 
     def decode(self, data: bytes, structure: Structure) -> DecodedImage:
-        """Decode like :func:`ade_base.pictures.decoder_process.decode`, in this process.
+        """Decode like :func:`ade_base.pictures.convert.decode`, in this process.
 
         Raises:
             ImageError: the file is invalid.

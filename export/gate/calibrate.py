@@ -16,7 +16,7 @@ import numpy as np
 
 from ade_base.files import LOCK, locked, new_folder
 from ade_base.messages import counted
-from ade_base.pictures.images import coder_version
+from ade_base.pictures.show import coder_version
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.gate.density_fit import MIN_IMAGES

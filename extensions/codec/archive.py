@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ade_base.pictures.images import MAX_FILE_BYTES
+from ade_base.pictures.read import MAX_FILE_BYTES
 from extensions.codec.chunks import MAX_IMAGES, MAX_PAYLOAD
 from extensions.codec.errors import CodingError
 

@@ -13,9 +13,10 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.decoder_process import DecodedImage
+from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.decoders import DecoderError
-from ade_base.pictures.images import MAX_FILE_BYTES, MAX_PIXELS, ImageError, read_image
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import MAX_FILE_BYTES, MAX_PIXELS, read_image
 from ade_base.pictures.structure import read_structure
 from extensions.codec.errors import CodingError, Damaged, NotDecoded, TooLarge
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ade_base.files import Rows, image_paths, read_file
-from ade_base.pictures.images import IMAGE_SUFFIXES
+from ade_base.pictures.read import IMAGE_SUFFIXES
 from extensions.codec.chunks import MAX_PARTS
 from extensions.codec.errors import CodingError
 from extensions.codec.pictures import Picture, read_picture

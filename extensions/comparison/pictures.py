@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ade_base.pictures.images import tile
+from ade_base.pictures.show import tile
 from ade_model.checkpoint import load_model
 from extensions.comparison.rows import row_label
 from training.evaluate import sample_images

@@ -22,7 +22,9 @@ import numpy as np
 from PIL import Image
 
 from ade_base.messages import show, words_of
-from ade_base.pictures.images import RESIZING, ImageError, header_pixels, read_image, resize_centre
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import RESIZING, header_pixels, read_image
+from ade_base.pictures.show import resize_centre
 from serving.ingest.errors import ApiError, malformed, unusable
 
 PROBE_HEADER = "X-Ade-Probe"

@@ -26,7 +26,7 @@ from gradio.state_holder import SessionState
 from starlette.routing import Mount
 
 from ade_base.brand import MARK, MARK_FILE, NAME
-from ade_base.pictures.images import MAX_FILE_BYTES
+from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_base.ports import USER
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document

@@ -10,7 +10,7 @@ import gradio as gr
 import numpy as np
 
 from ade_base.brand import verdict_card
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from serving.page import charts
 from serving.page.score import Scored, alpha_input, notes_of, verdict
 from serving.page.served import (

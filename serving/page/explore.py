@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import tile, write_png
+from ade_base.pictures.show import tile, write_png
 from ade_client.client import AdeClient
 from serving.api.latents import between, exchanged, from_coarsest, with_level
 from serving.api.operations.sample import MAX_TEMPERATURE

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gradio.utils import get_upload_folder
 
-from ade_base.pictures.images import MAX_FILE_BYTES
+from ade_base.pictures.read import MAX_FILE_BYTES
 
 UPLOADS = "uploads"  # folder in :func:`inbox` for uploads
 KEPT_S = 3600.0  # uploads, results and remembered samples

@@ -17,13 +17,8 @@ import httpx
 from PIL import Image
 
 from ade_base.brand import percent, rounded, verdict_card
-from ade_base.pictures.images import (
-    MAX_FILE_BYTES,
-    ImageError,
-    header_pixels,
-    is_image_name,
-    read_image,
-)
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import MAX_FILE_BYTES, header_pixels, is_image_name, read_image
 from ade_base.tables import write_csv
 from ade_client.client import SERVER_ERROR, AdeError, ScoreResult
 from serving.api.score_table import columns, failed_row, scored_row

@@ -10,7 +10,7 @@ import gradio as gr
 import numpy as np
 
 from ade_base.brand import rounded
-from ade_base.pictures.images import psnr, tile, write_png
+from ade_base.pictures.show import psnr, tile, write_png
 from serving.api.latents import coarsest, from_coarsest
 from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file

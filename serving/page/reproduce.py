@@ -10,7 +10,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import MAX_PIXELS, file_size
+from ade_base.pictures.read import MAX_PIXELS, file_size
 from serving.page.files import write_file
 from serving.page.served import (
     MODEL_ID,

@@ -12,7 +12,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import file_size, untile, write_png
+from ade_base.pictures.read import file_size
+from ade_base.pictures.show import untile, write_png
 from serving.page import reproduce
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (

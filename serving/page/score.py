@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ade_base.brand import percent, verdict_card
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from ade_client.client import ScoreResult
 from serving.page import charts
 from serving.page.files import write_file

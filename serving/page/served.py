@@ -21,7 +21,7 @@ from gradio.components import Component
 from gradio.context import LocalContext
 from PIL import Image
 
-from ade_base.pictures.images import RESIZING, file_size
+from ade_base.pictures.read import RESIZING, file_size
 from ade_client.client import AdeClient, AdeError
 from serving.engine.bundle import Bundle
 from serving.engine.calibrations import open_calibrations

@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.themes.utils.colors import Color
 
 from ade_base.brand import STYLE
-from ade_base.pictures.images import IMAGE_SUFFIXES
+from ade_base.pictures.read import IMAGE_SUFFIXES
 
 OWN = Path(__file__).with_name("page.css").read_text()
 # Says what Gradio does not: to screen readers names of examples and of pairs of images, which

@@ -20,7 +20,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from ade_base.pictures.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, is_image_name
+from ade_base.pictures.read import IMAGE_SUFFIXES, MAX_FILE_BYTES, is_image_name
 from serving.page.files import KEPT_S, UPLOADS, inbox
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ade_base.files import read_file
 from ade_base.messages import show, visible
-from ade_base.pictures.images import coder_version
+from ade_base.pictures.show import coder_version
 from serving.verdict.calibration import Calibration, CalibrationError
 
 DEFAULT = "default"  # the name of a bundle's own calibration

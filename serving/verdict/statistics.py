@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ade_base.pictures.images import lossless_bits
+from ade_base.pictures.show import lossless_bits
 from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, semantic_statistics
 
 COSTS = ("distortion", "log_det", "latents")

@@ -19,7 +19,9 @@ import numpy as np
 
 from ade_base.files import LOCK, locked, preallocated, read_file, write_text
 from ade_base.messages import commonest, counted
-from ade_base.pictures.images import ImageError, read_image, resize_centre
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import read_image
+from ade_base.pictures.show import resize_centre
 from ade_base.system import available_cores
 from training.data import PARTS, DataError, Dataset, ImageSet, Report, Rows
 

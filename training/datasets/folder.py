@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ade_base.files import image_paths, read_file
-from ade_base.pictures.images import IMAGE_SUFFIXES, ImageError, read_image
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import IMAGE_SUFFIXES, read_image
 from training.data import DataError, Dataset, Report
 from training.datasets.files import cached_pixels, check_storage, decode_into, split_by_name
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ade_base.pictures.images import resize_centre
+from ade_base.pictures.show import resize_centre
 from ade_base.system import available_cores
 from training.data import DataError, Dataset, ImageSet, Report, split_tail
 from training.datasets.source import Source

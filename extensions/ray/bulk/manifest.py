@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from ade_base.messages import printable
-from ade_base.pictures.images import is_image_name
+from ade_base.pictures.read import is_image_name
 from serving.bulk import BulkError
 
 # Rows of a part, which is also what is committed at once: about 30 s of work for one worker.

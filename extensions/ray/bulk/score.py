@@ -30,7 +30,7 @@ from pyarrow import dataset, fs, parquet
 from ade_base.files import alone_in, read_file
 from ade_base.messages import printable
 from ade_base.pictures.decoders import DecoderError
-from ade_base.pictures.images import MAX_FILE_BYTES
+from ade_base.pictures.read import MAX_FILE_BYTES
 from extensions.ray.bulk import manifest
 from extensions.ray.bulk.manifest import PART_ROWS
 from extensions.ray.serve.instance import BESIDE, ray_instance

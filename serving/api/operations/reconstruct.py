@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from PIL import Image
 
-from ade_base.pictures.images import psnr, write_png
+from ade_base.pictures.show import psnr, write_png
 from serving.api.operations.base import (
     KIND,
     Format,

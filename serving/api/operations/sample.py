@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from ade_base.messages import show
-from ade_base.pictures.images import tile, write_png
+from ade_base.pictures.show import tile, write_png
 from serving.api.operations.base import KIND, Format, Kind, Operation, model_name, split
 from serving.api.responses import (
     NPY_TYPE,

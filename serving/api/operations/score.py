@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from ade_base.pictures.images import write_png
+from ade_base.pictures.show import write_png
 from serving.api.heat_map import heat_map
 from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
