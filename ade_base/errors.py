@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The text is one line that names what is wrong, what was expected and what came.
     """
+
+
+class ConfigError(UserError, ValueError):
+    """A model description that cannot be built."""

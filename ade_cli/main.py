@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where errors are handled
         return status
-    except _user_errors() as error:
+    except UserError as error:
         _say(args.verb, _as_typed(str(error), args.usage))
         return 2
     except KeyboardInterrupt:
@@ -219,12 +219,6 @@ def _run(args: argparse.Namespace) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         _say(args.verb, f"{where}{error.strerror}")
         return 2
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """The errors of users. ``ade_model`` imports nothing of ours, so its own is not a UserError."""
-    model = sys.modules.get("ade_model.errors")  # which few verbs import
-    return (UserError,) if model is None else (UserError, model.ConfigError)
 
 
 def _say(verb: str, error: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from ade_base.errors import ConfigError
 from ade_cli.data_options import say, source_of
-from ade_model.errors import ConfigError
 from training.datasets import NAMES
 from training.runs import RunError
 

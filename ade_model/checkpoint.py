@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ade_base.errors import ConfigError
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
 from ade_model.model import ADEModel
 
 FORMAT_VERSION = 1

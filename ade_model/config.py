@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ade_model.errors import ConfigError
+from ade_base.errors import ConfigError
 
 SIGMA_KINDS = ("scalar", "pixel")
 MASKS = ("channel", "checkerboard")

@@ -1,9 +1,5 @@
-"""Errors that a caller of the model can act on."""
+"""The error of a wrong call of the model. Descriptions of models raise ConfigError instead."""
 
 
 class ShapeError(ValueError):
     """A tensor does not have the shape that the operation needs."""
-
-
-class ConfigError(ValueError):
-    """A model description that cannot be built."""

@@ -29,10 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ade_base.errors import ConfigError
 from ade_model.config import ModelConfig
 from ade_model.dequantizer import Dequantizer
 from ade_model.distributions import DiagonalGaussian, sum_channels, sum_dims
-from ade_model.errors import ConfigError, ShapeError
+from ade_model.errors import ShapeError
 from ade_model.flow import build_flow
 from ade_model.flow_only import PointMass, StandardNormal
 from ade_model.layers import divide_among_pixels

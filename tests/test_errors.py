@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from ade_base.errors import UserError
+from ade_base.errors import ConfigError, UserError
 from ade_cli.main import main
-from ade_model.errors import ConfigError
 from tests.helpers import ROOT
 from tests.test_rooms import PACKAGES
 
@@ -29,7 +28,6 @@ BUILTIN = {
 OTHERS = {  # what becomes of them instead
     "AdeError": "for programs: the client raises it",
     "ClientGone": "nobody is left who could read it",
-    "ConfigError": "shown like a UserError; ade_model imports nothing of ours",
     "Damaged": "of a chunk: ade decompress names the images that are lost",
     "FileRefused": "an answer of the page",
     "ImageError": "an ApiError, or a file that is left out and named",

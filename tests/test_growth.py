@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from ade_base.errors import ConfigError
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
 from ade_model.model import ADEModel
 from training.growth import check_growth, grown_weights
 

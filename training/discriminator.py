@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ade_model.errors import ConfigError
+from ade_base.errors import ConfigError
 from ade_model.layers import conv3x3
 from training.metrics.efficientnet import LEVEL_CHANNELS
 from training.projected import ProjectedDiscriminator

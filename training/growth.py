@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ade_base.errors import ConfigError
 from ade_model.bijections import Rotation
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
 from ade_model.model import ADEModel
 
 GROWS = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ade_model.errors import ConfigError
+from ade_base.errors import ConfigError
 from training.metrics.efficientnet import LEVEL_CHANNELS, load_efficientnet
 
 LEAST_SIDE = 64  # of the classifier's input, so that its coarsest features still have positions

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ade_base.errors import ConfigError
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
 from training.discriminator import DiscriminatorConfig
 
 SIZES = ("tiny", "small", "paper")

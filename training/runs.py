@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ade_base.errors import UserError
+from ade_base.errors import ConfigError, UserError
 from ade_base.files import alone_in as only_one_in
 from ade_base.files import new_folder, sha256_of, write_text
 from ade_model.checkpoint import (
@@ -34,7 +34,6 @@ from ade_model.checkpoint import (
     save_model,
 )
 from ade_model.config import ModelConfig
-from ade_model.errors import ConfigError
 from training.growth import check_growth, grown_weights
 from training.step import Trainer
 
