@@ -199,7 +199,7 @@ def test_every_decision_and_many_p_values_are_recorded(record: dict[str, Any]) -
 
 
 def write_record() -> None:
-    """Add this environment to the record if only rounding differs there; otherwise start anew."""
+    """Add this environment to the record if only rounding differs there; otherwise start again."""
     images, here = prepared(), environment()
     found = verdicts(images)
     environments, rows = {here: digest_of(found)}, found
