@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measure_arguments(parser)
 
 
+def resumed(args: argparse.Namespace) -> str:
+    """How an interrupted comparison is continued, for the user."""
+    return ": the same command resumes from here"
+
+
 def run(args: argparse.Namespace) -> int:
     for name in args.recipes:
         if name not in recipe_names():

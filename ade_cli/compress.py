@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def resumed(args: argparse.Namespace) -> str:
+    """How an interrupted compression is continued, for the user."""
+    return ": the same command resumes from here"
+
+
 def run(args: argparse.Namespace) -> int:
     if not args.images.exists():
         raise FileError(f"{args.images}: there is no such file or folder")

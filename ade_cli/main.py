@@ -21,51 +21,53 @@ from typing import Any, TextIO
 from urllib.parse import unquote
 
 from ade_base.errors import UserError
+from ade_base.extensions import Verb, added
 from ade_cli.absent import import_for_help
 
 PROJECT = "av-ade"
-VERBS = {
-    "fit": "turn a folder of images into a bundle that can be served, in one command",
-    "recipes": "list the systems that can be trained",
-    "train": "train a model on a data set or a folder of images",
-    "evaluate": "measure a run or a bundle: likelihood, reconstructions, samples",
-    "compare": "train several systems under one budget, measure them alike, and write one report",
-    "encoder": "make an encoder, a network whose features the gate also uses",
-    "export": "turn a run's checkpoint into a bundle that can be served",
-    "calibrate": "calibrate a bundle's gate on your images, without training",
-    "gate": "forecast a gate's alarms per day, or give it feedback on images",
-    "ood-bench": "measure how well a bundle's verdict detects out-of-distribution images",
-    "sample": "draw samples into a picture or an array",
-    "encode": "write the latents of image files",
-    "reconstruct": "encode and decode image files",
-    "score": "score image files, or a folder of any size into a table",
-    "compress": "compress images without loss, with a bundle's model",
-    "decompress": "restore the images of an archive of ade compress",
-    "serve": "serve a bundle over HTTP, with a web page",
-    "upgrade": "replace the bundle of a running service of --engine asgi, without an interruption",
-    "rollback": "go back to the bundle before the last upgrade, without an interruption",
-    "status": "report the state of the service on this machine",
+VERBS: dict[str, Verb] = {
+    "fit": Verb(
+        "turn a folder of images into a bundle that can be served, in one command",
+        "ade_cli.fit",
+        "fit",
+    ),
+    "recipes": Verb("list the systems that can be trained", "ade_cli.recipes", "train"),
+    "train": Verb("train a model on a data set or a folder of images", "ade_cli.train", "train"),
+    "evaluate": Verb(
+        "measure a run or a bundle: likelihood, reconstructions, samples",
+        "ade_cli.evaluate",
+        "evaluate",
+    ),
+    "encoder": Verb(
+        "make an encoder, a network whose features the gate also uses", "ade_cli.encoder", "fit"
+    ),
+    "export": Verb(
+        "turn a run's checkpoint into a bundle that can be served", "ade_cli.export", "fit"
+    ),
+    "calibrate": Verb(
+        "calibrate a bundle's gate on your images, without training",
+        "ade_cli.calibrate",
+        "calibrate",
+    ),
+    "sample": Verb("draw samples into a picture or an array", "ade_cli.sample"),
+    "encode": Verb("write the latents of image files", "ade_cli.encode"),
+    "reconstruct": Verb("encode and decode image files", "ade_cli.reconstruct"),
+    "score": Verb("score image files, or a folder of any size into a table", "ade_cli.score"),
+    "serve": Verb("serve a bundle over HTTP, with a web page", "ade_cli.serve", "serve"),
+    "upgrade": Verb(
+        "replace the bundle of a running service of --engine asgi, without an interruption",
+        "ade_cli.upgrade",
+        "asgi",
+    ),
+    "rollback": Verb(
+        "go back to the bundle before the last upgrade, without an interruption",
+        "ade_cli.rollback",
+        "asgi",
+    ),
+    "status": Verb("report the state of the service on this machine", "ade_cli.status", "asgi"),
+    **added("verbs"),
 }
-RESUMED = dict.fromkeys(("compare", "compress"), ": the same command resumes from here")
 INTERRUPTED = 130  # exit status after Ctrl-C
-EXTRAS = {  # extra of pyproject.toml that a verb needs besides the runtime's
-    "fit": "fit",
-    "recipes": "train",
-    "train": "train",
-    "evaluate": "evaluate",
-    "compare": "evaluate",
-    "encoder": "fit",
-    "export": "fit",
-    "calibrate": "calibrate",
-    "gate": "calibrate",
-    "ood-bench": "fit",
-    "compress": "codec",
-    "decompress": "codec",
-    "serve": "serve",
-    "upgrade": "asgi",
-    "rollback": "asgi",
-    "status": "asgi",
-}
 # Extras with gradio, for which pip installs a Pillow without security fixes; see pyproject.toml.
 WITH_GRADIO = {"asgi", "ray", "serve"}
 HELP = {"-h", "--help"}
@@ -80,7 +82,7 @@ def parse(given: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"ade {metadata.version(PROJECT)}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, line in VERBS.items():
+    for name, (line, *_) in VERBS.items():
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only this verb is imported: serving needs no training packages
             _module(name, given).add_arguments(verb)
@@ -189,14 +191,14 @@ def _run(args: argparse.Namespace) -> int:
         _say(args.verb, _as_typed(str(error), args.usage))
         return 2
     except KeyboardInterrupt:
-        how = module.resumed(args) if hasattr(module, "resumed") else RESUMED.get(args.verb, "")
+        how = module.resumed(args) if hasattr(module, "resumed") else ""
         print(f"ade {args.verb}: interrupted{how}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has closed it
         _discard(sys.stdout)
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
-        extra = module.extra(args) if hasattr(module, "extra") else EXTRAS.get(args.verb)
+        extra = module.extra(args) if hasattr(module, "extra") else VERBS[args.verb].extra
         _say_what_to_install(args.verb, error, extra)
         return 2
     except MemoryError as error:
@@ -261,7 +263,7 @@ def _as_typed(message: str, usage: str) -> str:
 
 
 def _module(verb: str, given: Sequence[str] = ()) -> ModuleType:
-    name = f"ade_cli.{verb.replace('-', '_')}"
+    name = VERBS[verb].module
     try:
         return importlib.import_module(name) if HELP.isdisjoint(given) else import_for_help(name)
     except ModuleNotFoundError as error:
@@ -272,12 +274,12 @@ def _module(verb: str, given: Sequence[str] = ()) -> ModuleType:
 def _extra(verb: str, given: Sequence[str]) -> str | None:
     """The extra that a verb needs, if any; that of ``serve`` depends on the given engine."""
     if verb != "serve":
-        return EXTRAS.get(verb)
+        return VERBS[verb].extra
     from handlers.launch.engines import DEFAULT, ENGINES
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--engine", default=DEFAULT)
-    return ENGINES.get(parser.parse_known_args(given)[0].engine, EXTRAS[verb])
+    return ENGINES.get(parser.parse_known_args(given)[0].engine, VERBS[verb].extra)
 
 
 def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:

@@ -90,7 +90,7 @@ def test_every_command_parses(page: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_argument_has_a_help_text(verb: str) -> None:
     parser = argparse.ArgumentParser()
-    import_module(f"ade_cli.{verb.replace('-', '_')}").add_arguments(parser)
+    import_module(VERBS[verb].module).add_arguments(parser)
     parsers = [parser]
     for parser in parsers:
         for action in parser._actions:

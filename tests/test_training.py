@@ -1069,7 +1069,7 @@ def test_a_dry_run_writes_nothing(
     verbs = []
     for verb in VERBS:
         parser = argparse.ArgumentParser()
-        importlib.import_module(f"ade_cli.{verb.replace('-', '_')}").add_arguments(parser)
+        importlib.import_module(VERBS[verb].module).add_arguments(parser)
         verbs += [verb] if "--dry-run" in parser.format_help() else []
     arguments = {"train": ["vae", "--data", str(folder), "--image-size", "8", "--out", "out"]}
     assert verbs == list(arguments)

@@ -1,0 +1,61 @@
+"""The seam between the core and the folders of ``extensions/``.
+
+The core imports no extension by name. An extension has a ``plugin.py`` with an :class:`Extension`,
+which lists what it adds. Code is named there, as ``"module"`` or ``"module:name"``, and imported
+when it is used: ``ade --help`` loads none of it. Deleting the folder removes the extension.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).parents[1] / "extensions"
+
+
+class Verb(NamedTuple):
+    """A verb of ``ade``.
+
+    Attributes:
+        line: what it does, for ``ade --help``.
+        module: with ``add_arguments(parser)`` and ``run(args)``.
+        extra: of pyproject.toml that it needs besides the runtime's, if any.
+    """
+
+    line: str
+    module: str
+    extra: str | None = None
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What an extension adds to the core.
+
+    Attributes:
+        verbs: of ``ade``, by name.
+    """
+
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
+
+
+@functools.cache
+def extensions() -> tuple[Extension, ...]:
+    """The extensions that are there, in the order of their names."""
+    names = sorted(path.parent.name for path in FOLDER.glob("*/plugin.py"))
+    return tuple(importlib.import_module(f"extensions.{name}.plugin").EXTENSION for name in names)
+
+
+def added(hook: str) -> dict[str, Any]:
+    """What all extensions add in one field of :class:`Extension`."""
+    return {name: one for each in extensions() for name, one in getattr(each, hook).items()}
+
+
+def load(reference: str) -> Any:
+    """Import what a reference names: ``"module"`` or ``"module:name"``."""
+    module, _, name = reference.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found

@@ -1,0 +1,13 @@
+"""The paper's systems, trained and measured alike: ``ade compare``."""
+
+from ade_base.extensions import Extension, Verb
+
+EXTENSION = Extension(
+    verbs={
+        "compare": Verb(
+            "train several systems under one budget, measure them alike, and write one report",
+            "ade_cli.compare",
+            "evaluate",
+        ),
+    }
+)
