@@ -31,7 +31,7 @@ import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
 from ade_base.pictures.show import coder_version, write_png
 from ade_cli import calibrate as calibrate_command
-from ade_cli import ood_bench
+from extensions.gate_reports.verbs import ood_bench
 from ade_cli.main import main
 from export.gate.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.gate.corruptions import corrupted
@@ -1713,7 +1713,7 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
         assert main(["calibrate", *map(str, words), "--data", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
     assert not path_of(bundle, "night").exists() and not (tmp_path / "out").exists()
-    monkeypatch.setattr("ade_cli.gate.give_feedback", None)
+    monkeypatch.setattr("extensions.gate_reports.verbs.gate.give_feedback", None)
     assert main(["gate", "feedback", str(taken), "--accept", str(tmp_path / "a.png")]) == 2
     message = f"{taken / FOLDER / 'default.npz'} cannot be written: Not a directory"
     assert message in capsys.readouterr().err

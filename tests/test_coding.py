@@ -1205,7 +1205,7 @@ def test_bundles_that_cannot_code_say_why(
     with pytest.raises(CodingError, match="has no codec: give the bundle that made the archive"):
         networks.check_codec(bare)
     monkeypatch.setattr(sys, "argv", [".venv/bin/ade"])
-    monkeypatch.setattr("ade_cli.compress.open_bundle", lambda folder: bare)
+    monkeypatch.setattr("extensions.codec.verbs.compress.open_bundle", lambda folder: bare)
     assert main(["compress", str(tmp_path), str(tmp_path / "out"), "--bundle", "mine"]) == 2
     copy = "mine has no codec. Make a copy with one: .venv/bin/ade export --with-codec mine OUT\n"
     assert capsys.readouterr().err == f"ade compress: {copy}"

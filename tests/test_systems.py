@@ -435,7 +435,7 @@ def test_a_report_alone_needs_no_data(
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
     shutil.copytree(committed / "pictures", tmp_path / "pictures")
-    monkeypatch.delattr("ade_cli.compare.dataset_of")
+    monkeypatch.delattr("extensions.comparison.verbs.compare.dataset_of")
     absent = ["--data", "cifar10", "--root", str(tmp_path / "absent")]
     for data in ([], absent):
         (tmp_path / "report.md").unlink(missing_ok=True)

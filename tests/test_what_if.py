@@ -254,7 +254,7 @@ def test_the_command(
     def fail(*args: object) -> None:
         raise DataError("no report")
 
-    monkeypatch.setattr("ade_cli.gate.write_what_if", fail)
+    monkeypatch.setattr("extensions.gate_reports.verbs.gate.write_what_if", fail)
     assert main([*words, "--report", str(tmp_path / "report.html")]) == 2
     assert "false alarms per day" in capsys.readouterr().out
     pipe = tmp_path / "pipe"  # a file that replaced it would reach no reader

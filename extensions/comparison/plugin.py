@@ -6,7 +6,7 @@ EXTENSION = Extension(
     verbs={
         "compare": Verb(
             "train several systems under one budget, measure them alike, and write one report",
-            "ade_cli.compare",
+            "extensions.comparison.verbs.compare",
             "evaluate",
         ),
     }

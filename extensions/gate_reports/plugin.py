@@ -6,12 +6,12 @@ EXTENSION = Extension(
     verbs={
         "gate": Verb(
             "forecast a gate's alarms per day, or give it feedback on images",
-            "ade_cli.gate",
+            "extensions.gate_reports.verbs.gate",
             "calibrate",
         ),
         "ood-bench": Verb(
             "measure how well a bundle's verdict detects out-of-distribution images",
-            "ade_cli.ood_bench",
+            "extensions.gate_reports.verbs.ood_bench",
             "fit",
         ),
     }
