@@ -13,7 +13,7 @@ import numpy as np
 from ade_base.system import available_cores
 from export.gate.corruptions import CORRUPTIONS
 from export.gate.images import digests_of, others
-from extensions.gate_reports.what_if import corruptions_of, rejected
+from export.gate.rejection import corruptions_of, rejected
 from fitting.encoder import ENCODER_ABOUT, recognised_share
 from fitting.held_out import held_out_images, rows_of
 from fitting.plan import Plan

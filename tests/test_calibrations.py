@@ -31,7 +31,6 @@ import serving.verdict.calibration_file as file_module
 import serving.verdict.store as store_module
 from ade_base.pictures.show import coder_version, write_png
 from ade_cli import calibrate as calibrate_command
-from extensions.gate_reports.verbs import ood_bench
 from ade_cli.main import main
 from export.gate.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.gate.corruptions import corrupted
@@ -39,6 +38,7 @@ from export.gate.feedback import _report_unusual, give_feedback
 from export.gate.images import digests_of, readable
 from export.gate.split import choose_files, choose_rows
 from extensions.gate_reports.ood_bench import bench
+from extensions.gate_reports.verbs import ood_bench
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
 from serving.engine.bundle import (

@@ -30,8 +30,9 @@ from export.gate.calibrate import calibrate_bundle
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from export.gate.images import NamedFile, others, usable
 from export.gate.measuring import statistics_of
+from export.gate.rejection import corruptions_of, rejected
 from extensions.gate_reports import what_if as what_if_module
-from extensions.gate_reports.what_if import ALPHAS, corruptions_of, rejected, what_if
+from extensions.gate_reports.what_if import ALPHAS, what_if
 from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from fitting.pipeline import ENOUGH
 from serving.engine.engine import InferenceEngine

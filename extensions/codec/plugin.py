@@ -5,10 +5,14 @@ from ade_base.extensions import Extension, Verb
 EXTENSION = Extension(
     verbs={
         "compress": Verb(
-            "compress images without loss, with a bundle's model", "extensions.codec.verbs.compress", "codec"
+            "compress images without loss, with a bundle's model",
+            "extensions.codec.verbs.compress",
+            "codec",
         ),
         "decompress": Verb(
-            "restore the images of an archive of ade compress", "extensions.codec.verbs.decompress", "codec"
+            "restore the images of an archive of ade compress",
+            "extensions.codec.verbs.decompress",
+            "codec",
         ),
     }
 )

@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from export.gate.corruptions import corrupted
 from export.gate.images import Images, digests_of, usable
-from serving.engine.engine import InferenceEngine, Score
+from export.gate.rejection import corruptions_of, p_values, rejected, share_at
+from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
-from serving.ingest.requests import InputImage
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import flagging_rank
 from training.data import REPEATS, Report
 
 ALPHAS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
-CHUNK = 256
 FALSE_WARNINGS = 0.05  # probability that a history like the calibration images is called unlike
 
 
@@ -172,66 +170,6 @@ def what_if(
     )
 
 
-def p_values(
-    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[InputImage]
-) -> np.ndarray:
-    """float64 ``(N,)``; not a number where an image has no verdict."""
-    found = []
-    for first in range(0, len(images), CHUNK):
-        chunk = images[first : first + CHUNK]
-        scores = engine.score(
-            np.stack([image.pixels for image in chunk]),
-            resized=[image.resized for image in chunk],
-            calibrations=[calibrations] * len(chunk),
-        )
-        found += [
-            score.verdict.p_value if isinstance(score, Score) and score.verdict else np.nan
-            for score in scores
-        ]
-    return np.array(found)
-
-
-def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
-    """The images corrupted in each way, by the name of the corruption; gross ones first."""
-    made = corrupted(np.stack([image.pixels for image in images]))
-    return {
-        name: [
-            dataclasses.replace(image, pixels=its)
-            for image, its in zip(images, changed, strict=True)
-        ]
-        for name, changed in made.items()
-    }
-
-
-def rejected(
-    engine: InferenceEngine,
-    calibrations: Calibrations,
-    images: Sequence[InputImage],
-    alphas: Sequence[float],
-    report: Report = lambda line: None,
-) -> list[float | None]:
-    """The share of images that is rejected at each alpha, of those with a finite likelihood.
-
-    It is ``None`` where images of one kind, resized or not, have no verdict: they are not accepted
-    either.
-    """
-    judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
-    smallest = max(np.inf if its is None else its.smallest_p_value for its in judges)
-    if smallest > max(alphas):
-        return [None] * len(alphas)
-    found = p_values(engine, calibrations, images)
-    finite = found[np.isfinite(found)]
-    if len(finite) < len(found):
-        report(f"{len(found) - len(finite)} of them have no finite likelihood and are not counted")
-    return [
-        _share(finite, alpha) if alpha >= smallest and len(finite) else None for alpha in alphas
-    ]
-
-
-def _share(p_values: np.ndarray, alpha: float) -> float:
-    return float((p_values <= alpha).mean())
-
-
 def _way(
     resized: bool,
     calibration: Calibration | None,
@@ -250,11 +188,11 @@ def _way(
         band = calibration.false_alarm_band(alpha, tested=per_day) if per_day else (0.0, 0.0)
         low, high = (round(share * per_day) for share in band)
         rate = calibration.false_alarm_rate(alpha)
-        alarms.append(Alarms(alpha, per_day * rate, low, high, _share(p_values, alpha)))
+        alarms.append(Alarms(alpha, per_day * rate, low, high, share_at(p_values, alpha)))
         if not len(new):
             continue
         least, most = calibration.false_alarm_band(alpha, level, len(new))
-        if not least <= _share(new, alpha) <= most:
+        if not least <= share_at(new, alpha) <= most:
             unlike.append(alpha)
     joined = (
         0 if calibration is None or calibration.joined is None else calibration.joined.scores.size

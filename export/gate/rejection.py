@@ -1,0 +1,77 @@
+"""The share of images that a gate rejects, corrupted ones among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from export.gate.corruptions import corrupted
+from serving.engine.engine import InferenceEngine, Score
+from serving.ingest.requests import InputImage
+from serving.verdict.calibration_file import Calibrations
+from training.data import Report
+
+CHUNK = 256  # images that are scored together
+
+
+def p_values(
+    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[InputImage]
+) -> np.ndarray:
+    """float64 ``(N,)``; not a number where an image has no verdict."""
+    found = []
+    for first in range(0, len(images), CHUNK):
+        chunk = images[first : first + CHUNK]
+        scores = engine.score(
+            np.stack([image.pixels for image in chunk]),
+            resized=[image.resized for image in chunk],
+            calibrations=[calibrations] * len(chunk),
+        )
+        found += [
+            score.verdict.p_value if isinstance(score, Score) and score.verdict else np.nan
+            for score in scores
+        ]
+    return np.array(found)
+
+
+def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
+    """The images corrupted in each way, by the name of the corruption; gross ones first."""
+    made = corrupted(np.stack([image.pixels for image in images]))
+    return {
+        name: [
+            dataclasses.replace(image, pixels=its)
+            for image, its in zip(images, changed, strict=True)
+        ]
+        for name, changed in made.items()
+    }
+
+
+def rejected(
+    engine: InferenceEngine,
+    calibrations: Calibrations,
+    images: Sequence[InputImage],
+    alphas: Sequence[float],
+    report: Report = lambda line: None,
+) -> list[float | None]:
+    """The share of images that is rejected at each alpha, of those with a finite likelihood.
+
+    It is ``None`` where images of one kind, resized or not, have no verdict: they are not accepted
+    either.
+    """
+    judges = [calibrations.of(resized) for resized in {image.resized for image in images}]
+    smallest = max(np.inf if its is None else its.smallest_p_value for its in judges)
+    if smallest > max(alphas):
+        return [None] * len(alphas)
+    found = p_values(engine, calibrations, images)
+    finite = found[np.isfinite(found)]
+    if len(finite) < len(found):
+        report(f"{len(found) - len(finite)} of them have no finite likelihood and are not counted")
+    return [
+        share_at(finite, alpha) if alpha >= smallest and len(finite) else None for alpha in alphas
+    ]
+
+
+def share_at(p_values: np.ndarray, alpha: float) -> float:
+    """The share of p-values at which an image is rejected at ``alpha``."""
+    return float((p_values <= alpha).mean())
