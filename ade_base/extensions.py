@@ -31,15 +31,39 @@ class Verb(NamedTuple):
     extra: str | None = None
 
 
+class Engine(NamedTuple):
+    """What computes, of ``ade serve`` or ``ade score``.
+
+    Attributes:
+        code: of ``ade serve``, a module with an :class:`handlers.launch.engines.Engine` as
+            ``ENGINE``; of ``ade score``, a function such as
+            :func:`extensions.ray.bulk.score.score_on_ray`.
+        extra: of pyproject.toml, with its packages.
+        line: what is special about it, for ``--help``.
+        on_clusters: whether the option ``--address`` can name a cluster.
+    """
+
+    code: str
+    extra: str | None
+    line: str = ""
+    on_clusters: bool = False
+
+
 @dataclass(frozen=True)
 class Extension:
     """What an extension adds to the core.
 
     Attributes:
         verbs: of ``ade``, by name.
+        options: functions that add options to the parser of a verb, by the verb's name.
+        engines: of ``ade serve``, by name.
+        score_engines: of ``ade score``, by name.
     """
 
     verbs: Mapping[str, Verb] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+    score_engines: Mapping[str, Engine] = field(default_factory=dict)
 
 
 @functools.cache
@@ -52,6 +76,11 @@ def extensions() -> tuple[Extension, ...]:
 def added(hook: str) -> dict[str, Any]:
     """What all extensions add in one field of :class:`Extension`."""
     return {name: one for each in extensions() for name, one in getattr(each, hook).items()}
+
+
+def engine_help(engines: Mapping[str, Engine]) -> str:
+    """What is special about each engine, for ``--help``."""
+    return ", ".join(f"{name} {each.line}" for name, each in engines.items() if each.line)
 
 
 def load(reference: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from urllib.parse import unquote
 
 from ade_base.errors import UserError
-from ade_base.extensions import Verb, added
+from ade_base.extensions import Verb, added, extensions, load
 from ade_cli.absent import import_for_help
 
 PROJECT = "av-ade"
@@ -86,6 +86,9 @@ def parse(given: list[str]) -> argparse.Namespace:
         verb = verbs.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name in given[:1]:  # only this verb is imported: serving needs no training packages
             _module(name, given).add_arguments(verb)
+            for add in (each.options.get(name) for each in extensions()):
+                if add is not None:
+                    load(add)(verb)
             verb.set_defaults(usage=verb.format_usage())
     return parser.parse_args(given)
 
@@ -279,7 +282,7 @@ def _extra(verb: str, given: Sequence[str]) -> str | None:
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--engine", default=DEFAULT)
-    return ENGINES.get(parser.parse_known_args(given)[0].engine, VERBS[verb].extra)
+    return ENGINES.get(parser.parse_known_args(given)[0].engine, ENGINES[DEFAULT]).extra
 
 
 def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:

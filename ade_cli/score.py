@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ade_base.brand import rounded
+from ade_base.extensions import Engine, added, engine_help, load
 from ade_base.system import available_cores
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
@@ -27,7 +28,8 @@ from serving.engine.bundle import open_bundle
 from serving.verdict.calibration_file import DEFAULT
 
 NO_VERDICT = 3  # exit status
-ENGINES = ("local", "ray")
+LOCAL = "local"
+ENGINES: dict[str, Engine] = {LOCAL: Engine("", None), **added("score_engines")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,20 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"resumes an interrupted one. Exit status: 0; 2 for an error; {NO_VERDICT} if no image got "
         "a verdict."
     )
+    parser.set_defaults(address=None)  # of engines on clusters
     parser.add_argument(
         "images",
         nargs="+",
         type=given,
         metavar="IMAGES",
-        help="files, or one folder (searched recursively); with --engine ray a folder or a Parquet "
-        "file with a column path, also as a URL such as s3://…",
+        help="files, or one folder (searched recursively)",
     )
     parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
         type=given,
         metavar="FILE",
-        help=f"file for the scores of a folder: {', '.join(FORMATS)}; with --engine ray, a folder",
+        help=f"file for the scores of a folder: {', '.join(FORMATS)}",
     )
     parser.add_argument(
         "--alpha",
@@ -87,20 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        default=ENGINES[0],
-        help="what runs the processes: ray can use several machines (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--address",
-        type=given,
-        metavar="HOST:PORT",
-        help="with --engine ray: a Ray cluster, from one of its nodes (default: this machine)",
+        default=LOCAL,
+        help=f"what runs the processes: {engine_help(ENGINES)} (default: %(default)s)",
     )
 
 
 def extra(args: argparse.Namespace) -> str | None:
     """The extra of pyproject.toml that these arguments need, if any."""
-    return "ray" if args.engine == "ray" else None
+    return ENGINES[args.engine].extra
 
 
 def resumed(args: argparse.Namespace) -> str:
@@ -114,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("samples", "workers"):
         if getattr(args, name) < 1:
             raise BulkError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.out is not None and args.engine != "ray":  # before anything is read
+    if args.out is not None and args.engine == LOCAL:  # before anything is read
         check_parent(Path(args.out))
         check_out(Path(args.out))
     options = BulkOptions(args.alpha, args.samples, args.resize, args.calibration)
@@ -129,10 +125,11 @@ def run(args: argparse.Namespace) -> int:
             )
         for warning in filter(None, warnings):
             print(f"warning: {warning}", file=sys.stderr)
-    if args.engine == "ray":
-        return _score_on_ray(args, scorer)
+    if args.engine != LOCAL:
+        return _score_elsewhere(args, scorer)
     if args.address is not None:
-        raise BulkError("--address is for --engine ray")
+        names = [name for name, engine in ENGINES.items() if engine.on_clusters]
+        raise BulkError(f"--address is for --engine {', '.join(names)}")
     images = [Path(image) for image in args.images]
     if args.out is None:
         if any(path.is_dir() for path in images):
@@ -162,19 +159,19 @@ def run(args: argparse.Namespace) -> int:
     return _report(args, summary)
 
 
-def _score_on_ray(args: argparse.Namespace, scorer: FileScorer) -> int:
+def _score_elsewhere(args: argparse.Namespace, scorer: FileScorer) -> int:
     if len(args.images) != 1 or args.out is None:
-        raise BulkError("--engine ray scores one folder or manifest, and needs --out DIR")
+        raise BulkError(
+            f"--engine {args.engine} scores one folder or manifest, and needs --out DIR"
+        )
     try:
-        from extensions.ray.bulk.score import score_on_ray
+        score = load(ENGINES[args.engine].code)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--engine ray", name=error.name) from None
+        raise ModuleNotFoundError(f"--engine {args.engine}", name=error.name) from None
     if Path(args.images[0]).is_dir():
         say_what_is_not_followed(Path(args.images[0]))
     with progress_bar() as progress:
-        summary = score_on_ray(
-            scorer, args.images[0], args.out, args.workers, args.address, progress
-        )
+        summary = score(scorer, args.images[0], args.out, args.workers, args.address, progress)
     return _report(args, summary)
 
 

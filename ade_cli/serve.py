@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ade_base.extensions import engine_help
 from ade_base.ports import LOOPBACK, VARIABLES
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{TOKEN_VARIABLE}, of at least {MIN_TOKEN} characters; without it each start makes a new "
         "one, in a file that the start message names."
     )
+    parser.set_defaults(address=None)  # of engines on clusters
     parser.add_argument(
         "bundles",
         type=given_path,
@@ -39,14 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default=DEFAULT,
-        help="what serves: asgi needs neither Java nor a model server, ray can use several "
-        "machines (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="with --engine ray: a Ray cluster to serve on, from its head, with --host 0.0.0.0 "
-        "(default: a Ray instance of its own on this machine)",
+        help=f"what serves: {engine_help(ENGINES)} (default: %(default)s)",
     )
     parser.add_argument(
         "--host",
@@ -99,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def extra(args: argparse.Namespace) -> str:
     """The extras of pyproject.toml that these arguments need, separated by commas."""
     # Of the extras with PyTorch, train goes with each ONNX Runtime.
-    return ENGINES[args.engine] + (",train" if args.backend == "torchscript" else "")
+    return str(ENGINES[args.engine].extra) + (",train" if args.backend == "torchscript" else "")
 
 
 def run(args: argparse.Namespace) -> None:

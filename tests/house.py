@@ -91,13 +91,12 @@ MOVES = {
     "handlers.launch": (
         "handlers.process.launcher handlers.processes.one_process handlers.torchserve.status"
     ),
-    "extensions.codec": "ade_cli.compress ade_cli.decompress export.codec export.lifting",
+    "extensions.codec": "export.codec export.lifting",
     "extensions.comparison": (
-        "ade_cli.compare training.datasets.imagenet64 training.datasets.lsun "
+        "training.datasets.imagenet64 training.datasets.lsun "
         "training.datasets.stl10 training.metrics.inception training.metrics.inception_score "
         "training.metrics.kid"
     ),
-    "extensions.gate_reports": "ade_cli.gate ade_cli.ood_bench",
     "extensions.open_inference": "handlers.service.v2",
 }
 MOVING = {module: room for room, modules in MOVES.items() for module in modules.split()}

@@ -1,16 +1,16 @@
 """The engines that ``ade serve`` can start, and their common interface.
 
-A further engine is a further folder of ``handlers`` with a ``launcher``.
+A further engine is a further folder of ``handlers`` with a ``launcher``, or an extension.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ade_base import extensions as seam
 from ade_base.ports import Ports
 from handlers.launch.options import ServingOptions
 from handlers.processes.channel import Say
@@ -21,16 +21,16 @@ from serving.engine.bundle import Bundle
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
     from handlers.front.releases import Release
 
-# The engines, each with the extra of pyproject.toml that has its packages; the first is the
-# default.
-ENGINES = {"torchserve": "serve", "asgi": "asgi", "ray": "ray"}
-DEFAULT = next(iter(ENGINES))
-ON_CLUSTERS = ("ray",)
-_ROOMS = {
-    "torchserve": "handlers.torchserve",
-    "asgi": "handlers.process",
-    "ray": "extensions.ray.serve",
+# The first is the default.
+ENGINES: dict[str, seam.Engine] = {
+    "torchserve": seam.Engine("handlers.torchserve.launcher", "serve"),
+    "asgi": seam.Engine(
+        "handlers.process.launcher", "asgi", "needs neither Java nor a model server"
+    ),
+    **seam.added("engines"),
 }
+DEFAULT = next(iter(ENGINES))
+ON_CLUSTERS = [name for name, each in ENGINES.items() if each.on_clusters]
 SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
@@ -155,5 +155,5 @@ def engine_class(name: str) -> type[Engine]:
     Raises:
         ModuleNotFoundError: of a package that is not installed.
     """
-    found: type[Engine] = importlib.import_module(f"{_ROOMS[name]}.launcher").ENGINE
+    found: type[Engine] = seam.load(f"{ENGINES[name].code}:ENGINE")
     return found
