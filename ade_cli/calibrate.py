@@ -15,6 +15,7 @@ from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import check_writable
 from ade_cli.paths import given_path, say_what_is_not_followed
+from ade_client.contract import DEFAULT
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.gate.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
 from export.gate.images import readable
@@ -23,7 +24,7 @@ from export.sketch import data_of_features
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.ingest.requests import InputImage
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
 from serving.verdict.store import path_of
 from training.data import DataError

@@ -17,9 +17,9 @@ from ade_base.messages import visible
 from ade_base.pictures.read import in_options
 from ade_cli.help_texts import BUNDLE
 from ade_cli.paths import given_path, say_what_is_not_followed
+from ade_client.contract import MAX_SEED
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.engine.noise import MAX_SEED
 from serving.ingest.errors import ApiError
 from serving.ingest.requests import prepare_source
 

@@ -15,6 +15,7 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
 from ade_cli.paths import given, given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
+from ade_client.contract import DEFAULT
 from serving.bulk import (
     FORMATS,
     BulkError,
@@ -25,7 +26,6 @@ from serving.bulk import (
     score_folder,
 )
 from serving.engine.bundle import open_bundle
-from serving.verdict.calibration_file import DEFAULT
 
 NO_VERDICT = 3  # exit status
 LOCAL = "local"

@@ -1,7 +1,7 @@
 """A client of the HTTP API, with NumPy arrays and typed results.
 
 The page and the tests use it too. Its arguments and results are the models of
-:mod:`serving.api.operations`.
+:mod:`ade_client.contract`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,30 @@ from ade_base.files import read_file
 from ade_base.messages import words_of
 from ade_base.pictures.convert import check_tiff, scaled_key
 from ade_base.ports import LOOPBACK, Ports
-from serving.api.operations.base import ImageParameters, Kind
-from serving.api.operations.encode import EncodeParameters, Latents
-from serving.api.operations.reconstruct import (
+from ade_client.contract import (
+    DEFAULT,
+    MODEL_HEADER,
+    NOT_SCORED,
+    PROBE_HEADER,
+    SEED_HEADER,
+    Choice,
+    EncodeParameters,
+    Error,
+    GivenLatents,
+    GivenLevel,
+    ImageParameters,
+    Kind,
+    Latents,
+    Problem,
     ReconstructAnswer,
     Reconstruction,
     ReconstructParameters,
-)
-from serving.api.operations.sample import (
-    SEED_HEADER,
-    GivenLatents,
-    GivenLevel,
     SampleParameters,
+    ScoreAnswer,
+    ScoreParameters,
+    ScoreResult,
 )
-from serving.api.operations.score import ScoreAnswer, ScoreParameters, ScoreResult
-from serving.ingest.errors import Error, Problem
-from serving.ingest.parameters import from_json, to_json
-from serving.ingest.requests import MODEL_HEADER, PROBE_HEADER
-from serving.verdict.calibration_file import DEFAULT
-from serving.verdict.decision import NOT_SCORED, Choice
+from ade_client.model import from_json, to_json
 
 __all__ = [
     "AdeClient",

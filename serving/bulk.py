@@ -33,6 +33,7 @@ from ade_base.pictures.decoders import DecoderError
 from ade_base.pictures.read import IMAGE_SUFFIXES, in_options
 from ade_base.system import signals_held
 from ade_base.tables import write_csv
+from ade_client.contract import DEFAULT
 from serving.api.operations.score import score_result
 from serving.api.score_table import columns, failed_row, scored_row
 from serving.engine.bundle import Bundle, BundleError, open_bundle
@@ -40,7 +41,6 @@ from serving.engine.engine import InferenceEngine, NotFinite
 from serving.ingest.errors import ApiError
 from serving.ingest.requests import InputImage, prepare_source
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import DEFAULT
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 CHUNK = 64  # files per task

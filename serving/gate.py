@@ -23,12 +23,13 @@ from PIL import Image
 
 from ade_base.pictures.read import MAX_FILE_BYTES, MAX_PIXELS
 from ade_client.client import ImageLike, image_file, several
+from ade_client.contract import DEFAULT, NOT_SCORED, Choice
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.ingest.errors import ApiError, unusable
 from serving.ingest.requests import InputImage, prepare_source
-from serving.verdict.calibration_file import DEFAULT, Calibrations
-from serving.verdict.decision import NOT_SCORED, Choice, decide
+from serving.verdict.calibration_file import Calibrations
+from serving.verdict.decision import decide
 
 logger = logging.getLogger(__name__)
 

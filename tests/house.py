@@ -49,11 +49,11 @@ BELOW_POOLS = {"handlers.launch", "handlers.processes"}
 ANYTHING = {"*"}  # but extensions: each can be deleted, so only its own modules import it
 MAY_IMPORT = {
     "ade_base": set(),
-    "ade_client": set(),
+    "ade_client": BASE,
     "ade_model": BASE,
-    "serving.verdict": BASE,
+    "serving.verdict": {*BASE, "ade_client.contract"},
     "serving.ingest": {*BASE, "ade_client"},
-    "serving.engine": {*BASE, "serving.verdict"},
+    "serving.engine": {*BASE, "ade_client.contract", "serving.verdict"},
     "serving.api": SERVED,
     "serving.gate": {*BASE, "serving.ingest", *ENGINE},
     "serving.bulk": {*BASE, "serving.ingest", *ENGINE},

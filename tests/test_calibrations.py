@@ -32,6 +32,7 @@ import serving.verdict.store as store_module
 from ade_base.pictures.show import coder_version, write_png
 from ade_cli import calibrate as calibrate_command
 from ade_cli.main import main
+from ade_client.contract import DEFAULT
 from export.gate.calibrate import _parts, calibrate_bundle, calibrate_into
 from export.gate.corruptions import corrupted
 from export.gate.feedback import _report_unusual, give_feedback
@@ -54,7 +55,7 @@ from serving.engine.noise import image_digest, short_digest
 from serving.gate import Gate
 from serving.ingest.requests import RawRequest
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import decide
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.store import (

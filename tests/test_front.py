@@ -34,6 +34,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from ade_base.ports import free_ports
+from ade_client.contract import MODEL_HEADER, PROBE_HEADER
 from handlers.front.admission import ClientGone, Departure, Lane, Limits, Memory, read_body
 from handlers.front.connections import BoundedProtocol
 from handlers.front.forms import checked_type
@@ -47,7 +48,7 @@ from serving.api import pipelining
 from serving.api.guard import Receive, Scope, Send
 from serving.ingest import forms
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import MODEL_HEADER, PROBE_HEADER, URLENCODED
+from serving.ingest.requests import URLENCODED
 from tests.front import TORCHSERVE_ERRORS, RunningFront, Upstream
 from tests.helpers import ROOT, address_beyond_loopback, wait_for
 from tests.test_observability import METRICS_TEXT

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ade_base.pictures.images import write_png
 from PIL import Image, ImageFilter
 
+from ade_base.pictures.show import write_png
 from extensions.codec.networks import fingerprint
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.requests import InputImage, prepare_image

@@ -169,6 +169,29 @@ def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
         subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
+def test_the_client_works_beside_folders_of_the_same_names_as_ours(tmp_path: Path) -> None:
+    """Other people's projects have folders such as serving/ and training/, too."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*pip, tmp_path / "installed", ROOT], check=True, cwd=tmp_path)
+    for name in ("export", "handlers", "serving", "training"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "__init__.py").write_text("raise RuntimeError(__file__)")
+    script = (
+        "import ade_client, sys; from ade_client import *; AdeClient().close()\n"
+        "print(ade_client.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=tmp_path / "mine",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "installed")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.noise import MAX_SEED, NoiseStream, image_digest, image_key, sample_key
+from ade_client.contract import MAX_SEED
+from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 
 
 def test_the_streams_are_those_of_version_1() -> None:

@@ -14,19 +14,30 @@ import numpy as np
 import pytest
 
 from ade_client.client import AdeClient, AdeError
+from ade_client.contract import (
+    MAX_IMAGES,
+    GivenLatents,
+    GivenLevel,
+    ImageParameters,
+    Kind,
+    Latents,
+    Map,
+    Reconstruction,
+    SampleParameters,
+    ScoreAnswer,
+    ScoreParameters,
+    ScoreResult,
+    Unusual,
+)
+from ade_client.model import Above, Between, Excludes, fields_of, from_json, to_json
 from handlers.limits import MAX_REQUEST_BYTES
-from serving.api.operations.base import ImageParameters, Kind
-from serving.api.operations.encode import Latents
-from serving.api.operations.reconstruct import Reconstruction
 from serving.api.operations.registry import OPERATIONS
-from serving.api.operations.sample import GivenLatents, GivenLevel, SampleParameters
-from serving.api.operations.score import Map, Score, ScoreAnswer, ScoreParameters, ScoreResult
+from serving.api.operations.score import Score
 from serving.api.schema import Schemas
 from serving.engine.bundle import open_bundle
-from serving.ingest.errors import ApiError, Problem
-from serving.ingest.parameters import Above, Between, Excludes, fields_of, from_json, read, to_json
-from serving.ingest.requests import MAX_IMAGES, RawRequest
-from serving.verdict.calibration import Unusual
+from serving.ingest.errors import ApiError, problem_of
+from serving.ingest.parameters import read
+from serving.ingest.requests import RawRequest
 from tests.helpers import PRETRAINED, b64
 from tests.test_requests import png
 
@@ -126,7 +137,7 @@ def test_a_result_is_read_as_it_was_written() -> None:
         estimator="elbo",
         samples=1,
         alpha=0.01,
-        results=[RESULT, Problem.of(ApiError(415, "not_an_image", "text", 1))],
+        results=[RESULT, problem_of(ApiError(415, "not_an_image", "text", 1))],
     )
     written = json.loads(json.dumps(to_json(answer)))
     assert list(written) == ["model", "estimator", "samples", "alpha", "results"]

@@ -48,6 +48,7 @@ from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_base.pictures.show import untile, write_png
 from ade_base.tables import safe_cell
 from ade_client.client import SERVER_ERROR, AdeClient, AdeError, Reconstruction, ScoreResult
+from ade_client.contract import Unusual
 from serving.api.latents import with_level
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.noise import NoiseStream, sample_key
@@ -74,7 +75,6 @@ from serving.page.served import (
 )
 from serving.page.sweep import start_sweeping, sweep
 from serving.page.uploads import TOO_MANY
-from serving.verdict.calibration import Unusual
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
 from tests.service import RunningService

@@ -33,6 +33,7 @@ import yaml
 
 from ade_base.pictures.read import read_image
 from ade_base.ports import free_ports, local_address
+from ade_client.contract import MODEL_HEADER
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from extensions.ray.serve import driver
 from extensions.ray.serve.environment import (
@@ -50,7 +51,6 @@ from handlers.limits import MAX_BATCH
 from handlers.processes.run_folder import RunFolder
 from serving.engine.bundle import BundleError, open_bundle
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import MODEL_HEADER
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.service import RunningService
 

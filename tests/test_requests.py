@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ade_client.client import AdeClient, AdeError
+from ade_client.contract import ScoreParameters
 from handlers.front.admission import Limits
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import Sample, SampleRequest
-from serving.api.operations.score import ScoreParameters
 from serving.api.responses import error_response
 from serving.engine.bundle import Bundle
 from serving.ingest.errors import ApiError

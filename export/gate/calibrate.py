@@ -17,6 +17,7 @@ import numpy as np
 from ade_base.files import LOCK, locked, new_folder
 from ade_base.messages import counted
 from ade_base.pictures.show import coder_version
+from ade_client.contract import DEFAULT
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.gate.density_fit import MIN_IMAGES
@@ -36,7 +37,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.ingest.requests import InputImage
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import (
     FOLDER,
     SUFFIX,

@@ -18,12 +18,12 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from ade_base.messages import show
+from ade_client.contract import DEFAULT, MAX_IMAGES
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
 from serving.gate import Decision, Gate, TookTooLong
 from serving.ingest.errors import ApiError, malformed, unusable
 from serving.ingest.forms import check_charset, multipart_names
-from serving.ingest.requests import MAX_BODY_BYTES, MAX_IMAGES, MULTIPART, pixels_to_resize
-from serving.verdict.calibration_file import DEFAULT
+from serving.ingest.requests import MAX_BODY_BYTES, MULTIPART, pixels_to_resize
 from serving.verdict.store import UnknownCalibration
 
 logger = logging.getLogger(__name__)

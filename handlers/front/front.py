@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from ade_base.messages import show
+from ade_client.contract import MODEL_HEADER, PROBE_HEADER
 from handlers.front.admission import (
     ClientGone,
     Lane,
@@ -30,7 +31,6 @@ from handlers.front.forms import checked_type
 from handlers.limits import LARGE_BYTES
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.ingest.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
-from serving.ingest.requests import MODEL_HEADER, PROBE_HEADER
 
 logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ade_base.errors import UserError
+from ade_client.contract import DEFAULT
 from handlers.front.releases import Release
 from handlers.launch.engines import SWITCHED, Engine, Plan, UpgradableEngine, release_of
 from handlers.launch.page_process import Page
@@ -28,7 +29,7 @@ from handlers.processes.supervision import tell
 from serving.engine.bundle import CALIBRATION_NAME, Bundle, BundleError, verify_bundle
 from serving.engine.calibrations import open_calibrations, seen_file
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import ALL, FOLDER, SUFFIX, CalibrationStore, path_of
 
 UPGRADE, FINISH, ROLLBACK, DESCRIBE = "upgrade", "finish", "rollback", "describe"

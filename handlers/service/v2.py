@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 
 from ade_base.messages import show
+from ade_client.contract import MAX_IMAGES
 from handlers.limits import MAX_REQUEST_BYTES
 from serving.api.operations.sample import json_limits
 from serving.api.responses import Response, check_size, error_response
@@ -27,7 +28,6 @@ from serving.ingest.errors import ApiError, ProtocolError, internal_error, malfo
 from serving.ingest.parameters import whole
 from serving.ingest.requests import (
     JSON_BYTES_PER_NUMBER,
-    MAX_IMAGES,
     MAX_JSON_VALUES,
     MULTIPART,
     JsonLimits,

@@ -13,6 +13,7 @@ import httpx
 import psutil
 
 from ade_base.ports import LOOPBACK, VARIABLES, Ports, local_address
+from ade_client.contract import PROBE_HEADER
 from handlers.launch.upgrades import DESCRIBE
 from handlers.processes.channel import DESCRIBE_S, ChannelError, ask
 from handlers.processes.run_folder import RunFolder, find_service
@@ -20,7 +21,6 @@ from handlers.service.metrics import FAILURES
 from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
-from serving.ingest.requests import PROBE_HEADER
 
 PACKAGES = (
     "av-ade",

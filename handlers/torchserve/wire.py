@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from serving.ingest.requests import PROBE_HEADER
+from ade_client.contract import PROBE_HEADER
 
 TYPE_HEADER = "X-Ade-Content-Type"
 

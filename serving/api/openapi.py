@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ade_client.contract import MODEL_HEADER, Problem
 from serving.api.operations.base import Operation
 from serving.api.operations.registry import OPERATIONS
 from serving.api.schema import BINARY, Schemas, obj
 from serving.engine.bundle import Bundle
-from serving.ingest.errors import Problem
-from serving.ingest.requests import JSON_TYPE, MODEL_HEADER, MULTIPART
+from serving.ingest.requests import JSON_TYPE, MULTIPART
 
 _TEXT = {"type": "string"}
 _RETRY = {

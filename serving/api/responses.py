@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from serving.ingest.errors import ApiError, Problem, unusable
+from ade_client.contract import Problem
+from serving.ingest.errors import ApiError, problem_of, unusable
 from serving.ingest.requests import JSON_TYPE, InputImage
 
 PNG_TYPE = "image/png"
@@ -116,7 +117,7 @@ def results_of(
             found = image
         if isinstance(found, ApiError):
             errors.append(found.at(index))
-            entries.append(Problem.of(errors[-1]))
+            entries.append(problem_of(errors[-1]))
         else:
             entries.append(found)
     if len(errors) == len(images):

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from serving.engine.bundle import Bundle
-from serving.ingest.parameters import (
+from ade_client.model import (
     Above,
     Axes,
     Between,
@@ -22,6 +21,7 @@ from serving.ingest.parameters import (
     fields_of,
     is_union,
 )
+from serving.engine.bundle import Bundle
 
 BINARY = {"type": "string", "format": "binary"}
 

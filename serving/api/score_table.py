@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.api.operations.score import ScoreResult
+from ade_client.contract import NOT_SCORED, ScoreResult
 from serving.engine.bundle import Bundle
-from serving.verdict.decision import NOT_SCORED
 from serving.verdict.statistics import part_names
 
 

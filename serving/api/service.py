@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ade_base.pictures.decoders import DecoderError
+from ade_client.contract import MODEL_HEADER
 from serving.api.journal import Journal
 from serving.api.operations.base import check_available
 from serving.api.operations.registry import OPERATIONS
@@ -22,7 +23,6 @@ from serving.engine.engine import InferenceEngine
 from serving.ingest.errors import ApiError, internal_error, is_out_of_memory, overloaded
 from serving.ingest.requests import (
     MAX_REQUEST_PIXELS,
-    MODEL_HEADER,
     Each,
     FilesRequest,
     ImagesRequest,

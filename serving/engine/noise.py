@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Final
 
 import numpy as np
-
-MAX_SEED: Final = 2**63 - 1
 
 
 def sample_key(seed: int, index: int) -> bytes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from ade_base.errors import UserError
+from ade_client.contract import Error, Problem
 
 
 class ApiError(UserError):
@@ -90,24 +90,9 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, "overloaded", f"{message}: try again later")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Error:
+def problem_of(error: ApiError) -> Problem:
     """An error as it is written in JSON."""
-
-    code: Annotated[str, "a short name that programs can compare"]
-    message: Annotated[str, "what is wrong, what was expected and what was received"]
-    index: Annotated[int | None, "which image of the request it is about, if one"] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """The body of every answer other than 200, and the entry of an image that cannot be used."""
-
-    error: Error
-
-    @classmethod
-    def of(cls, error: ApiError) -> Problem:
-        return cls(error=Error(code=error.code, message=error.message, index=error.index))
+    return Problem(error=Error(code=error.code, message=error.message, index=error.index))
 
 
 def malformed(message: str) -> ApiError:

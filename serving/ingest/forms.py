@@ -8,8 +8,8 @@ from __future__ import annotations
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from ade_client.contract import MAX_IMAGES
 from serving.ingest.errors import ApiError, malformed
-from serving.ingest.requests import MAX_IMAGES
 
 MAX_FIELDS = 2 * MAX_IMAGES  # images, and more parameters than any operation has
 MAX_NAME_BYTES = 4096  # of a field as it is sent, or of a part's header

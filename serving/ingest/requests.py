@@ -25,12 +25,10 @@ from ade_base.messages import show, words_of
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import RESIZING, header_pixels, read_image
 from ade_base.pictures.show import resize_centre
+from ade_client.contract import MAX_IMAGES
 from serving.ingest.errors import ApiError, malformed, unusable
 
-PROBE_HEADER = "X-Ade-Probe"
 # Of an answer, the model that gave it; of a request, the only one that may answer it.
-MODEL_HEADER = "X-Ade-Model"
-MAX_IMAGES = 256
 MAX_BODY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 MiB in base64
 MAX_JSON_VALUES = 100_000  # without latents: far more than images and parameters have

@@ -13,8 +13,9 @@ from html import escape
 import numpy as np
 
 from ade_base.brand import percent, rounded
+from ade_client.contract import Unusual
 from serving.api.operations.score import DIGITS
-from serving.verdict.calibration import Calibration, Unusual
+from serving.verdict.calibration import Calibration
 from serving.verdict.conformal import SLACK
 from serving.verdict.false_alarms import flagging_rank
 from serving.verdict.statistics import meaning

@@ -11,10 +11,10 @@ from PIL import Image
 
 from ade_base.pictures.show import tile, write_png
 from ade_client.client import AdeClient
+from ade_client.contract import MAX_SEED, MAX_TEMPERATURE
 from serving.api.latents import between, exchanged, from_coarsest, with_level
-from serving.api.operations.sample import MAX_TEMPERATURE
 from serving.engine.bundle import Bundle
-from serving.engine.noise import MAX_SEED, NoiseStream, sample_key
+from serving.engine.noise import NoiseStream, sample_key
 from serving.page.charts import empty
 from serving.page.files import KEPT_S, write_file
 from serving.page.served import (

@@ -21,6 +21,7 @@ from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import MAX_FILE_BYTES, header_pixels, is_image_name, read_image
 from ade_base.tables import write_csv
 from ade_client.client import SERVER_ERROR, AdeError, ScoreResult
+from ade_client.contract import Choice
 from serving.api.score_table import columns, failed_row, scored_row
 from serving.ingest.requests import MAX_REQUEST_PIXELS, RESIZED
 from serving.page import charts
@@ -42,7 +43,7 @@ from serving.page.served import (
 )
 from serving.page.uploads import MOST_IMAGES, TOO_MANY, is_accepted, own_name
 from serving.verdict.conformal import benjamini_hochberg, simes
-from serving.verdict.decision import TWO_CALIBRATIONS, Choice, fdr_note
+from serving.verdict.decision import TWO_CALIBRATIONS, fdr_note
 
 AT_ONCE = 32  # files a request
 BATCH_BYTES = 16 * 2**20

@@ -14,6 +14,7 @@ from PIL import Image
 from ade_base.brand import percent, verdict_card
 from ade_base.pictures.show import write_png
 from ade_client.client import ScoreResult
+from ade_client.contract import Choice
 from serving.page import charts
 from serving.page.files import write_file
 from serving.page.served import (
@@ -34,7 +35,7 @@ from serving.page.served import (
 )
 from serving.verdict.calibration import Calibration
 from serving.verdict.calibration_file import Calibrations
-from serving.verdict.decision import Choice, decide
+from serving.verdict.decision import decide
 
 ALPHA = 0.01
 MIN_ALPHA, MAX_ALPHA = 0.001, 0.2

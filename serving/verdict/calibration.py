@@ -20,6 +20,7 @@ import numpy as np
 
 from ade_base.errors import UserError
 from ade_base.messages import show
+from ade_client.contract import Unusual
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
@@ -36,15 +37,6 @@ ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 
 class CalibrationError(UserError, ValueError):
     """A calibration that cannot be made or read."""
-
-
-@dataclass(frozen=True)
-class Unusual:
-    """One statistic of an image; ``p_value`` is two-sided, by this statistic alone."""
-
-    statistic: str
-    value: float
-    p_value: float
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from ade_base.files import read_file
 from ade_base.messages import show, visible
 from ade_base.pictures.show import coder_version
+from ade_client.contract import DEFAULT
 from serving.verdict.calibration import Calibration, CalibrationError
 
-DEFAULT = "default"  # the name of a bundle's own calibration
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
 ZIP = b"PK\x03\x04"  # the beginning of an .npz file

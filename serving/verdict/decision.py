@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
+from ade_client.contract import Choice
 from serving.verdict.calibration_file import Calibrations
 
-Choice = Literal["accept", "reject", "no_verdict"]
-NOT_SCORED = "not_scored"
 TINY = 1e-300  # smallest divisor that does not overflow
 MANY = 10**9  # images, above which a number is not told exactly
 

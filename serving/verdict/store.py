@@ -20,8 +20,9 @@ from pathlib import Path
 
 from ade_base.files import replacing
 from ade_base.messages import show
+from ade_client.contract import DEFAULT
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import DEFAULT, Calibrations, version_of
+from serving.verdict.calibration_file import Calibrations, version_of
 
 logger = logging.getLogger(__name__)
 FOLDER = "calibrations"  # of a bundle

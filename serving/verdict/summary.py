@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ade_base.brand import percent
-from serving.verdict.decision import Choice, images_needed
+from ade_client.contract import Choice
+from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
 
 CAUGHT = 0.9  # a set counts as caught, if this share of it is rejected

@@ -11,11 +11,11 @@ from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, check_writable, files_of, load_engine
 from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.paths import given_path
+from ade_client.contract import DEFAULT
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from export.gate.feedback import AUDIT, give_feedback
 from extensions.gate_reports.what_if import what_if
 from extensions.gate_reports.what_if_report import gate_of, what_if_lines, write_what_if
-from serving.verdict.calibration_file import DEFAULT
 from serving.verdict.store import FOLDER, path_of
 from training.data import DataError
 

@@ -17,6 +17,7 @@ from typing import Any
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 
+from ade_client.contract import MODEL_HEADER
 from extensions.ray.serve.calls import Asked, Calls
 from extensions.ray.serve.environment import DRAINING_S
 from extensions.ray.serve.logs import open_log
@@ -34,7 +35,6 @@ from serving.api.guard import App, Guard, Message, Receive, Scope, Send
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import open_bundle
 from serving.ingest.errors import no_answer, overloaded, stopping, worker_died
-from serving.ingest.requests import MODEL_HEADER
 
 logger = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"  # given by Ray's proxy, or by the client

@@ -14,14 +14,14 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from ade_client.contract import MAX_IMAGES, ImageParameters
+from ade_client.model import Field, fields_of
 from serving.api.responses import MAX_ANSWER_BYTES, NPY_TYPE, Response
-from serving.engine.noise import MAX_SEED
 from serving.ingest.errors import malformed, unusable
-from serving.ingest.parameters import Between, Field, Flag, OfBundle, fields_of, read
+from serving.ingest.parameters import read
 from serving.ingest.requests import (
-    MAX_IMAGES,
     FilesRequest,
     ImagesRequest,
     InputImage,
@@ -36,13 +36,10 @@ if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine
 
-Kind = Literal["mean", "density"]
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
 ParametersT = TypeVar("ParametersT")
 RequestT = TypeVar("RequestT")
 ComputedT = TypeVar("ComputedT")
-KIND = OfBundle(lambda bundle: {"enum": list(bundle.kinds)})
-Notes = Annotated[list[str], "conversions of the file, and what limits the result"]
 _FILE = {"type": "string", "format": "binary"}
 
 
@@ -153,16 +150,6 @@ class Operation(ABC, Generic[ParametersT, RequestT, ComputedT]):
         self, requests: Sequence[RequestT], computed: Sequence[ComputedT], telemetry: Telemetry
     ) -> None:
         """Report computed requests to the metrics, once all of a batch have been answered."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageParameters:
-    """The parameters of every operation on images."""
-
-    seed: Annotated[int, Between(0, MAX_SEED), "of the noise"] = 0
-    resize: Annotated[
-        bool, Flag("fit"), "resize images of another size to the model's instead of refusing them"
-    ] = False
 
 
 ImageParametersT = TypeVar("ImageParametersT", bound=ImageParameters)

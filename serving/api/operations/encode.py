@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes, split
+from ade_client.contract import (
+    ARRAYS,
+    EncodeAnswer,
+    EncodeParameters,
+    EncodeResult,
+    Latents,
+    Level,
+)
+from ade_client.model import to_json
+from serving.api.operations.base import Format, ImageOperation, split
 from serving.api.responses import (
     HEAD_BYTES,
     NPZ_TYPE,
@@ -22,8 +29,7 @@ from serving.api.responses import (
     npz_response,
     results_of,
 )
-from serving.ingest.errors import ApiError, Problem, unusable
-from serving.ingest.parameters import Axes, JsonSchema, OfBundle, to_json
+from serving.ingest.errors import ApiError, unusable
 from serving.ingest.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest, InputImage
 
 if TYPE_CHECKING:
@@ -31,81 +37,6 @@ if TYPE_CHECKING:
     from serving.engine.engine import EncodedLevel, InferenceEngine
 
 MAX_JSON_ENCODINGS = 16
-ARRAYS = ("mean", "log_scale", "z", "eps")  # of a level; eps only if it was requested
-_PER_LEVEL = OfBundle(
-    lambda bundle: dict.fromkeys(("minItems", "maxItems"), len(bundle.latent_shapes))
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeParameters(ImageParameters):
-    """The parameters of ``encode``."""
-
-    eps: Annotated[bool, "also answer the standard normal noise from which each z is drawn"] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """One image's latents in one level."""
-
-    shape: Annotated[list[int], "(c, h, w)"]
-    mean: Annotated[np.ndarray, Axes(3)]
-    log_scale: Annotated[np.ndarray, Axes(3)]
-    z: Annotated[np.ndarray, Axes(3)]
-    eps: Annotated[np.ndarray | None, Axes(3)] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeResult:
-    """One image's latents."""
-
-    levels: Annotated[list[Level], _PER_LEVEL, "coarsest first"]
-    notes: Notes = dataclasses.field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeAnswer:
-    """Latents in JSON."""
-
-    model: Annotated[str, "name and weights' hash"]
-    results: Annotated[list[EncodeResult | Problem], JsonSchema({"minItems": 1})]
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Latents of several images, as an ``.npz`` holds them.
-
-    Each list has one array per level, coarsest first, float32 ``(N, c, h, w)``. ``eps``, the noise
-    that samples ``z``, is empty unless it was requested. ``model`` is the one that encoded, by name
-    and weights' hash, or empty if they were read from a file.
-    """
-
-    mean: list[np.ndarray]
-    log_scale: list[np.ndarray]
-    z: list[np.ndarray]
-    eps: list[np.ndarray]
-    model: str = ""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of the ``.npz``; names end with the level, such as ``z_0``."""
-        named = {name: getattr(self, name) for name in ARRAYS}
-        return {
-            f"{name}_{i}": levels[i]
-            for i in range(len(self.z))
-            for name, levels in named.items()
-            if levels
-        }
-
-    @classmethod
-    def load(cls, data: bytes, model: str = "") -> Latents:
-        """Read an ``.npz``."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            levels = range(sum(name.startswith("z_") for name in arrays.files))
-            mean, log_scale, z, eps = (
-                [arrays[f"{name}_{i}"] for i in levels if f"{name}_{i}" in arrays]
-                for name in ARRAYS
-            )
-            return cls(mean, log_scale, z, eps, model)
 
 
 class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from ade_base.pictures.show import psnr, write_png
-from serving.api.operations.base import (
-    KIND,
-    Format,
-    ImageOperation,
-    ImageParameters,
-    Kind,
-    Notes,
+from ade_client.contract import (
+    ReconstructAnswer,
+    Reconstruction,
+    ReconstructParameters,
 )
+from ade_client.model import to_json
+from serving.api.operations.base import Format, ImageOperation
 from serving.api.responses import (
     NPY_TYPE,
     PNG_TYPE,
@@ -32,44 +27,12 @@ from serving.api.responses import (
     picture_bytes,
     results_of,
 )
-from serving.ingest.errors import Problem, unusable
-from serving.ingest.parameters import JsonSchema, Named, NullIs, to_json
+from serving.ingest.errors import unusable
 from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructParameters(ImageParameters):
-    """The parameters of ``reconstruct``."""
-
-    kind: Annotated[Kind, KIND, "the decoder's mean, or a draw from its Gaussian"] = "mean"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """One image's reconstruction and its peak signal-to-noise ratio, infinite if both are equal."""
-
-    png: Annotated[bytes, Named("image"), "a PNG file"]
-    psnr: Annotated[float, NullIs(math.inf), "decibels; null if the images are equal"]
-    notes: Notes = dataclasses.field(default_factory=list)
-
-    @property
-    def image(self) -> np.ndarray:
-        """The reconstruction, uint8 ``(H, W, C)``."""
-        pixels = np.asarray(Image.open(io.BytesIO(self.png)))
-        return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructAnswer:
-    """Reconstructions in JSON."""
-
-    model: Annotated[str, "name and weights' hash"]
-    kind: Kind
-    results: Annotated[list[Reconstruction | Problem], JsonSchema({"minItems": 1})]
 
 
 class Reconstruct(ImageOperation[ReconstructParameters, np.ndarray]):

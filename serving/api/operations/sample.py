@@ -7,13 +7,22 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ade_base.messages import show
 from ade_base.pictures.show import tile, write_png
-from serving.api.operations.base import KIND, Format, Kind, Operation, model_name, split
+from ade_client.contract import (
+    MAX_IMAGES,
+    MAX_SEED,
+    SEED_HEADER,
+    SampleAnswer,
+    SampleParameters,
+    SampleResult,
+)
+from ade_client.model import to_json
+from serving.api.operations.base import Format, Operation, model_name, split
 from serving.api.responses import (
     NPY_TYPE,
     PNG_TYPE,
@@ -23,13 +32,10 @@ from serving.api.responses import (
     npy_response,
     picture_bytes,
 )
-from serving.engine.noise import MAX_SEED
 from serving.ingest.errors import ApiError, malformed, unusable
-from serving.ingest.parameters import Above, Axes, Between, Excludes, JsonSchema, to_json
 from serving.ingest.requests import (
     JSON_BYTES_PER_NUMBER,
     JSON_TYPE,
-    MAX_IMAGES,
     MAX_JSON_VALUES,
     URLENCODED,
     JsonLimits,
@@ -45,81 +51,10 @@ if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine
 
-MAX_TEMPERATURE = 10.0
 MAX_DRAWN_SEED = 2**32  # drawn seeds are short, so that they can be typed
 MAX_LATENT = 1000.0  # far beyond any encoding; larger ones would overflow the decoder
 MAX_NOISE = 1e6  # an image far from all training images has noise in the thousands
 ARRAYS_PER_LEVEL = 4  # of encode's answer, which is accepted unchanged: mean, log_scale, z, eps
-SEED_HEADER = "X-Ade-Seed"
-_DRAWN = "it applies only to noise that is drawn"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenLevel:
-    """Latents of one level: ``z``, or the noise ``eps`` in all levels of all images."""
-
-    z: Annotated[np.ndarray | None, Axes(3), "latents (c, h, w)"] = None
-    eps: Annotated[np.ndarray | None, Axes(3), "standard normal noise (c, h, w)"] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenLatents:
-    """Latents of one image, coarsest level first; further fields are ignored."""
-
-    levels: Annotated[list[GivenLevel], "with z, or in all levels of all images eps"]
-
-
-@dataclass(frozen=True)
-class SampleParameters:
-    """The parameters of ``sample``."""
-
-    n: Annotated[
-        int,
-        Between(1, MAX_IMAGES),
-        Excludes("latents", "there are as many images as latents"),
-        "images",
-    ] = 1
-    seed: Annotated[int | None, Between(0, MAX_SEED), "drawn unless given, and in the answer"] = (
-        None
-    )
-    index: Annotated[
-        int,
-        Between(0, MAX_SEED),
-        Excludes("latents", _DRAWN),
-        "of the first image: an image depends on seed and index alone",
-    ] = 0
-    temperature: Annotated[
-        float,
-        Above(0, MAX_TEMPERATURE),
-        Excludes("latents", _DRAWN),
-        "multiplies the prior's standard deviations",
-    ] = 1.0
-    kind: Annotated[Kind, KIND, "the decoder's mean, or a draw from its Gaussian"] = "mean"
-    latents: Annotated[
-        list[GivenLatents] | None,
-        JsonSchema({"minItems": 1, "maxItems": MAX_IMAGES}),
-        "decode these instead of drawing n: an answer of encode, with z or else eps of each level",
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleResult:
-    """One sample."""
-
-    image: Annotated[bytes, "a PNG file, whose text says how it was made"]
-    seed: int
-    index: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleAnswer:
-    """Samples in JSON."""
-
-    model: Annotated[str, "name and weights' hash"]
-    kind: Kind
-    seed: int
-    temperature: float
-    results: Annotated[list[SampleResult], JsonSchema({"minItems": 1})]
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ade_base.pictures.show import write_png
+from ade_client.contract import (
+    CalibrationLabel,
+    Group,
+    Map,
+    ScoreAnswer,
+    ScoreParameters,
+    ScoreResult,
+    Unusual,
+)
+from ade_client.model import to_json
 from serving.api.heat_map import heat_map
-from serving.api.operations.base import Format, ImageOperation, ImageParameters, Notes
+from serving.api.operations.base import Format, ImageOperation
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
-from serving.ingest.errors import ApiError, Problem, unusable
-from serving.ingest.parameters import Above, Axes, Between, JsonSchema, OfBundle, to_json
+from serving.ingest.errors import ApiError, unusable
 from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
-from serving.verdict.calibration import Unusual
-from serving.verdict.calibration_file import DEFAULT, Calibrations
+from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import benjamini_hochberg, simes
-from serving.verdict.decision import TWO_CALIBRATIONS, Choice, decide, fdr_note
-from serving.verdict.statistics import part_names
+from serving.verdict.decision import TWO_CALIBRATIONS, decide, fdr_note
 from serving.verdict.store import UnknownCalibration
 
 if TYPE_CHECKING:
@@ -31,144 +37,10 @@ if TYPE_CHECKING:
 
     Computed = EngineScore | NotFinite | UnknownCalibration
 
-MAX_SAMPLES = 64
 MAX_DRAWS = 1024
 DIGITS = 6  # after the point, of a statistic
 MAP_BYTES_PER_PIXEL = 32  # a number in JSON, and its share of the picture
 EXPLAIN_BYTES = 8192  # of the statistics of one image
-
-
-def _parts(bundle: Bundle) -> dict[str, Any]:
-    names = ["dequantization", *part_names(len(bundle.latent_shapes))]
-    number = {"type": "number"}
-    return {
-        "properties": dict.fromkeys([*names, "iwae_gap"], number),
-        "required": names,
-        "additionalProperties": False,
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreParameters(ImageParameters):
-    """The parameters of ``score``."""
-
-    samples: Annotated[
-        int,
-        Between(1, MAX_SAMPLES),
-        "draws K: 1 gives the ELBO, more the importance-weighted bound; the decision stays the "
-        "same",
-    ] = 1
-    alpha: Annotated[
-        float, Above(0, 1), "false-alarm rate: an image is rejected if its p_value is at most alpha"
-    ] = 0.01
-    fdr: Annotated[
-        float | None,
-        Above(0, 1),
-        "largest expected share of false alarms among the images of the request that are reported",
-    ] = None
-    explain: Annotated[bool, "include the most unusual statistics, with their p-values"] = True
-    map: Annotated[bool, "include the bits of each pixel"] = False
-    calibration: Annotated[str, "name of the calibration that decides"] = DEFAULT
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationLabel:
-    """Which calibration decided."""
-
-    name: str
-    version: Annotated[str, "the first digits of its file's SHA-256"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """The bits of each pixel, float64 ``(H, W)``, and the same as a picture."""
-
-    bits: Annotated[np.ndarray, Axes(2), "they sum to bpd times the number of the image's values"]
-    png: Annotated[bytes, "a heat map, in which darker pixels cost less"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreResult:
-    """One image's bits per dimension, the verdict (``None`` if there is none) and the decision.
-
-    Let an image through if it is :attr:`accepted`. If the decision is ``no_verdict``, ``ood`` is
-    ``None``, and the image is not accepted.
-    """
-
-    bpd: Annotated[float, "bits per dimension, an upper bound; lower is likelier"]
-    bpd_parts: Annotated[dict[str, float], OfBundle(_parts), "they sum to bpd"]
-    standard_error: Annotated[float | None, "of bpd over its draws; null for one draw"]
-    ood_score: Annotated[
-        float | None,
-        "higher is more unusual: minus the log-density of the statistics in nats, and what the "
-        "bundle's encoder adds if there is one",
-    ]
-    p_value: Annotated[float | None, Above(0, 1)]
-    ood: Annotated[
-        bool | None, "whether p_value is at most alpha; null if the decision is no_verdict"
-    ]
-    discovery: Annotated[
-        bool | None,
-        JsonSchema({"type": ["boolean", "null"]}),
-        "with fdr: whether the image is reported at this rate; null without a verdict",
-    ] = None
-    explain: Annotated[list[Unusual], "the most unusual statistic first"] = dataclasses.field(
-        default_factory=list
-    )
-    map: Annotated[Map | None, "with the parameter map"] = None
-    notes: Notes = dataclasses.field(default_factory=list)
-    decision: Annotated[
-        Choice, "accept, reject, or no_verdict if no decision is possible: let only accept through"
-    ]
-    decision_reason: Annotated[str | None, "why there is no verdict: a code and an explanation"]
-    calibration: Annotated[
-        CalibrationLabel | None, "that decided; left out if there is none for this image"
-    ] = None
-
-    @property
-    def accepted(self) -> bool:
-        """Whether a calibrated verdict at this alpha found nothing unusual.
-
-        Also false if the answer contradicts itself, as only another program's can.
-        """
-        has_verdict = self.p_value is not None and self.p_value > 0  # NaN is not
-        return self.decision == "accept" and self.ood is False and has_verdict
-
-    @property
-    def bits(self) -> np.ndarray | None:
-        """The bits of each pixel, if they were requested."""
-        return None if self.map is None else self.map.bits
-
-    @property
-    def heat_map(self) -> bytes | None:
-        """The bits of each pixel as a PNG file, if they were requested."""
-        return None if self.map is None else self.map.png
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The images of a request that have a verdict, judged together."""
-
-    images: int
-    p_value: Annotated[float, Above(0, 1), "of all images (Simes)"]
-    fdr: float | None = None
-    discoveries: int | None = None
-    rejected: Annotated[int | None, "how many images are rejected individually, at alpha"] = None
-    notes: Annotated[list[str], "what limits the group's figures"] = dataclasses.field(
-        default_factory=list
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreAnswer:
-    """Scores in JSON."""
-
-    model: Annotated[str, "name and weights' hash"]
-    estimator: Annotated[str, JsonSchema({"pattern": "^(elbo|iwae-[0-9]+)$"})]
-    samples: int
-    alpha: float
-    group: Annotated[Group | None, "if at least two images have a verdict"] = None
-    results: Annotated[list[ScoreResult | Problem], JsonSchema({"minItems": 1})]
 
 
 class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
