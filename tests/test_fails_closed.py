@@ -31,14 +31,14 @@ from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
-from serving.page import many
+from serving.page import tab_many
 from serving.page.about import card as card_of
 from serving.page.app import build_page
-from serving.page.compare import _card
 from serving.page.files import write_file
-from serving.page.many import _said
-from serving.page.score import REPLACED, Scored, explained, verdict
 from serving.page.served import Runs, Served
+from serving.page.tab_compare import _card
+from serving.page.tab_many import _said
+from serving.page.tab_score import REPLACED, Scored, explained, verdict
 from serving.verdict import store
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
@@ -288,18 +288,18 @@ def test_score_many_tells_of_two_versions_of_a_calibration(
 ) -> None:
     """As if it had been replaced between two requests."""
     files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
-    scores, versions = many._scores, iter(["1", "2"])
+    scores, versions = tab_many._scores, iter(["1", "2"])
 
     def changing(*given: Any) -> list[Any]:
         label = CalibrationLabel(name="default", version=next(versions))
         return [dataclasses.replace(one, calibration=label) for one in scores(*given)]
 
-    monkeypatch.setattr(many, "AT_ONCE", 1)
+    monkeypatch.setattr(tab_many, "AT_ONCE", 1)
     with answered_here({"both": bundles["both"]}) as url:
         score_many = page_function(Served(url, [open_bundle(bundles["both"])], None), "score_many")
         said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
         assert "Two versions of the calibration" not in said
-        monkeypatch.setattr(many, "_scores", changing)
+        monkeypatch.setattr(tab_many, "_scores", changing)
         said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
     assert "Two versions of the calibration" in said
 

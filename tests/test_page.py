@@ -55,15 +55,9 @@ from serving.engine.noise import NoiseStream, sample_key
 from serving.page import charts
 from serving.page.about import PAPER
 from serving.page.app import READY_FOR_S, build_page, make_app
-from serving.page.compare import _card
 from serving.page.drawings import DRAWINGS, draw
-from serving.page.explore import VARIATIONS
 from serving.page.files import UPLOADS, write_file
-from serving.page.many import _said, _scores
-from serving.page.reconstruct import in_words
 from serving.page.routes import LOGGED_OUT
-from serving.page.sample import hand_on
-from serving.page.score import REASONS, Scored, explained
 from serving.page.served import (
     NOT_AN_IMAGE,
     RESIZE,
@@ -74,6 +68,12 @@ from serving.page.served import (
     latest_only,
 )
 from serving.page.sweep import start_sweeping, sweep
+from serving.page.tab_compare import _card
+from serving.page.tab_explore import VARIATIONS
+from serving.page.tab_many import _said, _scores
+from serving.page.tab_reconstruct import in_words
+from serving.page.tab_sample import hand_on
+from serving.page.tab_score import REASONS, Scored, explained
 from serving.page.uploads import TOO_MANY
 from tests.helpers import PRETRAINED, ROOT
 from tests.in_process import answered_here, page_function
@@ -1248,7 +1248,7 @@ def test_only_the_last_look_at_levels_is_shown(
     given = ("tiny", write_file(EXAMPLE.read_bytes(), "cat.png"), 0, 1, True)
     levels = page_function(served, "levels")
     assert all(Path(path).exists() for path in levels(*given, Runs(), looks))
-    monkeypatch.setattr("serving.page.explore.noise_of", lambda *_: looks.start() and 1 / 0)
+    monkeypatch.setattr("serving.page.tab_explore.noise_of", lambda *_: looks.start() and 1 / 0)
     assert levels(*given, Runs(), looks) == (gr.skip(),) * 2
 
 

@@ -41,14 +41,14 @@ from ade_base.tables import FORMULA_STARTS, safe_cell, write_csv
 from serving.engine.bundle import open_bundle
 from serving.ingest.requests import MAX_BODY_BYTES
 from serving.page import app as page_app
-from serving.page import many, uploads
+from serving.page import tab_many, uploads
 from serving.page.app import PageServer, gradio_of, make_app
 from serving.page.files import KEPT_S, FileRefused, read_file, write_file
-from serving.page.many import batches, contents
 from serving.page.reproduce import read_text
 from serving.page.routes import LOGGED_OUT, MAX_UNREAD, route_of
-from serving.page.sample import remember
 from serving.page.served import Runs, made_here
+from serving.page.tab_many import batches, contents
+from serving.page.tab_sample import remember
 from serving.page.uploads import (
     CLIENT_FILES,
     TOO_MANY,
@@ -1034,7 +1034,7 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
             archive.writestr("a.png", bytes(2**20))
         assert "compressed by another method" in refused(inbox / "other.zip")
     with zipfile.ZipFile(inbox / "many.zip", "w") as archive:
-        for i in range(many.MOST_ENTRIES + 1):
+        for i in range(tab_many.MOST_ENTRIES + 1):
             archive.writestr(f"{i}.txt", b"")
     assert "At most 10000 files in zips at once" in refused(inbox / "many.zip")
     for number, is_refused in ((5, False), (20, True)):
@@ -1092,14 +1092,14 @@ def test_the_history_takes_only_what_was_made_here(
 
 
 def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "BATCH_BYTES", 10)
+    monkeypatch.setattr(tab_many, "BATCH_BYTES", 10)
     sizes = [
         [len(data) for _, data in batch]
         for batch in batches([("a", bytes(n)) for n in (4, 4, 4, 20, 1, 1)])
     ]
     assert sizes == [[4, 4], [4], [20], [1, 1]]
     monkeypatch.undo()
-    assert many.BATCH_BYTES <= MAX_BODY_BYTES  # what the service takes in one request
+    assert tab_many.BATCH_BYTES <= MAX_BODY_BYTES  # what the service takes in one request
     assert [len(batch) for batch in batches([("a", b"")] * 70)] == [32, 32, 6]
     photograph = write_png(np.zeros((3000, 4000, 3), np.uint8))
     assert [len(batch) for batch in batches([("a", photograph)] * 6)] == [5, 1]

@@ -32,7 +32,15 @@ from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
 from serving.api.pipelining import PipeliningProtocol
 from serving.engine.bundle import Bundle, open_bundle
-from serving.page import about, compare, explore, many, reconstruct, sample, score
+from serving.page import (
+    about,
+    tab_compare,
+    tab_explore,
+    tab_many,
+    tab_reconstruct,
+    tab_sample,
+    tab_score,
+)
 from serving.page.files import UPLOADS, inbox
 from serving.page.routes import LOGGED_OUT, UPLOAD, OpenRoutes, report
 from serving.page.served import UNEXPECTED, Served, Shared, example_files, html, make_inbox
@@ -51,12 +59,12 @@ DELIVERY_S = 0.5  # for the last results to be sent
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 READY_WAIT_S = 2.0  # for the answer that another caller of /readyz gets; then the one before
 TABS = {
-    "Score": score,
-    "Score many": many,
-    "Sample": sample,
-    "Reconstruct": reconstruct,
-    "Explore": explore,
-    "Compare": compare,
+    "Score": tab_score,
+    "Score many": tab_many,
+    "Sample": tab_sample,
+    "Reconstruct": tab_reconstruct,
+    "Explore": tab_explore,
+    "Compare": tab_compare,
     "About": about,
 }
 TAGLINE = "Is this image like those that the gate was calibrated on?"
@@ -126,7 +134,7 @@ def build_page(served: Served) -> gr.Blocks:
         shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:
             for name, module in TABS.items():
-                if module is compare and len(served.bundles) == 1:
+                if module is tab_compare and len(served.bundles) == 1:
                     continue  # there are no other models to compare with
                 with gr.Tab(name, id=name) as tab:
                     # First: the browser calls it before the tab's own listeners, which may wait

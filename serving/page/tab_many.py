@@ -26,7 +26,6 @@ from serving.api.score_table import columns, failed_row, scored_row
 from serving.ingest.requests import MAX_REQUEST_PIXELS, RESIZED
 from serving.page import charts
 from serving.page.files import write_file
-from serving.page.score import WORDS, alpha_input, notes_of
 from serving.page.served import (
     NOT_STARTED,
     Runs,
@@ -41,6 +40,7 @@ from serving.page.served import (
     sentence,
     slider,
 )
+from serving.page.tab_score import WORDS, alpha_input, notes_of
 from serving.page.uploads import MOST_IMAGES, TOO_MANY, is_accepted, own_name
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, fdr_note

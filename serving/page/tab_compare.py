@@ -12,7 +12,6 @@ import numpy as np
 from ade_base.brand import verdict_card
 from ade_base.pictures.show import write_png
 from serving.page import charts
-from serving.page.score import Scored, alpha_input, notes_of, verdict
 from serving.page.served import (
     Served,
     Shared,
@@ -25,6 +24,7 @@ from serving.page.served import (
     run_on_new_image,
     usable,
 )
+from serving.page.tab_score import Scored, alpha_input, notes_of, verdict
 
 EMPTY = "One verdict per model appears here: choose an example, or drop an image."
 

@@ -14,7 +14,6 @@ from ade_base.pictures.show import psnr, tile, write_png
 from serving.api.latents import coarsest, from_coarsest
 from serving.page.charts import empty, levels_chart
 from serving.page.files import write_file
-from serving.page.score import notes_of
 from serving.page.served import (
     KINDS,
     KINDS_INFO,
@@ -33,6 +32,7 @@ from serving.page.served import (
     slider,
     usable,
 )
+from serving.page.tab_score import notes_of
 
 EMPTY = "The reconstruction appears here: choose an example, or drop an image."
 
