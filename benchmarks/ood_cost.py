@@ -17,7 +17,7 @@ import numpy as np
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import lossless_bits
 from serving.engine.engine import InferenceEngine
-from serving.page.served import EXAMPLES
+from serving.page.models import EXAMPLES
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import CalibrationStore
 

@@ -20,7 +20,7 @@ from ade_base.brand import STYLE
 from ade_base.pictures.show import tile
 from serving.engine.engine import InferenceEngine
 from serving.gate import Gate
-from serving.page.served import EXAMPLES
+from serving.page.models import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "pictures"

@@ -36,7 +36,7 @@ from serving.engine.bundle import (
 )
 from serving.page.app import TABS
 from serving.page.drawings import DRAWINGS, draw
-from serving.page.served import EXAMPLES
+from serving.page.models import EXAMPLES
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 
@@ -77,7 +77,7 @@ def _no_seed(panel: Locator) -> None:
 def _score(panel: Locator) -> None:
     panel.get_by_role("button").filter(has=panel.page.locator("img")).nth(6).click()
     expect(panel.locator(".ade-chart").first).to_be_visible()
-    expect(panel.locator("img[src*='map.png']")).to_be_visible()
+    expect(panel.locator("img[src*='seen.png']")).to_be_visible()
 
 
 def _many(panel: Locator) -> None:

@@ -26,7 +26,7 @@ from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
 from handlers.processes.run_folder import find_service
 from handlers.torchserve.status import describe_models
-from serving.page.served import EXAMPLES
+from serving.page.models import EXAMPLES
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -24,7 +26,10 @@ from ade_model.checkpoint import save_model
 from tests.helpers import DATA, PRETRAINED, make_model
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
     from serving.engine.engine import InferenceEngine
+    from tests.running_page import RunningPage
     from tests.service import RunningService
 
 # No deadline, which fails on a busy machine, and the same examples in each run.
@@ -174,3 +179,49 @@ def service() -> Iterator[RunningService]:
     running = RunningService(PRETRAINED)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    from tests.browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser: Browser, service: RunningService) -> Iterator[Page]:
+    from tests.browsing import opened
+
+    with opened(browser, service.page) as page:
+        yield page
+
+
+@pytest.fixture
+def page(shared_page: Page) -> Iterator[Page]:
+    """The page in a browser, which most tests of a file share: opening one takes seconds.
+
+    Images and files stay in it. A test that changes a setting resets it.
+    """
+    yield shared_page
+    shared_page.unroute_all()
+    close = "document.querySelectorAll('[data-testid=toast-close]').forEach((one) => one.click())"
+    shared_page.evaluate(close)
+
+
+@pytest.fixture(scope="session")
+def page_processes(
+    service: RunningService, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str | None], RunningPage]]:
+    """The page without the API, with a token or without; started when a test first needs it."""
+    from tests.running_page import RunningPage
+
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start(token: str | None) -> RunningPage:
+            running = RunningPage(service.url, tmp_path_factory.mktemp("page"), token)
+            stack.callback(running.stop)
+            return running
+
+        yield start

@@ -49,7 +49,8 @@ from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.page.files import write_file
-from serving.page.served import Runs, Served
+from serving.page.models import Models
+from serving.page.runs import Runs
 from serving.page.uploads import safe_name
 from serving.verdict.calibration_file import Calibrations
 from tests.helpers import (
@@ -156,7 +157,7 @@ def test_the_page_writes_the_same_table(
         given.append(write_file(path.read_bytes(), safe_name(path.name)))
     score(tiny_bundle, images, tmp_path / "scores.csv", alpha=0.1)
     with answered_here({"tiny": tiny_bundle}) as url:
-        score_many = page_function(Served(url, [open_bundle(tiny_bundle)], None), "score_many")
+        score_many = page_function(Models(url, [open_bundle(tiny_bundle)], None), "score_many")
         *_, download = score_many("tiny", given, None, 0.1, False, 0.1, Runs())
     theirs, own = read(tmp_path / "scores.csv"), read(Path(download.value["path"]))
     assert list(own[0]) == list(theirs[0]) == columns(open_bundle(tiny_bundle), samples=1)

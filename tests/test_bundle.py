@@ -44,8 +44,8 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
-from serving.page.about import card
-from serving.page.served import Served
+from serving.page.models import Models
+from serving.page.tab_about import card
 from tests.helpers import PRETRAINED, ROOT
 from training.measure import EFFICIENTNET, RESNET20
 from training.runs import latest_checkpoint
@@ -596,7 +596,7 @@ def test_a_model_has_the_licence_that_its_owner_states(
     tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
     assert open_bundle(tiny_bundle).manifest["licence"] is None
-    served = Served("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
+    served = Models("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
     assert "Licence not stated" in card(served, "tiny")
     export_bundle(
         tiny_checkpoint, tmp_path / "out", "tiny", small_images[:40], None, licence="CC0-1.0"
@@ -609,7 +609,7 @@ def test_the_card_of_a_model_whose_reconstructions_are_exact() -> None:
     bundle = open_bundle(PRETRAINED)
     evaluation = {"psnr": {"mean_db": None, "exact": 2000, "images": 2000}}
     exact = Bundle(bundle.folder, {**bundle.manifest, "evaluation": evaluation})
-    shown = card(Served("http://127.0.0.1:1", [exact], None), exact.name)
+    shown = card(Models("http://127.0.0.1:1", [exact], None), exact.name)
     assert "all 2,000 reconstructions of held-out images equal them" in shown
     assert "PSNR" not in shown
 
@@ -622,7 +622,7 @@ def test_the_page_names_the_images_that_a_gate_was_calibrated_on(tmp_path: Path)
     write_manifest(folder, {**bundle.manifest, "calibration": calibration})
     other = open_bundle(folder)
     for calibrated, name in ((bundle, "CIFAR-10"), (other, "&lt;scans&gt;")):
-        served = Served("http://127.0.0.1:1", [calibrated], None)
+        served = Models("http://127.0.0.1:1", [calibrated], None)
         shown = card(served, calibrated.name)
         assert f"unlike those of {name}." in shown and f"of {name} calibrated the" in shown
         assert "<p>CIFAR-10, " in shown, "it was trained on them"
@@ -644,9 +644,9 @@ def test_the_card_shows_a_distance_that_is_reliable(marked: dict[str, Any], valu
     }
     evaluation = {"part": "test", "distances": {"mean": spaces}}
     changed = {**bundle.manifest, "recipe": "flow-gan-h", "evaluation": evaluation}
-    served = Served("http://127.0.0.1:1", [Bundle(bundle.folder, changed)], None)
+    served = Models("http://127.0.0.1:1", [Bundle(bundle.folder, changed)], None)
     shown = card(served, bundle.name)
-    assert value in shown and "trained by likelihood and by an adversarial loss" in shown
+    assert value in shown and "A generative model of the recipe flow-gan-h" in shown
     evaluation["part"] = "train"  # not held out
     assert "Fréchet" not in card(served, bundle.name)
 

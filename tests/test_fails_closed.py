@@ -31,20 +31,22 @@ from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
+from serving.page import contents as page_contents
 from serving.page import tab_many
-from serving.page.about import card as card_of
 from serving.page.app import build_page
 from serving.page.files import write_file
-from serving.page.served import Runs, Served
-from serving.page.tab_compare import _card
-from serving.page.tab_many import _said
-from serving.page.tab_score import REPLACED, Scored, explained, verdict
+from serving.page.models import Models
+from serving.page.runs import Runs
+from serving.page.tab_about import card as card_of
+from serving.page.tab_compare import card
+from serving.page.tab_many import summary
+from serving.page.verdict import REPLACED, Scored, explained, verdict
 from serving.verdict import store
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
 from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations
-from tests.in_process import answered_here, page_function
+from tests.in_process import answered_here, judged, page_function
 from tests.service import RunningService
 
 ALPHA = 0.04
@@ -216,12 +218,12 @@ def test_the_page_judges_by_the_calibration_that_the_service_uses(
     bundle = open_bundle(Path(shutil.copytree(bundles[own], tmp_path / "bundle")))
     few = Calibrations.load(bundles["few"] / "calibration.npz")
     with answered_here({"both": bundle.folder}) as url, AdeClient(url) as client:
-        served = Served(url, [bundle], None)
+        served = Models(url, [bundle], None)
         score = page_function(served, "score")
         image = write_file(ood_paths[0].read_bytes(), "ood.png")
 
         def shown(alpha: float) -> tuple[str, str, str]:
-            card, _, place, _, details, _ = score(own, image, 1, alpha, False, Runs())
+            card, _, place, _, details, *_ = score(own, image, 1, alpha, False, Runs())
             return card, place, details
 
         (before,) = client.score([image], alpha=ALPHA)
@@ -261,7 +263,7 @@ def test_the_page_gives_no_verdict_if_another_release_answers(
 ) -> None:
     """As during ``ade upgrade --canary``, in which no calibration is replaced."""
     with answered_here({"both": bundles["few"]}) as url:
-        score = page_function(Served(url, [open_bundle(bundles["both"])], None), "score")
+        score = page_function(Models(url, [open_bundle(bundles["both"])], None), "score")
         image = write_file(ood_paths[0].read_bytes(), "ood.png")
         card, *_ = score("both", image, 1, ALPHA, False, Runs())
     assert "ade-no_verdict" in card and "or an upgrade is under way" in card
@@ -274,7 +276,7 @@ def test_score_many_accepts_nothing_without_verdicts(
     """Too few images calibrated ``few`` for :data:`ALPHA`: images get p-values, and no verdict."""
     files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:3])]
     with answered_here({"both": bundles["few"]}) as url:
-        score_many = page_function(Served(url, [open_bundle(bundles["few"])], None), "score_many")
+        score_many = page_function(Models(url, [open_bundle(bundles["few"])], None), "score_many")
         said, rows, _ = score_many("few", files, None, 0.1, False, ALPHA, Runs())
         assert "ade-no_verdict" in said and "No verdict on any of 3 files" in said
         assert all(row["choice"] == "no_verdict" and row["p"] for row in rows)
@@ -288,18 +290,18 @@ def test_score_many_tells_of_two_versions_of_a_calibration(
 ) -> None:
     """As if it had been replaced between two requests."""
     files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
-    scores, versions = tab_many._scores, iter(["1", "2"])
+    scores, versions = tab_many.scores, iter(["1", "2"])
 
     def changing(*given: Any) -> list[Any]:
         label = CalibrationLabel(name="default", version=next(versions))
         return [dataclasses.replace(one, calibration=label) for one in scores(*given)]
 
-    monkeypatch.setattr(tab_many, "AT_ONCE", 1)
+    monkeypatch.setattr(page_contents, "AT_ONCE", 1)
     with answered_here({"both": bundles["both"]}) as url:
-        score_many = page_function(Served(url, [open_bundle(bundles["both"])], None), "score_many")
+        score_many = page_function(Models(url, [open_bundle(bundles["both"])], None), "score_many")
         said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
         assert "Two versions of the calibration" not in said
-        monkeypatch.setattr(tab_many, "_scores", changing)
+        monkeypatch.setattr(tab_many, "scores", changing)
         said, *_ = score_many("both", files, None, 0.1, False, ALPHA, Runs())
     assert "Two versions of the calibration" in said
 
@@ -313,7 +315,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
     (tmp_path / "page-files" / "uploads").mkdir(parents=True)
     photo = str(tmp_path / "page-files" / "uploads" / "photo.heic")  # as the upload answered
     with answered_here({"both": bundles["both"]}) as url:
-        page = build_page(Served(url, [open_bundle(bundles["both"])], None))
+        page = build_page(Models(url, [open_bundle(bundles["both"])], None))
         (given,) = (
             block
             for block in page.blocks.values()
@@ -345,14 +347,14 @@ def test_the_page_says_once_why_there_is_no_verdict(
 ) -> None:
     bundle = open_bundle(bundles[name])
     with answered_here({"both": bundle.folder}, ("score", "reconstruct")) as url:
-        served = Served(url, [bundle], None)
+        served = Models(url, [bundle], None)
         image = write_file(ood_paths[1].read_bytes(), "ood.png")
         _, (row,), _ = page_function(served, "score_many")(
             name, [image], None, 0.1, True, ALPHA, Runs()
         )
-        card, *_ = page_function(served, "score")(name, image, 1, ALPHA, True, Runs())
-        compared = _card(served, name, ood_paths[1].read_bytes(), ALPHA, True)
-    for said in (row["notes"], card, compared):
+        shown, *_ = page_function(served, "score")(name, image, 1, ALPHA, True, Runs())
+        compared = card(served, name, ood_paths[1].read_bytes(), ALPHA, True)
+    for said in (row["notes"], shown, compared):
         assert said.count(reason) == 1 and said.count("resized from 20 x 20") == 1
         assert "nothing can be flagged" not in said and "were not resized" not in said
 
@@ -482,19 +484,21 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "none of 100 images can be reported" in str(fdr_note(5, 100, 0.1))
     assert fdr_note(999, 100, 0.1) is None and fdr_note(998, 100, 0.1) is not None
     # Five images of one colour among a hundred, on the page.
-    said = _said(100, [1 / 170] * 5 + [0.5] * 95, 5, 0, 0.01, 0.1, [169])
+    said = summary([*5 * [judged(1 / 170, "reject")], *95 * [judged()]], 0.01, 0.1, [169])
     assert "5 of 100 images rejected" in said and "ade-reject" in said
     assert (
         "At a false discovery rate of 0.1, at least 6 of 100 images must have the smallest p-value"
         in said
     )
-    assert "at least" not in _said(100, [0.5] * 100, 0, 0, 0.01, 0.1, [3000])
+    assert "at least" not in summary(100 * [judged()], 0.01, 0.1, [3000])
     # Only the calibrations that judged the files count; two of them give no guarantee together.
     assert "Two calibrations" not in said
-    assert "Two calibrations judged" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000, 20])
-    assert "Two versions of the calibration" in _said(3, [0.5] * 3, 0, 0, 0.01, 0.1, [3000], True)
+    assert "Two calibrations judged" in summary(3 * [judged()], 0.01, 0.1, [3000, 20])
+    assert "Two versions of the calibration" in summary(
+        [judged(), judged(version="2")], 0.01, 0.1, [3000]
+    )
     # Files without a verdict keep the summary from looking like acceptance.
-    unjudged = _said(100, [0.5] * 99, 0, 0, 0.01, 0.1, [3000])
+    unjudged = summary([*99 * [judged()], AdeError(415, "x", "x")], 0.01, 0.1, [3000])
     assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged
 
 

@@ -59,7 +59,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.engine.calibrations import open_calibrations, seen_file
-from serving.page.served import Served
+from serving.page.models import Models
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import (
     FOLDER,
@@ -211,7 +211,7 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
             info = f'ade_info{{model_name="score",worker="0",bundle="{model}"'
             assert info in httpx.get(app.metrics).text
         # A request that names its model is answered by it, whatever the share. The page's do.
-        page = Served(app.url, [open_bundle(PRETRAINED)], None).clients["cifar10-av-ade"]
+        page = Models(app.url, [open_bundle(PRETRAINED)], None).clients["cifar10-av-ade"]
         with AdeClient(app.url, identity=b) as canary, page:
             assert {page.encode([CAT]).model for _ in range(8)} == {a}
             assert {canary.encode([CAT]).model for _ in range(8)} == {b}

@@ -31,7 +31,10 @@ FEATURES_NAME = "features.onnx"
 CODEC_NAME = "codec.json"
 CODEC_VERSION = 2  # of that file; 1 had rotations as Givens rotations of pairs of channels
 CODEC_ARRAYS_NAME = "codec.npz"
+EXAMPLE_NAME = "example-{}.png"  # images that calibrated the gate, kept if their owner agreed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+_EXAMPLE = re.compile(EXAMPLE_NAME.format("[0-9]"))
 
 
 class BundleError(UserError, ValueError):
@@ -109,6 +112,11 @@ class Bundle:
         """
         files = self.manifest["files"]
         return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)
+
+    @property
+    def examples(self) -> list[str]:
+        """Names of the example images: some that calibrated the gate, small."""
+        return sorted(name for name in self.manifest["files"] if _EXAMPLE.fullmatch(name))
 
     def uncalibrated(self) -> Bundle:
         """The bundle without its calibration."""

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -32,19 +33,19 @@ from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
 from serving.api.pipelining import PipeliningProtocol
 from serving.engine.bundle import Bundle, open_bundle
-from serving.page import (
-    about,
-    tab_compare,
-    tab_explore,
-    tab_many,
-    tab_reconstruct,
-    tab_sample,
-    tab_score,
-)
 from serving.page.files import UPLOADS, inbox
+from serving.page.inputs import TabContext, html, make_inbox
+from serving.page.models import Examples, Models
 from serving.page.routes import LOGGED_OUT, UPLOAD, OpenRoutes, report
-from serving.page.served import UNEXPECTED, Served, Shared, example_files, html, make_inbox
+from serving.page.runs import UNEXPECTED
 from serving.page.sweep import start_sweeping
+from serving.page.tab_about import AboutTab
+from serving.page.tab_compare import CompareTab
+from serving.page.tab_explore import ExploreTab
+from serving.page.tab_many import ManyTab
+from serving.page.tab_reconstruct import ReconstructTab
+from serving.page.tab_sample import SampleTab
+from serving.page.tab_score import ScoreTab
 from serving.page.theme import HEAD, make_theme
 from serving.page.uploads import Quota, receive
 
@@ -58,14 +59,14 @@ IDLE_S = 0.1  # between two checks whether a stopping page still computes someth
 DELIVERY_S = 0.5  # for the last results to be sent
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
 READY_WAIT_S = 2.0  # for the answer that another caller of /readyz gets; then the one before
-TABS = {
-    "Score": tab_score,
-    "Score many": tab_many,
-    "Sample": tab_sample,
-    "Reconstruct": tab_reconstruct,
-    "Explore": tab_explore,
-    "Compare": tab_compare,
-    "About": about,
+TABS: dict[str, Callable[[TabContext], Any]] = {
+    "Score": ScoreTab,
+    "Score many": ManyTab,
+    "Sample": SampleTab,
+    "Reconstruct": ReconstructTab,
+    "Explore": ExploreTab,
+    "Compare": CompareTab,
+    "About": AboutTab,
 }
 TAGLINE = "Is this image like those that the gate was calibrated on?"
 
@@ -105,14 +106,14 @@ class PageBlocks(gr.Blocks):
                 config.get("props", {}).pop("value", None)
 
 
-def build_page(served: Served) -> gr.Blocks:
+def build_page(models: Models) -> gr.Blocks:
     """All tabs under one head."""
     names = {
         name: "{}, {} × {} pixels".format(name, *bundle.image_shape[1::-1])
-        for name, bundle in served.bundles.items()
+        for name, bundle in models.bundles.items()
     }
     # Of several models, the dropdown says which one is chosen.
-    only = f"<br><small>{escape(names[served.first])}</small>" if len(names) == 1 else ""
+    only = f"<br><small>{escape(names[models.first])}</small>" if len(names) == 1 else ""
     head = (
         f'<header class="ade-head">{MARK}<div><h1>{NAME}</h1><p>{TAGLINE}{only}</p></div></header>'
     )
@@ -124,17 +125,17 @@ def build_page(served: Served) -> gr.Blocks:
             # Beside the head, so that a first verdict needs no scrolling.
             model = gr.Dropdown(
                 choices,
-                value=served.first,
+                value=models.first,
                 label="Model",
                 visible=len(names) > 1,
                 scale=1,
                 min_width=280,
             )
-        inbox, examples = make_inbox(), example_files()
+        inbox, examples = make_inbox(), Examples(models)
         shown = gr.Radio(list(TABS), value=next(iter(TABS)), visible=False)
         with gr.Tabs(overflow_behavior="wrap") as tabs:
-            for name, module in TABS.items():
-                if module is tab_compare and len(served.bundles) == 1:
+            for name, lay_out in TABS.items():
+                if lay_out is CompareTab and len(models.bundles) == 1:
                     continue  # there are no other models to compare with
                 with gr.Tab(name, id=name) as tab:
                     # First: the browser calls it before the tab's own listeners, which may wait
@@ -142,13 +143,13 @@ def build_page(served: Served) -> gr.Blocks:
                     tab.select(
                         None, None, shown, js=f"() => {json.dumps(name)}", api_visibility="private"
                     )
-                    module.add_tab(Shared(served, model, tabs, tab, shown, inbox, examples))
+                    lay_out(TabContext(models, model, tabs, tab, shown, inbox, examples))
     return page
 
 
 def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
     """The page, ``/readyz`` and ``/openapi.json`` in one application."""
-    served = Served(url, bundles, token)
+    models = Models(url, bundles, token)
     app = FastAPI(title="AV-ADE page", docs_url=None, redoc_url=None, openapi_url=None)
 
     asking, ready, known_at = threading.Lock(), False, -math.inf
@@ -168,7 +169,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
             await asyncio.sleep(0.02)
         try:
             if time.monotonic() - known_at >= READY_FOR_S:
-                ready = await run_in_threadpool(served.is_ready)
+                ready = await run_in_threadpool(models.is_ready)
                 known_at = time.monotonic()
         finally:
             asking.release()
@@ -194,7 +195,7 @@ def make_app(url: str, bundles: list[Bundle], token: str | None) -> FastAPI:
             return PlainTextResponse(LOGGED_OUT, answer.status_code)
         return await receive(request, quota)
 
-    blocks = build_page(served).queue(
+    blocks = build_page(models).queue(
         default_concurrency_limit=4,
         max_size=MAX_QUEUED,
         api_open=False,  # otherwise clients may skip the queue

@@ -37,6 +37,11 @@ def problem(text: str) -> str:
     return f'<div class="ade-empty ade-problem">{escape(text)}</div>'
 
 
+def caption(text: str) -> str:
+    """What belongs to a picture."""
+    return f'<div class="ade-caption"><p>{escape(text)}</p></div>'
+
+
 def reasons(calibration: Calibration, explain: Sequence[Unusual], alpha: float) -> str:
     """The number of unusual statistics at a level, the number expected by chance, and their kinds.
 

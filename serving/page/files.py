@@ -15,6 +15,15 @@ UPLOADS = "uploads"  # folder in :func:`inbox` for uploads
 KEPT_S = 3600.0  # uploads, results and remembered samples
 
 
+class RequestRefused(Exception):
+    """A request that the page refuses, with the status and the text of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
 class FileRefused(ValueError):
     """A path that a client named and the page does not open.
 

@@ -12,16 +12,9 @@ from PIL import Image
 
 from ade_base.pictures.read import MAX_PIXELS, file_size
 from serving.page.files import write_file
-from serving.page.served import (
-    MODEL_ID,
-    Runs,
-    Shared,
-    ask,
-    image_output,
-    latest_only,
-    open_png,
-    read,
-)
+from serving.page.inputs import MODEL_ID, TabContext, image_output, open_png, read
+from serving.page.models import Models, ask
+from serving.page.runs import QUIET, Runs, latest_only
 
 CHANGED = "The model or the picture was just changed: press the button again."
 KEYS = ("ade:seed", "ade:index", "ade:n", "ade:kind", "ade:temperature")
@@ -40,10 +33,10 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
         raise gr.Error(
             f"This picture has {width} × {height} pixels, more than any that is made here."
         )
-    found = open_png(data)
-    if found is None:
+    opened = open_png(data)
+    if opened is None:
         raise gr.Error("This is not a PNG file.")
-    pixels, text = found
+    pixels, text = opened
     if "ade:from" in text:
         raise gr.Error(
             "This picture was decoded from latents, which it does not carry: its text is not "
@@ -58,75 +51,72 @@ def read_text(path: str | None) -> tuple[np.ndarray, dict[str, str]]:
     return pixels, text
 
 
-def add_part(shared: Shared) -> None:
-    """Lay the part out."""
-    served = shared.served
+def settings_of(text: dict[str, str]) -> dict[str, Any]:
+    """The parameters of the sample operation in a picture's text."""
+    try:
+        temperature = float(text["ade:temperature"])
+        if not math.isfinite(temperature):
+            raise ValueError(temperature)
+        n, seed, index = (int(text[f"ade:{name}"]) for name in ("n", "seed", "index"))
+    except ValueError:
+        raise gr.Error("The picture's text is damaged: its numbers are invalid.") from None
+    return {
+        "n": n,
+        "seed": seed,
+        "index": index,
+        "temperature": temperature,
+        "kind": text["ade:kind"],
+    }
 
-    def reproduce(model: str, picture: str | None) -> tuple[str, str]:
+
+class Reproduce:
+    """The part of the tab."""
+
+    def __init__(self, context: TabContext) -> None:
+        self.models: Models = context.models
+        with gr.Row():
+            with gr.Column(scale=1, min_width=240):
+                picture = gr.File(label="A PNG that was made here", file_types=[".png"], height=160)
+                go = gr.Button("Make it again")
+            with gr.Column(scale=2, min_width=240):
+                again = image_output("Made again", height="min(384px, 80vw)")
+                said = gr.Markdown(elem_classes="ade-live")
+        chosen: list[Any] = [context.model, picture]
+        given, results = [*chosen, gr.State(Runs())], [again, said]
+        go.click(
+            latest_only(self.reproduce, 2, of=range(2), changed=CHANGED),
+            given,
+            results,
+            api_name="reproduce",
+            show_progress_on=again,
+            trigger_mode="multiple",
+        )
+        gr.on([one.change for one in chosen], clear, given, results, queue=False, **QUIET)
+
+    def reproduce(self, model: str, picture: str | None) -> tuple[str, str]:
         """Make the picture again, and compare."""
         pixels, text = read_text(picture)
-        bundle = served.bundles[model]
-        try:
-            temperature = float(text["ade:temperature"])
-            if not math.isfinite(temperature):
-                raise ValueError(temperature)
-            wanted = {
-                "n": int(text["ade:n"]),
-                "seed": int(text["ade:seed"]),
-                "index": int(text["ade:index"]),
-                "temperature": temperature,
-                "kind": text["ade:kind"],
-            }
-        except ValueError:
-            raise gr.Error("The picture's text is damaged: its numbers are invalid.") from None
-        data, _ = ask(served.clients[model].sample_png, **wanted)
-        same = np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+        settings, own = settings_of(text), self.models.bundles[model].model_id
+        data, _ = ask(self.models.clients[model].sample_png, **settings)
         made_by = text.get("ade:model", "")
         if not MODEL_ID.fullmatch(made_by):  # it is shown as Markdown, but may be from anybody
             made_by = "an unknown model"
-        if same:
+        if np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels):
             said = "**The same picture, pixel for pixel.**"
-        elif made_by != bundle.model_id:
-            said = (
-                f"**Another picture**: it was made by {made_by}, and this model is "
-                f"{bundle.model_id}."
-            )
+        elif made_by != own:
+            said = f"**Another picture**: it was made by {made_by}, and this model is {own}."
         else:
             said = (
                 "**Not the same**: the picture was changed after it was made, or made on another "
                 "kind of device."
             )
-        told = ", ".join(f"{name} {value}" for name, value in wanted.items())
-        return write_file(data, "again.png"), f"{said}\n\n{told}"
+        listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+        return write_file(data, "again.png"), f"{said}\n\n{listed}"
 
-    def clear(*values: Any) -> tuple[None, str]:
-        *chosen, runs = values
-        runs.start()  # what still runs is of another picture or model
-        runs.chosen = tuple(chosen)
-        return None, ""
 
-    with gr.Row():
-        with gr.Column(scale=1, min_width=240):
-            picture = gr.File(label="A PNG that was made here", file_types=[".png"], height=160)
-            go = gr.Button("Make it again")
-        with gr.Column(scale=2, min_width=240):
-            again = image_output("Made again", height="min(384px, 80vw)")
-            said = gr.Markdown(elem_classes="ade-live")
-    runs = gr.State(Runs())
-    go.click(
-        latest_only(reproduce, 2, of=range(2), changed=CHANGED),
-        [shared.model, picture, runs],
-        [again, said],
-        api_name="reproduce",
-        show_progress_on=again,
-        trigger_mode="multiple",
-    )
-    gr.on(
-        [picture.change, shared.model.change],
-        clear,
-        [shared.model, picture, runs],
-        [again, said],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+def clear(*values: Any) -> tuple[None, str]:
+    """Clear what is of another picture or model; a run that lasts is of that, too."""
+    *chosen, runs = values
+    runs.start()
+    runs.chosen = tuple(chosen)
+    return None, ""

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.guard import replay
 from serving.ingest.errors import ApiError
 from serving.ingest.forms import check_charset
-from serving.page.files import FileRefused, own_path
+from serving.page.files import FileRefused, RequestRefused, own_path
 from serving.page.uploads import CLIENT_FILES, TOO_MANY
 
 logger = logging.getLogger(__name__)
@@ -175,45 +175,11 @@ class OpenRoutes:
             if route == FILE:
                 own_path(path.removeprefix(FILE))
             if method == "POST" and path != UPLOAD:
-                is_login = path.startswith("/login")
-                most = MAX_LOGIN if is_login else MAX_BODY
-                try:
-                    async with asyncio.timeout(STALL_S):
-                        body = await _body(receive, most)
-                except TimeoutError:
-                    text = f"The body did not come within {STALL_S:.0f} s."
-                    return await _refusal(408, text)(scope, receive, send)
-                if body is None:
-                    text = f"A request may have at most {most >> 10:,} KiB."
-                    if not is_login:
-                        text = f"{text} {TOO_MANY}"
-                    return await _refusal(413, text)(scope, receive, send)
-                if is_login:
-                    check_charset(Headers(scope=scope).get("content-type", ""))
-                else:
-                    if body.count(b"[") + body.count(b"{") > MAX_LISTS:
-                        text = f"A request may have at most {MAX_LISTS:,} lists and objects."
-                        return await _refusal(413, f"{text} {TOO_MANY}")(scope, receive, send)
-                    value = orjson.loads(body)
-                    named = [*itertools.islice(paths_in(value), CLIENT_FILES + 1)]
-                    if len(named) > CLIENT_FILES:
-                        return await _refusal(413, TOO_MANY)(scope, receive, send)
-                    # Thousands take a part of a second, which other requests must not wait.
-                    await run_in_threadpool(lambda: [own_path(path) for path in named])
-                    session = value.get("session_hash") if isinstance(value, dict) else None
-                    if session is not None and not (
-                        isinstance(session, str) and len(session) <= MAX_SESSION
-                    ):
-                        text = f"session_hash must be a string of at most {MAX_SESSION} characters."
-                        return await _refusal(400, text)(scope, receive, send)
-                    if self.unread(session) >= MAX_UNREAD:
-                        text = f"{MAX_UNREAD} answers wait to be read: reload the page."
-                        return await _refusal(429, text)(scope, receive, send)
-                receive = replay(body, receive)
+                receive = replay(await self._checked_body(scope, receive), receive)
             await self.app(scope, receive, forward)
         except FileRefused as error:
             await _refusal(403, str(error))(scope, receive, send)
-        except ApiError as error:
+        except (RequestRefused, ApiError) as error:
             await _refusal(error.status, error.message)(scope, receive, send)
         except orjson.JSONDecodeError:
             await PlainTextResponse("The body is not valid JSON.", 400)(scope, receive, send)
@@ -224,6 +190,48 @@ class OpenRoutes:
             else:
                 with contextlib.suppress(Exception):  # shorter than announced: close the connection
                     await send({"type": "http.response.body", "body": b""})
+
+    async def _checked_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Read the body of a login or of an event.
+
+        Raises:
+            RequestRefused: it is too slow or too large, or its session has too much to read.
+            ApiError: the form of a login has another codec than UTF-8.
+            FileRefused: it names a file that is not the page's own.
+            JSONDecodeError: that of an event is not JSON.
+        """
+        is_login = scope["path"].startswith("/login")
+        most = MAX_LOGIN if is_login else MAX_BODY
+        try:
+            async with asyncio.timeout(STALL_S):
+                body = await _body(receive, most)
+        except TimeoutError:
+            raise RequestRefused(408, f"The body did not come within {STALL_S:.0f} s.") from None
+        if body is None:
+            text = f"A request may have at most {most >> 10:,} KiB."
+            raise RequestRefused(413, text if is_login else f"{text} {TOO_MANY}")
+        if is_login:
+            check_charset(Headers(scope=scope).get("content-type", ""))
+        else:
+            await self._check_event(body)
+        return body
+
+    async def _check_event(self, body: bytes) -> None:
+        if body.count(b"[") + body.count(b"{") > MAX_LISTS:
+            text = f"A request may have at most {MAX_LISTS:,} lists and objects."
+            raise RequestRefused(413, f"{text} {TOO_MANY}")
+        value = orjson.loads(body)
+        named = [*itertools.islice(paths_in(value), CLIENT_FILES + 1)]
+        if len(named) > CLIENT_FILES:
+            raise RequestRefused(413, TOO_MANY)
+        # Thousands take a part of a second, which other requests must not wait.
+        await run_in_threadpool(lambda: [own_path(path) for path in named])
+        session = value.get("session_hash") if isinstance(value, dict) else None
+        if session is not None and not (isinstance(session, str) and len(session) <= MAX_SESSION):
+            text = f"session_hash must be a string of at most {MAX_SESSION} characters."
+            raise RequestRefused(400, text)
+        if self.unread(session) >= MAX_UNREAD:
+            raise RequestRefused(429, f"{MAX_UNREAD} answers wait to be read: reload the page.")
 
 
 def _refusal(status: int, text: str) -> JSONResponse:

@@ -12,89 +12,76 @@ import numpy as np
 from ade_base.brand import verdict_card
 from ade_base.pictures.show import write_png
 from serving.page import charts
-from serving.page.served import (
-    Served,
-    Shared,
+from serving.page.inputs import (
+    TabContext,
     as_seen,
-    ask,
+    caption,
     examples,
     live,
     read,
     resize_input,
-    run_on_new_image,
-    usable,
 )
-from serving.page.tab_score import Scored, alpha_input, notes_of, verdict
+from serving.page.models import Models, ask, usable
+from serving.page.runs import run_on_new_image
+from serving.page.verdict import Scored, alpha_input, facts_of, notes_of, verdict
 
 EMPTY = "One verdict per model appears here: choose an example, or drop an image."
 
 
-def add_tab(shared: Shared) -> None:
-    """Lay the tab out."""
-    served, image = shared.served, shared.inbox.compare
+class CompareTab:
+    """The tab."""
 
-    def compare(image: str, alpha: float, resize: bool) -> str:
+    def __init__(self, context: TabContext) -> None:
+        self.models, image = context.models, context.inbox.compare
+        examples(context, image)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
+                image.render()
+                alpha = alpha_input("Compare")
+                resize = resize_input()
+                go = gr.Button("Compare", variant="primary")
+            with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
+                cards = live(charts.empty(EMPTY))
+                caption(
+                    "All served models judge the image; the choice of model above has no effect "
+                    "here. Models that take other sizes see other pixels: compare their verdicts, "
+                    "not their bits per dimension."
+                )
+        blank, given = {cards: charts.empty(EMPTY)}, [image, alpha, resize]
+        run_on_new_image(context, [image], self.compare, given, blank, cards, go, "compare")
+
+    def compare(self, image: str, alpha: float, resize: bool) -> str:
         """One card per model: its verdict, the likelihood, and the reconstruction; HTML."""
         data = read(image)
-        cards = {name: _card(served, name, data, alpha, resize) for name in served.bundles}
+        cards = {name: card(self.models, name, data, alpha, resize) for name in self.models.bundles}
         failed = {card for card in cards.values() if isinstance(card, gr.Error)}
         if len(failed) == len(cards) and len({str(error.message) for error in failed}) == 1:
             raise next(iter(failed))  # no model can use the image: one message
-        return "".join(_section(served, name, card) for name, card in cards.items())
-
-    examples(image, shared.examples)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=280, elem_classes="ade-input"):
-            image.render()
-            alpha = alpha_input("Compare")
-            resize = resize_input()
-            go = gr.Button("Compare", variant="primary")
-        with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
-            cards = live(charts.empty(EMPTY))
-            gr.Markdown(
-                "All served models judge the image; the choice of model above has no effect here. "
-                "Models that take other sizes see other pixels: compare their verdicts, not their "
-                "bits per dimension.",
-                elem_classes="ade-caption",
-            )
-    run_on_new_image(
-        shared,
-        [image],
-        None,
-        compare,
-        [image, alpha, resize],
-        {cards: charts.empty(EMPTY)},
-        cards,
-        go,
-        "compare",
-    )
+        return "".join(_section(self.models, name, card) for name, card in cards.items())
 
 
-def _section(served: Served, model: str, card: str | gr.Error) -> str:
-    """The card of one model, or its error, under the model's name."""
-    height, width, _ = served.bundles[model].image_shape
-    head = escape(f"{model}, {width} × {height} pixels")
-    shown = card if isinstance(card, str) else verdict_card("no_verdict", str(card.message))
-    return f'<section class="ade-part ade-model"><h3>{head}</h3>{shown}</section>'
-
-
-def _card(served: Served, model: str, data: bytes, alpha: float, resize: bool) -> str | gr.Error:
+def card(models: Models, model: str, data: bytes, alpha: float, resize: bool) -> str | gr.Error:
     """The reconstruction and the verdict of one model, HTML; or why there are none."""
-    bundle, client = served.bundles[model], served.clients[model]
+    bundle, client = models.bundles[model], models.clients[model]
     try:
         seen = as_seen(data, bundle, resize)
         score = usable(ask(client.score, [data], alpha=alpha, explain=False, resize=resize)[0])
         made = usable(ask(client.reconstruct, [data], resize=resize)[0])
     except gr.Error as error:
         return error
-    choice, why = verdict(served.calibrations_of(model), Scored(score, seen.resized), alpha)
+    choice, why = verdict(models.calibrations_of(model), Scored(score, seen.resized), alpha)
     likeness = "exact reconstruction" if math.isinf(made.psnr) else f"PSNR {made.psnr:.2f} dB"
-    facts = [f"{score.bpd:.3f} bits per dimension", likeness]
-    if score.p_value is not None:
-        facts.insert(0, f"p = {score.p_value:.2g}")
-    card = verdict_card(choice, why, facts, notes_of(score))
+    shown = verdict_card(choice, why, [*facts_of(score), likeness], notes_of(score))
     picture = _picture(made.image, f"Reconstruction by {model}")
-    return f'<div class="ade-beside">{picture}<div>{card}</div></div>'
+    return f'<div class="ade-beside">{picture}<div>{shown}</div></div>'
+
+
+def _section(models: Models, model: str, card: str | gr.Error) -> str:
+    """The card of one model, or its error, under the model's name."""
+    height, width, _ = models.bundles[model].image_shape
+    head = escape(f"{model}, {width} × {height} pixels")
+    shown = card if isinstance(card, str) else verdict_card("no_verdict", str(card.message))
+    return f'<section class="ade-part ade-model"><h3>{head}</h3>{shown}</section>'
 
 
 def _picture(pixels: np.ndarray, text: str) -> str:

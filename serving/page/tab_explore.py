@@ -17,23 +17,22 @@ from serving.engine.bundle import Bundle
 from serving.engine.noise import NoiseStream, sample_key
 from serving.page.charts import empty
 from serving.page.files import KEPT_S, write_file
-from serving.page.served import (
-    Runs,
-    Shared,
-    ask,
-    examples,
+from serving.page.inputs import (
+    TabContext,
+    caption,
     image_output,
     image_strip,
-    latest_only,
+    known_examples,
     live,
     made_here,
     read,
     read_seed,
     resize_input,
-    run_on_new_image,
     seed_input,
     slider,
 )
+from serving.page.models import ask
+from serving.page.runs import PRIVATE, QUIET, Runs, latest_only, run_on_new_image
 
 FRAME_MS = 120
 FRAME_SCALE = 4
@@ -57,20 +56,15 @@ def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.
 
     A text can be copied from another picture or changed.
     """
-    found = made_here(data, bundle.image_shape)
-    if (
-        found is None
-        or found[1].get("ade:model") != bundle.model_id
-        or found[1].get("ade:kind") != "mean"
-    ):
+    made = made_here(data, bundle.image_shape)
+    if made is None:
         return None
-    pixels, text = found
+    pixels, text = made
+    if text.get("ade:model") != bundle.model_id or text.get("ade:kind") != "mean":
+        return None
     try:
-        seed, index, temperature = (
-            int(text["ade:seed"]),
-            int(text["ade:index"]),
-            float(text["ade:temperature"]),
-        )
+        seed, index = int(text["ade:seed"]), int(text["ade:index"])
+        temperature = float(text["ade:temperature"])
     except (KeyError, ValueError):
         return None
     if not (
@@ -86,41 +80,67 @@ def _noise_of_sample(data: bytes, client: AdeClient, bundle: Bundle) -> list[np.
 
 def animation(frames: np.ndarray) -> bytes:
     """Animate uint8 ``(N, H, W, C)`` forwards and backwards: lossless WebP, enlarged unsmoothed."""
-    shown = [
-        Image.fromarray(f[:, :, 0] if f.shape[2] == 1 else f).convert("RGB")
-        for f in [*frames, *frames[-2:0:-1]]
-    ]
-    shown = [
-        f.resize((f.width * FRAME_SCALE, f.height * FRAME_SCALE), Image.Resampling.NEAREST)
-        for f in shown
+    enlarged = frames.repeat(FRAME_SCALE, axis=1).repeat(FRAME_SCALE, axis=2)
+    first, *rest = [
+        Image.fromarray(one[:, :, 0] if one.shape[2] == 1 else one).convert("RGB")
+        for one in [*enlarged, *enlarged[-2:0:-1]]
     ]
     out = io.BytesIO()
-    shown[0].save(
-        out,
-        "WEBP",
-        save_all=True,
-        append_images=shown[1:],
-        duration=FRAME_MS,
-        loop=0,
-        lossless=True,
+    first.save(
+        out, "WEBP", save_all=True, append_images=rest, duration=FRAME_MS, loop=0, lossless=True
     )
     return out.getvalue()
 
 
-def add_tab(shared: Shared) -> None:
-    """Lay the tab out."""
-    served, model = shared.served, shared.model
+def frame_at(at: float | None, walk: list[str] | None) -> Any:
+    """The interpolated image at a place."""
+    if not walk:
+        raise gr.Error(
+            "The steps are no longer kept: the page keeps them for an hour. Press Explore."
+        )
+    return walk[int(at)] if at is not None and 0 <= at < len(walk) else gr.skip()
 
-    def draw(model: str, seed: float | None) -> str:
+
+def _strip(pictures: np.ndarray, name: str) -> str:
+    return write_file(write_png(tile(pictures, len(pictures))), name)
+
+
+class ExploreTab:
+    """The tab; when it is opened, it draws the images that are missing."""
+
+    def __init__(self, context: TabContext) -> None:
+        self.models = context.models
+        self.ends = [context.inbox.first, context.inbox.last]
+        with gr.Row():
+            self._lay_out_ends(context)
+            self._lay_out_steps()
+        with gr.Accordion("What coarse and fine levels hold", open=False):
+            caption(
+                "Each picture has the fine levels of the second image and more and more of the "
+                "coarse levels of the first: none, one, … all."
+            )
+            self.exchange = image_strip("Fine levels of the second, coarse levels of the first")
+        with gr.Accordion("The first image, level by level", open=False):
+            self._lay_out_levels()
+        self._listen(context)
+
+    def draw(self, model: str, seed: float | None) -> str:
         """Draw one sample, as the first or the last image."""
-        data, used = ask(served.clients[model].sample_png, n=1, seed=read_seed(seed))
+        data, used = ask(self.models.clients[model].sample_png, n=1, seed=read_seed(seed))
         return write_file(data, f"seed-{used}.png")
 
+    def first_ends(
+        self, model: str, first: str | None, last: str | None, seed: float, last_seed: float
+    ) -> Any:
+        """Samples for missing end points when the tab is opened."""
+        ends = ((first, seed), (last, last_seed))
+        return tuple(None if end else self.draw(model, seed) for end, seed in ends)
+
     def explore(
-        model: str, first: str, last: str, steps: float, resize: bool
+        self, model: str, first: str, last: str, steps: float, resize: bool
     ) -> tuple[Any, str, str, str, str, list[str], str]:
         """Interpolate: one position, an animation, a strip, and images with exchanged levels."""
-        client, bundle = served.clients[model], served.bundles[model]
+        client, bundle = self.models.clients[model], self.models.bundles[model]
         a, b = (noise_of(data, client, bundle, resize) for data in (read(first), read(last)))
         frames = ask(client.sample_with, between(a, b, int(steps)))
         levels = ask(client.sample_with, exchanged(a, b))
@@ -130,17 +150,23 @@ def add_tab(shared: Shared) -> None:
             gr.Slider(maximum=len(frames) - 1, value=middle, interactive=True),
             paths[middle],
             write_file(animation(frames), "interpolation.webp"),
-            write_file(write_png(tile(frames, len(frames))), "strip.png"),
-            write_file(write_png(tile(levels, len(levels))), "levels.png"),
+            _strip(frames, "strip.png"),
+            _strip(levels, "levels.png"),
             paths,
             "",  # in place of EMPTY
         )
 
     def levels(
-        model: str, first: str, level: int, seed: float | None, resize: bool, explored: Runs
+        self,
+        model: str,
+        first: str,
+        level: int,
+        seed: float | None,
+        resize: bool,
+        explored: Runs,
     ) -> Any:
         """The first image from its coarsest levels alone, and with one level of other samples."""
-        client, bundle = served.clients[model], served.bundles[model]
+        client, bundle = self.models.clients[model], self.models.bundles[model]
         if level >= len(bundle.latent_shapes):
             raise gr.Error(
                 f"This model has no level {level}: it has {len(bundle.latent_shapes)} levels, and "
@@ -159,130 +185,95 @@ def add_tab(shared: Shared) -> None:
         varied = ask(client.sample_with, with_level(own, others, int(level)))
         if explored.chosen != chosen:  # the page shows other images meanwhile
             return gr.skip(), gr.skip()
-        return (
-            write_file(write_png(tile(coarse, len(coarse))), "coarse.png"),
-            write_file(write_png(tile(varied, len(varied))), "varied.png"),
-        )
+        return _strip(coarse, "coarse.png"), _strip(varied, "varied.png")
 
-    def frame_at(at: float | None, walk: list[str] | None) -> Any:
-        """The interpolated image at a place."""
-        if not walk:
-            raise gr.Error(
-                "The steps are no longer kept: the page keeps them for an hour. Press Explore."
-            )
-        return walk[int(at)] if at is not None and 0 <= at < len(walk) else gr.skip()
-
-    def first_ends(
-        model: str, first: str | None, last: str | None, seed: float, last_seed: float
-    ) -> Any:
-        """Samples for missing end points when the tab is opened."""
-        ends = ((first, seed), (last, last_seed))
-        return tuple(None if end else draw(model, seed) for end, seed in ends)
-
-    photographs = next(iter(shared.examples.values()))
-    ends = [shared.inbox.first, shared.inbox.last]
-    steps = slider(3, 16, value=STEPS, step=1, label="Steps", render=False)
-    with gr.Row():
+    def _lay_out_ends(self, context: TabContext) -> None:
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
-                for image in ends:
+                for image in self.ends:
                     image.height = 190
                     image.min_width = 130
                     image.render()
-            go = gr.Button("Explore", variant="primary")
-            seeds = []
+            self.go = gr.Button("Explore", variant="primary")
+            self.seeds = []
             # Closed, so that the result is near the top of a phone.
             with gr.Accordion("Choose other images", open=False), gr.Row():
-                for side, seed_value, image in zip(("From", "To"), (1, 2), ends, strict=True):
+                for side, value, image in zip(("From", "To"), (1, 2), self.ends, strict=True):
                     with gr.Column(min_width=130):
-                        examples(image, {f"{side}, for example": photographs}, min_width=120)
-                        seed = seed_input(seed_value, f"Seed ({side.lower()})", min_width=80)
+                        known_examples(context, image, f"{side}, for example", min_width=120)
+                        seed = seed_input(value, f"Seed ({side.lower()})", min_width=80)
                         button = gr.Button("Draw this seed", size="sm")
-                    button.click(draw, [model, seed], image, api_visibility="private")
-                    seeds.append(seed)
+                    button.click(self.draw, [context.model, seed], image, **PRIVATE)
+                    self.seeds.append(seed)
             with gr.Accordion("More settings", open=False):
-                steps.render()
-                resize = resize_input()
+                self.steps = slider(3, 16, value=STEPS, step=1, label="Steps")
+                self.resize = resize_input()
+
+    def _lay_out_steps(self) -> None:
         with gr.Column(scale=3, min_width=280, elem_classes="ade-outcome"):
             with gr.Row():
                 with gr.Column(min_width=200):
-                    frame = image_output("Interpolated image", height=220)
-                    place = gr.Slider(
+                    self.frame = image_output("Interpolated image", height=220)
+                    self.place = gr.Slider(
                         0, STEPS - 1, value=STEPS // 2, step=1, label="Position", interactive=False
                     )
                 with gr.Column(min_width=200):
-                    animated = image_output("Animation, forwards and backwards", height=220)
-            strip = image_strip("Interpolation, step by step")
-            gr.Markdown(
+                    self.animated = image_output("Animation, forwards and backwards", height=220)
+            self.strip = image_strip("Interpolation, step by step")
+            caption(
                 "From one image to the other through the model's latents. The first and the last "
-                "picture are reconstructions of the two images.",
-                elem_classes="ade-caption",
+                "picture are reconstructions of the two images."
             )
-            said = live(empty(EMPTY))
-    with gr.Accordion("What coarse and fine levels hold", open=False):
-        gr.Markdown(
-            "Each picture has the fine levels of the second image and more and more of the coarse "
-            "levels of the first: none, one, … all.",
-            elem_classes="ade-caption",
-        )
-        exchange = image_strip("Fine levels of the second, coarse levels of the first")
-    with gr.Accordion("The first image, level by level", open=False):
+            self.said = live(empty(EMPTY))
+
+    def _lay_out_levels(self) -> None:
+        choices = list(range(self.models.most_levels))
         with gr.Row():
-            level = gr.Radio(
-                list(range(served.most_levels)), value=0, label="Level to change, 0 is the coarsest"
-            )
-            variation = seed_input(1, "Seed of the other samples", min_width=80)
-            look = gr.Button("Show its levels", interactive=False)
-        coarse = image_strip("From its coarsest level alone, from two, … all levels")
-        varied = image_strip("The chosen level from other samples, all other levels its own")
-    walk = gr.State(time_to_live=KEPT_S)
-    drawn = [image_output("", visible=False) for _ in ends]
-    private: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    runs = run_on_new_image(
-        shared,
-        ends,
-        model,
-        explore,
-        [model, *ends, steps, resize],
-        {
-            place: gr.update(interactive=False),
-            frame: None,
-            animated: None,
+            self.level = gr.Radio(choices, value=0, label="Level to change, 0 is the coarsest")
+            self.variation = seed_input(1, "Seed of the other samples", min_width=80)
+            self.look = gr.Button("Show its levels", interactive=False)
+        self.coarse = image_strip("From its coarsest level alone, from two, … all levels")
+        self.varied = image_strip("The chosen level from other samples, all other levels its own")
+
+    def _listen(self, context: TabContext) -> None:
+        model, ends, strip = context.model, self.ends, self.strip
+        walk = gr.State(time_to_live=KEPT_S)
+        results: dict[Any, Any] = {
+            self.place: gr.update(interactive=False),
+            self.frame: None,
+            self.animated: None,
             strip: None,
-            exchange: None,
+            self.exchange: None,
             walk: None,
-            said: empty(EMPTY),
-        },
-        said,
-        go,
-        "explore",
-        others=[coarse, varied],
-        progress=[said, strip],
-    )
-    # Before, there may be no first image, or the exploration to come would empty its levels.
-    strip.change(
-        None,
-        strip,
-        look,
-        js="(strip) => ({ __type__: 'update', interactive: strip !== null })",
-        api_visibility="private",
-    )
-    looks = gr.State(Runs())
-    look.click(
-        latest_only(levels, 2),
-        [model, shared.inbox.first, level, variation, resize, runs, looks],
-        [coarse, varied],
-        api_name="levels",
-        show_progress_on=coarse,
-        trigger_mode="multiple",
-    )
-    # Only the browser fills empty inputs: an image may have arrived while samples were drawn.
-    shared.tab.select(first_ends, [model, *ends, *seeds], drawn, **private).success(
-        None,
-        [*ends, *drawn],
-        ends,
-        js="(first, last, a, b) => [first ?? a, last ?? b]",
-        api_visibility="private",
-    )
-    # Without Gradio's checks, which report an error for each value of a number that is being typed.
-    place.change(frame_at, [place, walk], frame, preprocess=False, **private)
+            self.said: empty(EMPTY),
+        }
+        runs = run_on_new_image(
+            context,
+            ends,
+            self.explore,
+            [model, *ends, self.steps, self.resize],
+            results,
+            self.said,
+            self.go,
+            "explore",
+            others=[self.coarse, self.varied],
+            progress=[self.said, strip],
+        )
+        # Before, there may be no first image, or the exploration to come would empty its levels.
+        js = "(strip) => ({ __type__: 'update', interactive: strip !== null })"
+        strip.change(None, strip, self.look, js=js, **PRIVATE)
+        self.look.click(
+            latest_only(self.levels, 2),
+            [model, ends[0], self.level, self.variation, self.resize, runs, gr.State(Runs())],
+            [self.coarse, self.varied],
+            api_name="levels",
+            show_progress_on=self.coarse,
+            trigger_mode="multiple",
+        )
+        # Only the browser fills empty inputs: an image may have arrived while samples were drawn.
+        drawn = [image_output("", visible=False) for _ in ends]
+        opened = context.tab.select(self.first_ends, [model, *ends, *self.seeds], drawn, **QUIET)
+        js = "(first, last, a, b) => [first ?? a, last ?? b]"
+        opened.success(None, [*ends, *drawn], ends, js=js, **PRIVATE)
+        # Without Gradio's checks, which report an error for each value of a number that is typed.
+        self.place.change(frame_at, [self.place, walk], self.frame, preprocess=False, **QUIET)

@@ -21,7 +21,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from ade_base.pictures.read import IMAGE_SUFFIXES, MAX_FILE_BYTES, is_image_name
-from serving.page.files import KEPT_S, UPLOADS, inbox
+from serving.page.files import KEPT_S, UPLOADS, RequestRefused, inbox
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -35,15 +35,6 @@ FILES_AT_ONCE = 1000  # as many as Gradio's frontend sends in a request
 HEADER_BYTES = 8192  # of the headers of a part
 STALL_S = 30.0  # without receiving a byte
 SLOWEST = 64 * 2**10  # bytes per second on average: a slow upload holds part of the quota
-
-
-class UploadRefused(Exception):
-    """An upload that the page refuses, with the status and the text of the answer."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 @dataclass
@@ -78,11 +69,11 @@ class Quota:
             A function to call before each of its files is created, which raises the same error.
 
         Raises:
-            UploadRefused: there is no room for it.
+            RequestRefused: there is no room for it.
         """
         self._expire()
         if size > CLIENT_BYTES:
-            raise UploadRefused(413, f"At most {CLIENT_BYTES >> 20} MiB at once.")
+            raise RequestRefused(413, f"At most {CLIENT_BYTES >> 20} MiB at once.")
         kept = self._clients.setdefault(client, _Kept())
         if kept.sending + size > CLIENT_BYTES:
             raise self._busy()
@@ -124,13 +115,13 @@ class Quota:
         kept.files |= {path: (path.stat().st_size, time.monotonic()) for path in files}
         self._files += len(files)
 
-    def _busy(self) -> UploadRefused:
-        return UploadRefused(
+    def _busy(self) -> RequestRefused:
+        return RequestRefused(
             429, "Other uploads of yours are still under way: try again when they are done."
         )
 
-    def _full(self) -> UploadRefused:
-        return UploadRefused(
+    def _full(self) -> RequestRefused:
+        return RequestRefused(
             503,
             f"The page holds as many uploads as it may; they are kept for {KEPT_S / 60:.0f} "
             "minutes: try again later.",
@@ -190,7 +181,7 @@ class _Receiver:
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > HEADER_BYTES:
-            raise UploadRefused(
+            raise RequestRefused(
                 400, f"The headers of a part may have at most {HEADER_BYTES} bytes."
             )
 
@@ -210,9 +201,9 @@ class _Receiver:
     def _open(self) -> None:
         options = parse_options_header(self._disposition)[1]
         if options.get(b"name") != b"files" or b"filename" not in options:
-            raise UploadRefused(400, 'Every part must be a file named "files".')
+            raise RequestRefused(400, 'Every part must be a file named "files".')
         if len(self.paths) == FILES_AT_ONCE:
-            raise UploadRefused(413, f"At most {FILES_AT_ONCE} files in a request.")
+            raise RequestRefused(413, f"At most {FILES_AT_ONCE} files in a request.")
         name = options[b"filename"].decode(errors="replace")
         path = self.folder / secrets.token_hex(16) / safe_name(name)
         self.paths.append(path)
@@ -225,7 +216,7 @@ class _Receiver:
     def _write(self, data: bytes, start: int, end: int) -> None:
         self._left -= end - start
         if self._left < 0:
-            raise UploadRefused(413, f"A file may have at most {MAX_FILE_BYTES >> 20} MiB.")
+            raise RequestRefused(413, f"A file may have at most {MAX_FILE_BYTES >> 20} MiB.")
         if self._file is not None:
             self._file.write(data[start:end])
 
@@ -271,7 +262,9 @@ async def receive(request: Request, quota: Quota) -> Response:
                 await _parse(request, receiver)
                 kept = [path for path in receiver.paths if path.exists()]
                 if not kept:
-                    raise UploadRefused(415, f"The page takes {', '.join(sorted(SUFFIXES))} files.")
+                    raise RequestRefused(
+                        415, f"The page takes {', '.join(sorted(SUFFIXES))} files."
+                    )
             except BaseException:
                 for path in receiver.paths:
                     shutil.rmtree(path.parent, ignore_errors=True)
@@ -279,7 +272,7 @@ async def receive(request: Request, quota: Quota) -> Response:
             finally:
                 receiver.close()
         quota.keep(client, kept)
-    except UploadRefused as error:
+    except RequestRefused as error:
         return PlainTextResponse(error.message, error.status)
     return JSONResponse([str(path) for path in receiver.paths])
 
@@ -287,14 +280,14 @@ async def receive(request: Request, quota: Quota) -> Response:
 def _length(request: Request) -> int:
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
-        raise UploadRefused(411, "An upload needs the header Content-Length.")
+        raise RequestRefused(411, "An upload needs the header Content-Length.")
     return int(length.lstrip("0") or "0")  # Python reads no more than 4,300 digits
 
 
 async def _parse(request: Request, receiver: _Receiver) -> None:
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise UploadRefused(400, "An upload must be multipart/form-data with a boundary.")
+        raise RequestRefused(400, "An upload must be multipart/form-data with a boundary.")
     stream = request.stream()
     try:
         parser = MultipartParser(options[b"boundary"], receiver.callbacks())
@@ -308,6 +301,6 @@ async def _parse(request: Request, receiver: _Receiver) -> None:
             came += len(chunk)
             parser.write(chunk)
     except FormParserError:
-        raise UploadRefused(400, "The upload's multipart body is damaged.") from None
+        raise RequestRefused(400, "The upload's multipart body is damaged.") from None
     except TimeoutError:
-        raise UploadRefused(408, "The upload came too slowly.") from None
+        raise RequestRefused(408, "The upload came too slowly.") from None
