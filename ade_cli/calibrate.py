@@ -18,6 +18,7 @@ from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_client.contract import DEFAULT
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.gate.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
+from export.gate.examples import COUNT
 from export.gate.images import readable
 from export.gate.split import choose_files, choose_rows
 from export.sketch import data_of_features
@@ -72,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
+        "--keep-examples",
+        action="store_true",
+        help=f"keep {COUNT} of the images, small, in the new bundle: its page shows them as "
+        "examples to everybody who can open it (default: keep none)",
+    )
+    parser.add_argument(
         "--features",
         type=given_path,
         metavar="MODEL.onnx",
@@ -125,7 +132,16 @@ def run(args: argparse.Namespace) -> None:
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     if args.into is None:
         made = calibrate_bundle(
-            args.bundle, target, fit, calibration, name, say, features, unseen, trained
+            args.bundle,
+            target,
+            fit,
+            calibration,
+            name,
+            say,
+            features,
+            unseen,
+            trained,
+            args.keep_examples,
         )
     else:
         made = calibrate_into(

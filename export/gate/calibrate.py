@@ -21,6 +21,7 @@ from ade_client.contract import DEFAULT
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
 from export.gate.density_fit import MIN_IMAGES
+from export.gate.examples import Examples
 from export.gate.images import Images, counting, prepared, usable
 from export.gate.network_checks import knows_classes, warn_if_seen
 from export.gate.pair import Parts, exact_calibration, resized_calibration
@@ -61,6 +62,7 @@ def calibrate_bundle(
     features: FeatureSource | None = None,
     unseen: Images = (),
     trained: Images = (),
+    keep_examples: bool = False,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -87,6 +89,8 @@ def calibrate_bundle(
             They reveal whether the network was trained on the others.
         trained: images that the model or that network was trained on, of which the others may hold
             copies: these are left out too.
+        keep_examples: keep a few of the images that calibrate in the bundle, small. Whoever can
+            open the bundle or its page sees them.
 
     Raises:
         BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
@@ -96,9 +100,14 @@ def calibrate_bundle(
     """
     check_out(out)
     bundle = verify_bundle(folder)
-    parts = _parts(bundle, fit, calibrate, trained, report)
+    examples = Examples(bundle.image_shape)
+    parts = _parts(bundle, fit, examples.passing(calibrate), trained, report)
     with new_folder(out, CalibrationError) as temporary:
         copy_bundle(bundle, temporary)
+        for name in bundle.examples:  # of the former calibration
+            (temporary / name).unlink()
+        if keep_examples:
+            report(f"kept {examples.write(temporary)} of these images, small, as examples")
         former = path_of(temporary, DEFAULT)
         if former.exists():  # it would take precedence over the new calibration
             former.unlink()
