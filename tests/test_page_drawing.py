@@ -16,87 +16,72 @@ from serving.engine.bundle import open_bundle
 from serving.engine.noise import NoiseStream, sample_key
 from serving.page.tab_about import PAPER
 from serving.page.tab_explore import VARIATIONS
-from tests.browsing import (
-    EXAMPLE,
-    button,
-    clear_files,
-    download,
-    drop,
-    give_files,
-    image_of,
-    number,
-    pixels,
-    remover,
-    show,
-    shown,
-    unfold,
-    wait_for,
-)
+from tests import browsing as ui
 from tests.helpers import PRETRAINED
 from tests.service import RunningService
 
 
 def cat() -> np.ndarray:
-    return np.asarray(Image.open(EXAMPLE).convert("RGB"))
+    return np.asarray(Image.open(ui.EXAMPLE).convert("RGB"))
 
 
 def test_sample(page: Page, tmp_path: Path) -> None:
     """The tab opens with samples, whose files say how to reproduce them; the npz has the same."""
-    panel = show(page, "Sample")
+    panel = ui.show(page, "Sample")
     samples = panel.locator(".ade-grid img").filter(visible=True)
     expect(samples).to_have_count(16)
-    third = image_of(samples.nth(2))
+    third = ui.image_of(samples.nth(2))
     text = {key: third.text[f"ade:{key}"] for key in ("seed", "index", "n")}
     assert third.format == "PNG" and text == {"seed": "7", "index": "2", "n": "1"}
-    unfold(panel, "More")
-    grid = Image.open(download(panel, "Download all (PNG)", tmp_path / "samples.png"))
+    ui.unfold(panel, "More")
+    grid = Image.open(ui.download(panel, "Download all (PNG)", tmp_path / "samples.png"))
     assert grid.size == (128, 128) and grid.info["ade:seed"] == "7"
-    with np.load(download(panel, "Download all (npz)", tmp_path / "samples.npz")) as arrays:
+    with np.load(ui.download(panel, "Download all (npz)", tmp_path / "samples.npz")) as arrays:
         images, seed, index = (arrays[name] for name in ("images", "seed", "index"))
     assert seed == "7" and index.tolist() == list(range(16))
     assert np.array_equal(images[2], third)
     assert np.array_equal(untile(np.asarray(grid), 16, (32, 32, 3)), images)
-    keep = button(panel, "Download it")
+    keep = ui.button(panel, "Download it")
     expect(keep).to_be_disabled()
     samples.nth(2).click()
     expect(keep).to_be_enabled()
-    chosen = Image.open(download(panel, "Download it", tmp_path / "chosen.png"))
+    chosen = Image.open(ui.download(panel, "Download it", tmp_path / "chosen.png"))
     assert chosen.info["ade:index"] == "2" and np.array_equal(chosen, third)
 
 
 def test_new_samples_and_history(page: Page) -> None:
     """Each click draws another seed; the field, the button beside it and the history repeat one."""
-    panel = show(page, "Sample")
+    panel = ui.show(page, "Sample")
     first = panel.locator(".ade-grid img").first
     seed = panel.get_by_label("Seed", exact=True)
     expect(first).to_be_visible()
-    before, seeds = pixels(first), []
+    before, seeds = ui.pixels(first), []
 
     def is_as_before() -> bool:
-        return np.array_equal(pixels(first), before)
+        return np.array_equal(ui.pixels(first), before)
 
     for _ in range(2):
         source = first.get_attribute("src") or ""
-        button(panel, "⚄ Draw new samples").click()
+        ui.button(panel, "⚄ Draw new samples").click()
         expect(first).not_to_have_attribute("src", source)
         seeds.append(seed.input_value())
         assert f"sample-{seeds[-1]}-0.png" in (first.get_attribute("src") or "")
     assert len({"7", *seeds}) == 3 and not is_as_before()
-    unfold(panel, "Earlier samples of this session")
+    ui.unfold(panel, "Earlier samples of this session")
     past = panel.locator(".ade-grid").nth(1)
     expect(past.locator("img")).to_have_count(3)
     past.locator("button:has(img)").nth(2).click()
     expect(seed).to_have_value("7")
-    wait_for(page, is_as_before)
+    ui.wait_for(page, is_as_before)
     expect(past.locator("img")).to_have_count(3)
     seed.fill(seeds[0])
-    button(panel, "Draw this seed").click()
-    expect(shown(panel, f"sample-{seeds[0]}-0.png").first).to_be_visible()
+    ui.button(panel, "Draw this seed").click()
+    expect(ui.shown(panel, f"sample-{seeds[0]}-0.png").first).to_be_visible()
     seed.fill("7")
     seed.press("Enter")
-    wait_for(page, is_as_before)
+    ui.wait_for(page, is_as_before)
     seed.fill("")  # an error is one message, and the samples stay
-    button(panel, "Draw this seed").click()
+    ui.button(panel, "Draw this seed").click()
     expect(page.get_by_text("The seed is empty")).to_have_count(1)
     expect(first).to_be_visible()
     seed.fill("7")
@@ -104,87 +89,87 @@ def test_new_samples_and_history(page: Page) -> None:
 
 def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
     """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
-    panel = show(page, "Sample")
+    panel = ui.show(page, "Sample")
     chosen = panel.locator(".ade-grid button:has(img)").nth(5)
-    sample = pixels(chosen.locator("img"))
+    sample = ui.pixels(chosen.locator("img"))
     for name in ("Explore from it", "Explore to it"):
-        show(page, "Sample")
-        unfold(panel, "More")
+        ui.show(page, "Sample")
+        ui.unfold(panel, "More")
         chosen.focus()
         page.keyboard.press("Enter")
-        expect(button(panel, name)).to_be_enabled()
-        button(panel, name).focus()
+        expect(ui.button(panel, name)).to_be_enabled()
+        ui.button(panel, name).focus()
         page.keyboard.press("Enter")
         expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
-    expect(shown(panel, "sample-7-5")).to_have_count(2)
-    strip = shown(panel, "strip.png")
+    expect(ui.shown(panel, "sample-7-5")).to_have_count(2)
+    strip = ui.shown(panel, "strip.png")
 
     def is_of_the_sample() -> bool:
-        ends = pixels(strip) if strip.count() else np.zeros((32, 64, 3))
+        ends = ui.pixels(strip) if strip.count() else np.zeros((32, 64, 3))
         return np.array_equal(ends[:, :32], sample) and np.array_equal(ends[:, -32:], sample)
 
-    wait_for(page, is_of_the_sample)
+    ui.wait_for(page, is_of_the_sample)
     for _ in range(2):
-        remover(panel).click()
+        ui.remover(panel).click()
 
 
 def test_reconstruct(page: Page) -> None:
-    panel = show(page, "Reconstruct")
-    go = button(panel, "Reconstruct")
+    panel = ui.show(page, "Reconstruct")
+    go = ui.button(panel, "Reconstruct")
     expect(go).to_be_disabled()
-    drop(panel, EXAMPLE)
+    ui.drop(panel, ui.EXAMPLE)
     expect(panel.get_by_text("root mean square")).to_be_visible()
     for name in ("input.png", "reconstruction.png", "strip.png"):
-        expect(shown(panel, name).first).to_be_visible()
-    strip = pixels(shown(panel, "strip.png"))
+        expect(ui.shown(panel, name).first).to_be_visible()
+    strip = ui.pixels(ui.shown(panel, "strip.png"))
     assert strip.shape == (32, 4 * 32, 3) and np.array_equal(strip[:, -32:], cat())
-    unfold(panel, "Technical details")
+    ui.unfold(panel, "Technical details")
     expect(panel.locator("svg[aria-label^='bits by latent level: level 0']")).to_be_visible()
 
     def decibels() -> float:
         return float((panel.get_by_text("PSNR").text_content() or "").split()[1])
 
     before = decibels()
-    number(panel, "Latent levels kept").fill("1")
+    ui.number(panel, "Latent levels kept").fill("1")
     go.click()
-    wait_for(page, lambda: decibels() < before - 0.5)
+    ui.wait_for(page, lambda: decibels() < before - 0.5)
 
 
 def test_explore(page: Page) -> None:
-    panel = show(page, "Explore")
-    go, strip = button(panel, "Explore"), shown(panel, "strip.png")
-    expect(shown(panel, "seed-")).to_have_count(2)
+    panel = ui.show(page, "Explore")
+    go, strip = ui.button(panel, "Explore"), ui.shown(panel, "strip.png")
+    expect(ui.shown(panel, "seed-")).to_have_count(2)
     expect(strip).to_be_visible()
     for _ in range(2):
-        remover(panel).click()
+        ui.remover(panel).click()
     expect(strip).to_have_count(0)
     expect(panel.get_by_text("The interpolation appears here")).to_be_visible()
-    unfold(panel, "Choose other images")
+    ui.unfold(panel, "Choose other images")
     for i in range(2):
         expect(go).to_be_disabled()
         panel.get_by_role("button", name="Draw this seed").nth(i).click()
     expect(go).to_be_enabled()
     expect(strip).to_be_visible()
-    expect(shown(panel, "step-4.png")).to_be_visible()
-    unfold(panel, "What coarse and fine levels hold")
-    expect(shown(panel, "levels.png")).to_be_visible()
-    steps = pixels(strip)
+    expect(ui.shown(panel, "step-4.png")).to_be_visible()
+    ui.unfold(panel, "What coarse and fine levels hold")
+    expect(ui.shown(panel, "levels.png")).to_be_visible()
+    steps = ui.pixels(strip)
     assert steps.shape == (32, 9 * 32, 3) and len(np.unique(steps)) > 50
-    number(panel, "Position").fill("8")
-    number(panel, "Position").press("Tab")
-    expect(shown(panel, "step-8.png")).to_be_visible()
-    assert np.array_equal(steps[:, -32:], pixels(shown(panel, "seed-2.png")))
-    assert image_of(shown(panel, "interpolation.webp")).n_frames == 16
+    ui.number(panel, "Position").fill("8")
+    ui.number(panel, "Position").press("Tab")
+    expect(ui.shown(panel, "step-8.png")).to_be_visible()
+    assert np.array_equal(steps[:, -32:], ui.pixels(ui.shown(panel, "seed-2.png")))
+    assert ui.image_of(ui.shown(panel, "interpolation.webp")).n_frames == 16
 
 
 def test_levels(page: Page, service: RunningService) -> None:
-    panel = show(page, "Explore")
-    unfold(panel, "The first image, level by level")
+    panel = ui.show(page, "Explore")
+    ui.unfold(panel, "The first image, level by level")
     panel.get_by_role("radio", name="2", exact=True).check()
-    button(panel, "Show its levels").click()
-    expect(shown(panel, "varied.png")).to_be_visible()
+    ui.button(panel, "Show its levels").click()
+    expect(ui.shown(panel, "varied.png")).to_be_visible()
     first, coarse, varied = (
-        pixels(shown(panel, name)) for name in ("seed-1", "coarse.png", "varied.png")
+        ui.pixels(ui.shown(panel, name)) for name in ("seed-1", "coarse.png", "varied.png")
     )
     pieces = coarse.reshape(32, 3, 32, 3).swapaxes(0, 1)
     assert np.array_equal(pieces[2], first)
@@ -217,26 +202,26 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
         for key, value in (edited.info | ({"ade:model": model} if model else {})).items():
             text.add_text(str(key), value)
         edited.save(tmp_path / f"{name}.png", pnginfo=text)
-    panel = show(page, "Sample")
-    unfold(panel, "Reproduce: how was this PNG made?")
+    panel = ui.show(page, "Sample")
+    ui.unfold(panel, "Reproduce: how was this PNG made?")
     for path, words in (
         (tmp_path / "made.png", "The same picture, pixel for pixel"),
         (tmp_path / "edited.png", "the picture was changed"),
         (tmp_path / "unknown.png", "it was made by an unknown model"),
-        (EXAMPLE, "does not say how it was made"),
+        (ui.EXAMPLE, "does not say how it was made"),
     ):
         if panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).count():
-            clear_files(panel)
-        give_files(panel, path)
-        button(panel, "Make it again").click()
+            ui.clear_files(panel)
+        ui.give_files(panel, path)
+        ui.button(panel, "Make it again").click()
         expect(page.get_by_text(words).first).to_be_visible()
-        if path != EXAMPLE:  # of which there is a message
+        if path != ui.EXAMPLE:  # of which there is a message
             expect(panel.locator("[aria-live]").filter(has_text=words)).to_have_count(1)
 
 
 def test_about(page: Page, service: RunningService) -> None:
     """A card with figures and samples, and the API's reference, folded."""
-    panel = show(page, "About")
+    panel = ui.show(page, "About")
     about = open_bundle(PRETRAINED).manifest
     for words in (
         f"{about['evaluation']['elbo']['bpd']:.3f}",

@@ -14,82 +14,64 @@ from playwright.sync_api import Locator, Page, expect
 
 from serving.page.models import NOT_AN_IMAGE
 from serving.page.tab_score import REASONS
-from tests.browsing import (
-    EXAMPLE,
-    FROG,
-    button,
-    clear_files,
-    download,
-    drop,
-    empty_score,
-    examples,
-    expect_verdict,
-    give_files,
-    number,
-    pixels,
-    remover,
-    show,
-    shown,
-    toast,
-    unfold,
-)
+from tests import browsing as ui
 
 
 def cat() -> np.ndarray:
-    return np.asarray(Image.open(EXAMPLE).convert("RGB"))
+    return np.asarray(Image.open(ui.EXAMPLE).convert("RGB"))
 
 
 def test_score(page: Page, tmp_path: Path) -> None:
     """A new image is scored without a click: decision, place, map of its pixels, reasons."""
-    panel = show(page, "Score")
-    drop(panel, EXAMPLE)
-    expect_verdict(panel, "Accepted")
+    panel = ui.show(page, "Score")
+    ui.drop(panel, ui.EXAMPLE)
+    ui.expect_verdict(panel, "Accepted")
     expect(panel.get_by_text("For an in-distribution image, about 0.6 would be")).to_be_visible()
     place = panel.get_by_role("img", name="calibration images by how unusual they are")
     expect(place).to_have_accessible_name(re.compile("; this image is within the level of rej"))
     expect(panel.locator("[aria-live]").filter(has=page.locator(".ade-verdict"))).to_have_count(1)
-    under = pixels(shown(panel, "image.png"))
-    assert pixels(shown(panel, "map.png")).shape[:2] == under.shape[:2] == (256, 256)
+    under = ui.pixels(ui.shown(panel, "image.png"))
+    assert ui.pixels(ui.shown(panel, "map.png")).shape[:2] == under.shape[:2] == (256, 256)
     assert np.array_equal(under[::8, ::8], cat())
-    unfold(panel, "Technical details")
+    ui.unfold(panel, "Technical details")
     expect(panel.locator("svg[aria-label^='parts of the score']")).to_be_visible()
     expect(panel.get_by_role("table").get_by_role("row")).to_have_count(1 + REASONS)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    drop(panel, tmp_path / "noise.png")
-    expect_verdict(panel, "Rejected")
+    ui.drop(panel, tmp_path / "noise.png")
+    ui.expect_verdict(panel, "Rejected")
     expect(place).to_have_accessible_name(re.compile("; this image is beyond the level of rej"))
 
 
 def test_a_resized_image_has_no_map_of_its_pixels(page: Page) -> None:
     """The map would show the resizing. The image is shown as the model sees it."""
-    panel = empty_score(page)
-    expect(examples(panel)).to_have_count(12)
-    examples(panel).nth(6).click()
-    expect_verdict(panel, "Rejected")
+    panel = ui.empty_score(page)
+    expect(ui.examples(panel)).to_have_count(12)
+    ui.examples(panel).nth(6).click()
+    ui.expect_verdict(panel, "Rejected")
     expect(panel.get_by_text("resized from 360 x 240")).to_be_visible()
-    expect(shown(panel, "seen.png")).to_have_count(1)
-    expect(shown(panel, "map.png")).to_have_count(0)
-    examples(panel).nth(0).click()
-    expect_verdict(panel, "Accepted")
-    expect(shown(panel, "map.png")).to_have_count(1)
-    expect(shown(panel, "seen.png")).to_have_count(0)
+    expect(ui.shown(panel, "seen.png")).to_have_count(1)
+    expect(ui.shown(panel, "map.png")).to_have_count(0)
+    ui.examples(panel).nth(0).click()
+    ui.expect_verdict(panel, "Accepted")
+    expect(ui.shown(panel, "map.png")).to_have_count(1)
+    expect(ui.shown(panel, "seen.png")).to_have_count(0)
 
 
 def test_another_alpha_is_another_verdict_of_the_same_score(page: Page) -> None:
-    panel = empty_score(page)
-    drop(panel, FROG)
-    expect_verdict(panel, "Accepted")
-    number(panel, "False-alarm rate (alpha)").fill("0.1")
-    expect_verdict(panel, "Rejected", "10 %")
+    panel = ui.empty_score(page)
+    ui.drop(panel, ui.FROG)
+    ui.expect_verdict(panel, "Accepted")
+    ui.number(panel, "False-alarm rate (alpha)").fill("0.1")
+    ui.expect_verdict(panel, "Rejected", "10 %")
     expect(panel.get_by_text("rejected at 10 %")).to_be_visible()
-    number(panel, "False-alarm rate (alpha)").fill("0.01")
+    ui.number(panel, "False-alarm rate (alpha)").fill("0.01")
 
 
 def test_what_if(page: Page) -> None:
     """Moves the level by keyboard alone; what it would mean for a day follows."""
-    panel = show(page, "Score")
-    unfold(panel, "What if: alarms per day")
+    panel = ui.show(page, "Score")
+    ui.unfold(panel, "What if: alarms per day")
     outlook = panel.locator("[aria-live=polite]").filter(has_text="per day").filter(visible=True)
     panel.get_by_label("Images per day").fill("10000")
     level = panel.get_by_role("slider", name="False-alarm rate").first
@@ -116,12 +98,12 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
         for i in range(4):
             archive.write(tmp_path / f"{i}.png", f"inside/{i}.png")
         archive.writestr("notes.txt", "no image")
-    panel = show(page, "Score many")
-    button(panel, "Score all").click()
+    panel = ui.show(page, "Score many")
+    ui.button(panel, "Score all").click()
     expect(page.get_by_text("There are no files yet").first).to_be_visible()
     names = [*(f"{i}.png" for i in range(8)), "broken.png", "more.zip"]
-    give_files(panel, *(tmp_path / name for name in names))
-    button(panel, "Score all").click()
+    ui.give_files(panel, *(tmp_path / name for name in names))
+    ui.button(panel, "Score all").click()
     heading = panel.get_by_role("heading", name="2 of 12 images rejected")
     expect(heading).to_be_visible()
     for words in (
@@ -131,14 +113,14 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     ):
         expect(panel.get_by_text(words)).to_be_visible()
     check_table(panel)
-    with open(download(panel, "Download CSV", tmp_path / "scores.csv"), newline="") as file:
+    with open(ui.download(panel, "Download CSV", tmp_path / "scores.csv"), newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     rejected = {name for name, row in rows.items() if row["decision"] == "reject"}
     assert len(rows) == 13 and rejected == {"6.png", "7.png"}
     broken = rows["broken.png"]
     assert (broken["error"], broken["notes"]) == ("not_an_image", NOT_AN_IMAGE)
     assert rows["inside/0.png"]["bpd"] == rows["0.png"]["bpd"]
-    clear_files(panel)
+    ui.clear_files(panel)
     expect(panel.get_by_text("Verdicts appear here")).to_be_visible()
     expect(heading).to_have_count(0)
 
@@ -176,30 +158,30 @@ def test_a_long_table_shows_a_part(page: Page, tmp_path: Path, real_images: np.n
             out = io.BytesIO()
             Image.fromarray(real_images[i]).save(out, "PNG")
             archive.writestr(f"{i}.png", out.getvalue())
-    panel = show(page, "Score many")
-    give_files(panel, tmp_path / "many.zip")
-    button(panel, "Score all").click()
+    panel = ui.show(page, "Score many")
+    ui.give_files(panel, tmp_path / "many.zip")
+    ui.button(panel, "Score all").click()
     rows = panel.locator(".ade-results tbody tr")
     expect(rows).to_have_count(50)
     expect(panel.get_by_text("Showing the first 50 of 60 files")).to_be_visible()
-    button(panel, "Show more").click()
+    ui.button(panel, "Show more").click()
     expect(rows).to_have_count(60)
-    clear_files(panel)
+    ui.clear_files(panel)
 
 
 def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
     Image.new("RGB", (100, 80)).save(tmp_path / "large.png")
-    panel = empty_score(page)
-    go, resize = button(panel, "Score"), panel.get_by_label("Resize other sizes to fit")
+    panel = ui.empty_score(page)
+    go, resize = ui.button(panel, "Score"), panel.get_by_label("Resize other sizes to fit")
     expect(go).to_be_disabled()
     resize.uncheck()
-    drop(panel, tmp_path / "large.png")
-    message = toast(page).get_by_text("must be 32 x 32 pixels, got 100 x 80")
+    ui.drop(panel, tmp_path / "large.png")
+    message = ui.toast(page).get_by_text("must be 32 x 32 pixels, got 100 x 80")
     expect(message).to_have_count(1)
     page.get_by_test_id("toast-close").click()
     expect(message).to_have_count(0)
     go.click()
     expect(message).to_have_count(1)
-    remover(panel).click()
+    ui.remover(panel).click()
     expect(go).to_be_disabled()
     resize.check()
