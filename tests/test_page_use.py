@@ -138,9 +138,11 @@ def test_a_refused_event_leaves_no_former_results(page: Page) -> None:
     ui.give_files(panel, ui.EXAMPLE)  # the shared page must know again which files are chosen
     expect(panel.get_by_text("Verdicts appear here")).to_be_visible()
     ui.clear_files(panel)
+    ui.show(page, "Score")
+    page.wait_for_timeout(1000)
     refused = {"status": 401, "json": {"detail": LOGGED_OUT}}
     page.route(re.compile("queue/join|run/predict"), lambda route: route.fulfill(**refused))
-    ui.examples(ui.show(page, "Score")).last.click()
+    ui.examples(panel).last.click()
     expect(ui.toast(page).get_by_text(LOGGED_OUT)).to_have_count(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -228,29 +229,29 @@ def examples(context: TabContext, image: gr.Image) -> None:
     with gr.Row(elem_classes="ade-examples"):
         known_examples(context, image)
         with gr.Column(min_width=280):
-            drawn = _dataset("Drawings, text, noise", drawings)
-            _fill_on_click(drawn, lambda i: drawings[i], [drawn], image)
+            _fill_on_click(_dataset("Drawings, text, noise", drawings), drawings, image)
 
 
 def known_examples(
     context: TabContext, image: gr.Image, label: str | None = None, min_width: int = 280
 ) -> None:
     """Lay out images that the gate of the chosen model knows, if there are any."""
-    known, model = context.examples.known, context.model
-    if not any(files for _, files in known.values()):
+    known = {model: of for model, of in context.examples.known.items() if of[1]}
+    if not known:
         return
-
-    def dataset(model: str) -> gr.Dataset:
-        name, files = known[model]
-        return _dataset(label or name, files, visible=bool(files))
-
+    shown = {}
     with gr.Column(min_width=min_width):
-        shown = dataset(context.models.first)
-    _fill_on_click(shown, lambda i, model: known[model][1][i], [shown, model], image)
-    if len(known) > 1:
-        model.change(
-            dataset, model, shown, show_progress="hidden", queue=False, api_visibility="private"
-        )
+        for model, (name, files) in known.items():
+            is_first = model == context.models.first
+            shown[model] = one = _dataset(label or name, files, visible=is_first)
+            _fill_on_click(one, files, image)
+    # In the browser alone. A single value is given by itself.
+    js = f"""(model) => {{
+      const update = (name) => ({{ __type__: "update", visible: name === model }});
+      const all = {json.dumps(list(shown))}.map(update);
+      return all.length > 1 ? all : all[0];
+    }}"""
+    context.model.change(None, context.model, list(shown.values()), js=js, api_visibility="private")
 
 
 def _dataset(label: str, files: list[str], visible: bool = True) -> gr.Dataset:
@@ -258,17 +259,17 @@ def _dataset(label: str, files: list[str], visible: bool = True) -> gr.Dataset:
         components=[gr.Image(type="filepath", format="png", render=False)],
         samples=[[path] for path in files],
         type="index",
-        samples_per_page=max(1, len(files)),
+        samples_per_page=len(files),
         label=label,
         visible=visible,
     )
 
 
-def _fill_on_click(dataset: gr.Dataset, path_of: Any, inputs: list[Any], image: gr.Image) -> None:
+def _fill_on_click(dataset: gr.Dataset, files: list[str], image: gr.Image) -> None:
     # Not gr.Examples, which replaces the image input by one without our preprocess.
     dataset.click(
-        path_of,
-        inputs,
+        lambda i: files[i],
+        dataset,
         image,
         show_progress="hidden",
         # By default Gradio drops a click while an earlier one is unanswered.
