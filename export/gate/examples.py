@@ -16,7 +16,7 @@ from export.gate.images import Images
 from serving.engine.bundle import EXAMPLE_NAME
 from serving.ingest.requests import InputImage
 
-COUNT = 8
+COUNT = 6  # a row of the page, also on a phone
 CANDIDATES = 2 * COUNT  # some may not be readable
 SCALE = 4  # an example has at most this many times the model's height and width
 

@@ -90,7 +90,8 @@ class Examples:
     """
 
     def __init__(self, models: Models) -> None:
-        photographs = (PHOTOGRAPHS, [(one.name, one.read_bytes()) for one in EXAMPLES])
+        few = EXAMPLES[: len(DRAWINGS)]
+        photographs = (PHOTOGRAPHS, [(one.name, one.read_bytes()) for one in few])
         kept = {
             name: (OWN, [(one, bundle.file(one).read_bytes()) for one in bundle.examples])
             for name, bundle in models.bundles.items()
@@ -99,7 +100,7 @@ class Examples:
         for name, (label, images) in kept.items():
             if not images and models.calibration_data(name) == EXAMPLES_OF:
                 label, images = photographs
-            self.known[name] = (label, _written(images[: len(DRAWINGS)]))
+            self.known[name] = (label, _written(images))
         self.drawings = _written([(f"{name}.png", draw(name)) for name in DRAWINGS])
 
 
