@@ -64,7 +64,6 @@ from serving.verdict.store import write_calibrations
 from tests.helpers import (
     PRETRAINED,
     ROOT,
-    check_metrics,
     npy,
     suspended,
     wait_for,
@@ -662,11 +661,6 @@ def test_metrics(app: RunningApplication) -> None:
         for name in ("ade_answer_seconds_total", "ade_queue_seconds_total")
     )
     assert whole > queued > 0
-
-
-def test_promtool_accepts_the_metrics(app: RunningApplication) -> None:
-    assert app.post("score").status_code == 200
-    check_metrics(httpx.get(app.metrics).text)
 
 
 def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:

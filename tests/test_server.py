@@ -42,7 +42,6 @@ from tests.helpers import (
     PRETRAINED,
     ROOT,
     b64,
-    check_metrics,
     encode,
     large_data,
     make_model,
@@ -233,11 +232,6 @@ def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
     assert 'ts_inference_requests_total{model_name="score"' in text
-
-
-def test_promtool_accepts_the_metrics(service: RunningService) -> None:
-    assert post(service, "score", EXAMPLE.read_bytes()).status_code == 200
-    check_metrics(httpx.get(f"{service.metrics}/metrics").text)
 
 
 def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
