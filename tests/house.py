@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import io
 import json
 import tokenize
@@ -258,7 +259,9 @@ def count(entries: dict[str, Any]) -> int:
 
 def write_record() -> None:
     """Write what there is today, and print how the numbers changed."""
-    before, now = read_record() if RECORD.exists() else {}, measure()
+    before, now = {}, measure()
+    with contextlib.suppress(FileNotFoundError, ValueError):  # such as that of a merge
+        before = read_record()
     for name, lines in now["lines"].items():
         print(f"{name}: {lines:,} lines of code")
         now["lines"][name] = -(-lines // STEP) * STEP
