@@ -81,7 +81,6 @@ MAY_IMPORT = {
 # Modules that are not in their room yet. A line goes when its module has moved.
 MOVES = {
     "serving.engine": "serving.verdict.store",
-    "serving.ingest": "handlers.front.forms handlers.service.forms",
     "handlers.front": (
         "handlers.limits handlers.service.metrics handlers.torchserve.exposition "
         "handlers.torchserve.reporter serving.api.pipelining"

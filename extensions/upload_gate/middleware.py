@@ -22,7 +22,7 @@ from ade_client.contract import DEFAULT, MAX_IMAGES
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
 from serving.gate import Decision, Gate, TookTooLong
 from serving.ingest.errors import ApiError, malformed, unusable
-from serving.ingest.forms import check_charset, multipart_names
+from serving.ingest.forms import check_charset, multipart
 from serving.ingest.requests import MAX_BODY_BYTES, MULTIPART, pixels_to_resize
 from serving.verdict.store import UnknownCalibration
 
@@ -272,7 +272,7 @@ async def _images(
         return [body]
     if kind == MULTIPART:
         check_charset(types[0])
-        multipart_names(types[0], body)
+        multipart(types[0], body)
         try:
             async with request.form(max_files=MAX_IMAGES) as form:
                 fields = form.multi_items()

@@ -27,7 +27,6 @@ from handlers.front.admission import (
     read_body,
     unless_gone,
 )
-from handlers.front.forms import checked_type
 from handlers.limits import LARGE_BYTES
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.ingest.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
@@ -47,7 +46,7 @@ class Request:
         method: ``GET`` for a ``HEAD`` request.
         path: without the query.
         headers: by their names in lower case; of several with one name the first.
-        content_type: of the body; empty if there is none, or it is not the body's.
+        content_type: of the body, as sent; empty if there is none.
         body: the complete body.
         is_probe: whether it is a health check, which is not counted as traffic.
         arrived: when it was complete, by ``time.perf_counter``; it may then wait for its turn.
@@ -91,7 +90,6 @@ class Endpoint:
         model: that computes the answer, ``NAME@HASH``; empty if none does.
         lane: bounds the number of its requests, if given.
         large_lane: bounds, before that, the number of those with a large body, if given.
-        takes_forms: whether the body may be a form, which is checked before.
         route: returns the endpoint that answers a request, if that is not this one.
         hold: entered while the endpoint has a request, of which there may be several.
         can_cancel: whether cancelling ``answer`` spares work. It is cancelled if the client leaves.
@@ -102,7 +100,6 @@ class Endpoint:
     model: str = ""
     lane: Lane | None = None
     large_lane: Lane | None = None
-    takes_forms: bool = False
     route: Callable[[Request], Endpoint] | None = None
     hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     can_cancel: bool = False
@@ -241,8 +238,8 @@ class Front:
         """The request of an endpoint.
 
         Raises:
-            ApiError: 400, there are parameters in the query string, which engines ignore, or the
-                body is a form that the engine would not read as it is; 415, it is compressed.
+            ApiError: 400, there are parameters in the query string, which engines ignore; 415, the
+                body is compressed.
         """
         is_probe = any(
             hmac.compare_digest(value.encode(), self._probe_secret)
@@ -266,8 +263,6 @@ class Front:
                 "unsupported_encoding",
                 f"bodies must not be compressed, got Content-Encoding: {show(coding)}",
             )
-        if endpoint.takes_forms:
-            content_type = checked_type(content_type, body)
         return Request(method, scope["path"], headers, content_type, body, is_probe)
 
 

@@ -22,7 +22,6 @@ from ade_base.ports import LOOPBACK
 from handlers.front.admission import Limits, Memory
 from handlers.front.connections import BoundedProtocol
 from handlers.front.exposition import only_metrics
-from handlers.front.forms import quieten_parser
 from handlers.front.front import SLICE_BYTES, Endpoint, Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
@@ -129,7 +128,6 @@ def run_on(
 ) -> None:
     """The same on open sockets."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    quieten_parser()
     # uvicorn raises the signal again after it has stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

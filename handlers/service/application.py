@@ -124,7 +124,6 @@ class Application:
                 INFERRING,
                 model.identity,
                 Lane(limits, model.num_workers),
-                takes_forms=True,
                 can_cancel=True,
             )
             for model in models

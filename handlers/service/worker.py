@@ -5,26 +5,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.front.forms import quieten_parser
 from handlers.launch.options import ServingOptions
 from handlers.service import v2, wire
-from handlers.service.forms import raw_request
+from serving.api.guard import error_answer
 from serving.api.journal import Journal
 from serving.api.responses import Response
 from serving.api.service import Service
 from serving.engine.bundle import Bundle, BundleError
 from serving.engine.engine import InferenceEngine
 from serving.ingest.errors import ApiError, internal_error
+from serving.ingest.forms import quieten_parser, raw_request
 from serving.ingest.requests import RawRequest
 
 logger = logging.getLogger(__name__)
@@ -139,13 +140,22 @@ def _read(service: Service, model: str, about: dict[str, Any], body: bytes) -> R
         operation, bundle = service.operation.name, service.engine.bundle
         return v2.parse(model, operation, bundle, body, length, probe, id)
     except Exception as error:  # one request must not take its batch along
+        translate: Callable[[Response], Response] | None = None
+        if length is not None:
+            translate = functools.partial(v2.respond, None)
+        elif isinstance(error, ApiError):
+            translate = functools.partial(_refused, error)
         if not isinstance(error, ApiError):
             logger.exception("request %s failed", id)
             error = internal_error()
-        translate = None if length is None else functools.partial(v2.respond, None)
         return RawRequest(
             about["content_type"], None, probe=probe, id=id, error=error, translate=translate
         )
+
+
+def _refused(error: ApiError, answer: Response) -> Response:
+    """The answer to a body that is not read, with the same bytes as the front's own refusals."""
+    return dataclasses.replace(answer, body=error_answer(error)[1])
 
 
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from ts.metrics import caching_metric
 
-from handlers.front.forms import quieten_parser
 from handlers.service.worker import answer_batch
 from handlers.torchserve import wire
 from handlers.torchserve.reporter import Reporter, worker_name
@@ -25,6 +24,7 @@ from serving.api.responses import error_response
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.ingest.errors import overloaded, stopping
+from serving.ingest.forms import quieten_parser
 
 EXIT_DELAY_S = 0.2  # time to send the answers
 

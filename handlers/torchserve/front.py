@@ -99,7 +99,6 @@ class ModelServer:
                 identities[name],
                 Lane(limits, workers),
                 _large_lane(limits, workers),
-                takes_forms=True,
             )
             for name, workers in models.items()
         }

@@ -11,8 +11,8 @@ import logging
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from handlers.front.forms import quieten_parser
 from serving.api.journal import MAX_BYTES, OLD_FILES
+from serving.ingest.forms import quieten_parser
 
 
 def open_log(folder: str, name: str) -> Path:
