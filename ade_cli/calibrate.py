@@ -23,7 +23,7 @@ from export.gate.images import readable
 from export.gate.split import choose_files, choose_rows
 from export.sketch import data_of_features
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
@@ -187,7 +187,7 @@ def _data_of(features: FeatureSource | None, bundle: Bundle) -> Mapping[str, Any
 
 def _images(
     args: argparse.Namespace, bundle: Bundle, features: Mapping[str, Any] | None
-) -> tuple[list[Iterator[bytes | np.ndarray | InputImage]], str]:
+) -> tuple[list[Iterator[bytes | np.ndarray | Picture]], str]:
     """Images to fit to, to calibrate on, unseen ones and training images; the data's name."""
     if args.data in NAMES or not Path(args.data).is_dir():
         dataset = dataset_of(args, None, bundle.image_shape[0])

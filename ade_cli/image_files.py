@@ -21,7 +21,7 @@ from ade_client.contract import MAX_SEED
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import prepare_source
+from serving.ingest.picture import prepare_source
 
 NONE_USABLE = "no image could be used"
 

@@ -29,7 +29,7 @@ from fitting.report import (
 from fitting.survey import Survey, size_of
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.engine import InferenceEngine, Score
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
@@ -100,7 +100,7 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
 def _tested(dataset: Dataset, rows: Sequence[int], calibrations: Calibrations) -> list[int]:
     """The first rows of test images that are not copies of those that made a calibration."""
     pixels = dataset.parts["test"].images
-    images = ((str(row), InputImage(pixels[row], [])) for row in rows)
+    images = ((str(row), Picture(pixels[row], [])) for row in rows)
     unknown = others("test", images, digests_of(calibrations), lambda line: None)
     return [int(row) for row, _ in islice(unknown, TEST_IMAGES)]
 
@@ -145,7 +145,7 @@ def _encoder_findings(
 
 def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
     """Shares of corrupted held-out images that the verdict rejects."""
-    images = [InputImage(its, []) for its in pixels]
+    images = [Picture(its, []) for its in pixels]
     return [
         Caught(
             name,

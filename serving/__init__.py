@@ -4,7 +4,7 @@ Needs only a bundle and works on NumPy arrays. Does not import the model's or th
 
 The way of an image to its score::
 
-    bytes -> pixels        serving.ingest.requests, ade_base.pictures.read
+    bytes -> pixels        serving.ingest: forms, requests, picture
     pixels -> noise        serving.engine.noise, a function of the pixels
     both -> parts          serving.engine.engine, by the bundle's graph "score", whose inputs and
                            outputs serving.engine.signatures lists: x -> flow -> y -> encoder -> z

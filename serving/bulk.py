@@ -39,7 +39,7 @@ from serving.api.score_table import columns, failed_row, scored_row
 from serving.engine.bundle import Bundle, BundleError, open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import InputImage, prepare_source
+from serving.ingest.picture import Picture, prepare_source
 from serving.verdict.calibration import CalibrationError
 
 FORMATS = (".csv", ".jsonl", ".parquet")
@@ -152,7 +152,7 @@ class FileScorer:
             BulkError: files cannot be read at present, so that errors would not be theirs.
         """
         images = self._read_all(paths)
-        usable = [image for image in images if isinstance(image, InputImage)]
+        usable = [image for image in images if isinstance(image, Picture)]
         scores = iter(
             self._engine.score(
                 np.stack([image.pixels for image in usable]),
@@ -164,11 +164,11 @@ class FileScorer:
             else []
         )
         return [
-            self._row(path, image, next(scores) if isinstance(image, InputImage) else None)
+            self._row(path, image, next(scores) if isinstance(image, Picture) else None)
             for path, image in zip(paths, images, strict=True)
         ]
 
-    def _read_all(self, paths: list[str]) -> list[InputImage | ApiError]:
+    def _read_all(self, paths: list[str]) -> list[Picture | ApiError]:
         """Read files, and those again whose errors may pass.
 
         Rows are final. A file that cannot be read has an error of its own only if another one can
@@ -224,13 +224,13 @@ class FileScorer:
 
     def _is_readable(self, path: str) -> bool:
         image = self._read(path)
-        return isinstance(image, InputImage) or image.code != "unreadable"
+        return isinstance(image, Picture) or image.code != "unreadable"
 
-    def _read(self, path: str) -> InputImage | ApiError:
+    def _read(self, path: str) -> Picture | ApiError:
         fit = self.options.resize == "fit"
         return prepare_source(lambda: self._read_file(path), self._engine.image_shape, fit)
 
-    def _row(self, path: str, image: InputImage | ApiError, score: Any) -> dict[str, Any]:
+    def _row(self, path: str, image: Picture | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):
             return failed_row(path, image.code, in_options(image.message))
         if isinstance(score, NotFinite):
@@ -240,7 +240,7 @@ class FileScorer:
         return scored_row(path, result)
 
 
-def _passing(images: Sequence[InputImage | ApiError]) -> list[int]:
+def _passing(images: Sequence[Picture | ApiError]) -> list[int]:
     return [i for i, e in enumerate(images) if isinstance(e, ApiError) and e.may_pass]
 
 

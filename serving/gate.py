@@ -27,7 +27,7 @@ from ade_client.contract import DEFAULT, NOT_SCORED, Choice
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.ingest.errors import ApiError, unusable
-from serving.ingest.requests import InputImage, prepare_source
+from serving.ingest.picture import Picture, prepare_source
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import decide
 
@@ -130,7 +130,7 @@ class Gate:
             if latest is not None and time.monotonic() > latest:
                 raise TookTooLong(f"the images take more than {seconds:g} s to decode")
             prepared.append(self._prepare(image))
-        usable = [image for image in prepared if isinstance(image, InputImage)]
+        usable = [image for image in prepared if isinstance(image, Picture)]
         scores = iter(
             self._engine.score(
                 np.stack([image.pixels for image in usable]),
@@ -141,11 +141,11 @@ class Gate:
             else []
         )
         return [
-            self._decide(image, next(scores) if isinstance(image, InputImage) else None, judge)
+            self._decide(image, next(scores) if isinstance(image, Picture) else None, judge)
             for image in prepared
         ]
 
-    def _prepare(self, image: ImageLike) -> InputImage | ApiError:
+    def _prepare(self, image: ImageLike) -> Picture | ApiError:
         shape = self._engine.image_shape
 
         def read() -> bytes | np.ndarray:
@@ -175,7 +175,7 @@ class Gate:
 
     def _decide(
         self,
-        image: InputImage | ApiError,
+        image: Picture | ApiError,
         score: Score | NotFinite | None,
         calibrations: Calibrations,
     ) -> Decision:

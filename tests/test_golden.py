@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 from ade_base.pictures.show import write_png
 from extensions.codec.networks import fingerprint
 from serving.engine.engine import InferenceEngine, Score
-from serving.ingest.requests import InputImage, prepare_image
+from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.decision import decide
 from tests.helpers import DATA, PRETRAINED, ROOT
 
@@ -98,21 +98,21 @@ def noise(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.n
     return random.randint(256, size=(size[1], size[0], 3)).astype(np.uint8)
 
 
-def prepared() -> dict[str, InputImage]:
+def prepared() -> dict[str, Picture]:
     """The pictures as the model sees them, every other one read from a PNG file."""
     found = {}
     for i, (name, pixels) in enumerate(pictures()):
         image = prepare_image(write_png(pixels) if i % 2 else pixels, (32, 32, 3), resize=True)
-        assert isinstance(image, InputImage), image
+        assert isinstance(image, Picture), image
         found[name] = image
     return found
 
 
-def digest(images: dict[str, InputImage]) -> str:
+def digest(images: dict[str, Picture]) -> str:
     return hashlib.sha256(b"".join(image.pixels.tobytes() for image in images.values())).hexdigest()
 
 
-def verdicts(images: dict[str, InputImage], backend: str = "onnxruntime") -> dict[str, Any]:
+def verdicts(images: dict[str, Picture], backend: str = "onnxruntime") -> dict[str, Any]:
     """By name: bits per dimension, their parts, the score of the verdict, p-value, decision."""
     engine = InferenceEngine(PRETRAINED, backend, device="cpu", operations=("score",))
     resized = [image.resized for image in images.values()]
@@ -161,7 +161,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def images() -> dict[str, InputImage]:
+def images() -> dict[str, Picture]:
     return prepared()
 
 
@@ -170,12 +170,12 @@ def record() -> dict[str, Any]:
     return json.loads(RECORD.read_text())
 
 
-def test_pictures_are_as_recorded(images: dict[str, InputImage], record: dict[str, Any]) -> None:
+def test_pictures_are_as_recorded(images: dict[str, Picture], record: dict[str, Any]) -> None:
     assert digest(images) == record["pixels"]
     assert [image.resized for image in images.values()] == [False] * COUNT + [True] * COUNT
 
 
-def test_verdicts_are_as_recorded(images: dict[str, InputImage], record: dict[str, Any]) -> None:
+def test_verdicts_are_as_recorded(images: dict[str, Picture], record: dict[str, Any]) -> None:
     found = verdicts(images)
     assert not differences(found, record["verdicts"])  # first, because its error is the clearest
     exact = record["environments"].get(environment())
@@ -183,7 +183,7 @@ def test_verdicts_are_as_recorded(images: dict[str, InputImage], record: dict[st
 
 
 def test_other_kernels_change_no_decision(
-    images: dict[str, InputImage], record: dict[str, Any]
+    images: dict[str, Picture], record: dict[str, Any]
 ) -> None:
     """Those of PyTorch, which round differently, as those of other processors do."""
     assert not differences(verdicts(images, "torchscript"), record["verdicts"])

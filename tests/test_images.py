@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import weakref
 import zlib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import resize_centre, tile, write_png
 from ade_client.client import image_file
-from serving.ingest.requests import InputImage, prepare_image
+from serving.ingest.picture import Picture, prepare_image
 from tests.helpers import encode, png_header
 
 
@@ -30,7 +31,7 @@ def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: 
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     data = write_png(image)
     served = prepare_image(data, (32, 32, 3), True)
-    assert isinstance(served, InputImage) and served.resized
+    assert isinstance(served, Picture) and served.resized
     for i in range(40):  # enough for every part
         (tmp_path / f"{i}.png").write_bytes(data)
     (trained, *_) = load_dataset(str(tmp_path), None, 32).parts["train"].images[:1]
@@ -67,7 +68,7 @@ def test_the_centre_is_resized() -> None:
 
 def prepare(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     prepared = prepare_image(write_png(pixels), shape, True)
-    assert isinstance(prepared, InputImage)
+    assert isinstance(prepared, Picture)
     return prepared.pixels
 
 
@@ -293,3 +294,25 @@ def test_a_large_colour_profile_is_no_obstacle_to_a_picture() -> None:
     picture.save(out, "JPEG", icc_profile=np.random.default_rng(0).bytes(1_500_000))
     file = image_file(Image.open(io.BytesIO(out.getvalue())))
     assert np.array_equal(read_image(file).pixels, read_image(out.getvalue()).pixels)
+
+
+def test_views_see_the_original_and_it_is_not_kept(real_images: np.ndarray) -> None:
+    """What else the model needs of a picture is made while the original is in memory."""
+    large = np.ascontiguousarray(real_images[0].repeat(3, 0).repeat(2, 1))
+    originals: list[weakref.ref[np.ndarray]] = []
+
+    def corner(original: np.ndarray) -> np.ndarray:
+        originals.append(weakref.ref(original))
+        return original[:2, -2:].copy()
+
+    for source, resize in ((write_png(large), True), (write_png(real_images[0]), False)):
+        for shape in ((32, 32, 3), (32, 32, 1)):  # for a grey model, too, in colour
+            picture = prepare_image(source, shape, resize, {"corner": corner})
+            assert isinstance(picture, Picture)
+            expected = (large if resize else real_images[0])[:2, -2:]
+            assert np.array_equal(picture.views["corner"], expected)
+            assert (originals[-1]() is not None) == (not resize and shape[2] == 3)  # the pixels
+    assert prepare_image(write_png(large), (32, 32, 3), False, {"corner": corner}).code == (
+        "wrong_size"
+    )
+    assert len(originals) == 4  # a view sees only what can be used

@@ -19,7 +19,8 @@ from ade_base.pictures.show import write_png
 from serving.api.operations.registry import OPERATIONS
 from serving.api.service import MAX_DECODE_S, Service
 from serving.engine.engine import InferenceEngine
-from serving.ingest.requests import FilesRequest, RawRequest, decode_images, prepare_image
+from serving.ingest.picture import prepare_image
+from serving.ingest.requests import FilesRequest, RawRequest, decode_images
 from tests.service import RunningService
 
 CASES = (

@@ -17,7 +17,7 @@ from export.gate.measuring import statistics_of
 from export.gate.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
-from serving.ingest.requests import InputImage, prepare_image
+from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
 
@@ -57,7 +57,7 @@ def test_resized_images_have_a_verdict_of_their_own(
             for image in images
         )
         made = [prepare_image(image, (32, 32, 3), True) for image in larger]
-        return np.stack([image.pixels for image in made if isinstance(image, InputImage)])
+        return np.stack([image.pixels for image in made if isinstance(image, Picture)])
 
     typical = engine.score(resized(real_images[:150]), resized=[True] * 150)
     p_values = np.array([score.verdict.p_value for score in typical])

@@ -25,14 +25,8 @@ from serving.api.operations.sample import Sample, SampleRequest
 from serving.api.responses import error_response
 from serving.engine.bundle import Bundle
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import (
-    FilesRequest,
-    ImagesRequest,
-    InputImage,
-    RawRequest,
-    array_of,
-    decode_images,
-)
+from serving.ingest.picture import Picture
+from serving.ingest.requests import FilesRequest, ImagesRequest, RawRequest, array_of, decode_images
 from tests.helpers import b64, npy
 
 SHAPE = (8, 8, 3)
@@ -105,7 +99,7 @@ def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]
 def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
-    assert isinstance(image, InputImage) and np.array_equal(image.pixels, PIXELS)
+    assert isinstance(image, Picture) and np.array_equal(image.pixels, PIXELS)
     assert parsed.parameters == ScoreParameters(
         seed=0,
         resize=False,
@@ -277,7 +271,7 @@ def test_channels_must_agree() -> None:
     (image,) = read_images("score", body(npy(np.zeros((1, 8, 8, 1), np.uint8))), SHAPE).images
     assert isinstance(image, ApiError) and "must have 3 channels, got 1" in image.message
     (grey,) = read_images("score", body(png()), (8, 8, 1)).images
-    assert isinstance(grey, InputImage) and grey.pixels.shape == (8, 8, 1)
+    assert isinstance(grey, Picture) and grey.pixels.shape == (8, 8, 1)
 
 
 def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path: Path) -> None:
@@ -299,7 +293,7 @@ def test_images_are_resized_only_on_request_and_with_a_note() -> None:
     large = np.zeros((40, 20, 3), np.uint8)
     parsed = read_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
     (image,) = parsed.images
-    assert isinstance(image, InputImage) and image.pixels.shape == SHAPE and image.resized
+    assert isinstance(image, Picture) and image.pixels.shape == SHAPE and image.resized
     assert "resized from 20 x 40 to 8 x 8" in image.notes[-1]
 
 
@@ -494,7 +488,7 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(
     monkeypatch.setattr("serving.ingest.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
     assert isinstance(
-        read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], InputImage
+        read_images("score", as_json(images=[one], resize="fit"), SHAPE).images[0], Picture
     )
     with pytest.raises(
         ApiError, match="may have at most 2000 pixels together, these have 3200"

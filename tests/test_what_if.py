@@ -38,7 +38,7 @@ from fitting.pipeline import ENOUGH
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.gate import Gate
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
@@ -569,7 +569,7 @@ def test_images_that_made_the_calibration_do_not_call_it_unlike_the_history(
 def test_a_picture_that_repeats_is_measured_although_it_calibrated(
     small_images: np.ndarray,
 ) -> None:
-    image, told = InputImage(small_images[0], []), list[str]()
+    image, told = Picture(small_images[0], []), list[str]()
     known = {short_digest(image.pixels)}
     left = list(others("id", [(str(i), image) for i in range(6)], known, told.append))
     assert [name for name, _ in left] == ["4", "5"] and "left out 4 images" in told[0]

@@ -36,7 +36,7 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.store import (
@@ -235,7 +235,7 @@ def _parts(
 ) -> Parts:
     bundle.check_has("score")
 
-    def read(name: str, images: Images) -> list[InputImage]:
+    def read(name: str, images: Images) -> list[Picture]:
         found, _ = usable(name, images, bundle.image_shape, report, may_be_empty=True)
         return found
 
@@ -350,18 +350,18 @@ def _digests(trained: Images, image_shape: tuple[int, int, int], report: Report)
     return {
         image_digest(image.pixels)
         for _, image in counting("training", images, report)
-        if isinstance(image, InputImage)
+        if isinstance(image, Picture)
     }
 
 
 def _without(
     seen: set[bytes],
-    images: list[InputImage],
+    images: list[Picture],
     name: str,
     originals: str,
     report: Report,
     may_repeat: Collection[bytes] | None = None,
-) -> list[InputImage]:
+) -> list[Picture]:
     """The images whose pixels were not seen before.
 
     Args:

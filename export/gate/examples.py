@@ -14,7 +14,7 @@ from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from export.gate.images import Images
 from serving.engine.bundle import EXAMPLE_NAME
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 
 COUNT = 6  # a row of the page, also on a phone
 CANDIDATES = 2 * COUNT  # some may not be readable
@@ -31,9 +31,9 @@ class Examples:
     def __init__(self, image_shape: tuple[int, int, int]) -> None:
         height, width, _ = image_shape
         self.size = SCALE * width, SCALE * height
-        self._chosen: list[bytes | np.ndarray | InputImage] = []
+        self._chosen: list[bytes | np.ndarray | Picture] = []
 
-    def passing(self, images: Images) -> Iterator[bytes | np.ndarray | InputImage]:
+    def passing(self, images: Images) -> Iterator[bytes | np.ndarray | Picture]:
         """Yield the same images, each of which is chosen with the same probability."""
         choice = random.Random(0)
         for count, image in enumerate(images, 1):
@@ -59,5 +59,5 @@ class Examples:
                 pixels = read_image(image).pixels if isinstance(image, bytes) else image
             except (ImageError, MemoryError):
                 continue
-            pixels = pixels.pixels if isinstance(pixels, InputImage) else pixels
+            pixels = pixels.pixels if isinstance(pixels, Picture) else pixels
             yield Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

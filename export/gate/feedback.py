@@ -27,7 +27,7 @@ from serving.engine.bundle import verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import prepare_source
+from serving.ingest.picture import prepare_source
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from serving.verdict.conformal import conformal_p_values

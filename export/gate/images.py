@@ -17,7 +17,7 @@ from ade_base.messages import commonest, counted
 from ade_base.system import available_cores
 from serving.engine.noise import short_digest
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import InputImage, prepare_source
+from serving.ingest.picture import Picture, prepare_source
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from training.data import REPEATS, Report
@@ -28,8 +28,8 @@ AT_ONCE = 64  # files in memory
 REPORT_S = 10.0  # between lines on progress
 MAX_SHOWN = 5
 
-Images = Iterable[bytes | np.ndarray | InputImage]  # files, uint8 (H, W, C), or of the model's size
-Prepared = tuple[str, InputImage | ApiError]  # with the image's name
+Images = Iterable[bytes | np.ndarray | Picture]  # files, uint8 (H, W, C), or of the model's size
+Prepared = tuple[str, Picture | ApiError]  # with the image's name
 Item = TypeVar("Item")
 
 
@@ -80,9 +80,9 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
         resize: whether to resize images of other sizes, or to return an error for them.
     """
 
-    def prepare(item: tuple[int, bytes | np.ndarray | InputImage]) -> Prepared:
+    def prepare(item: tuple[int, bytes | np.ndarray | Picture]) -> Prepared:
         index, source = item
-        if isinstance(source, InputImage):
+        if isinstance(source, Picture):
             return f"image {index}", source
         name = source.name if isinstance(source, NamedFile) else f"image {index}"
         return name, prepare_source(lambda: source, image_shape, resize)
@@ -109,7 +109,7 @@ def usable(
     image_shape: tuple[int, int, int],
     report: Report,
     may_be_empty: bool = False,
-) -> tuple[list[InputImage], list[tuple[str, str]]]:
+) -> tuple[list[Picture], list[tuple[str, str]]]:
     """Images at the model's size, and why others could not be (by name); reports these.
 
     Args:
@@ -122,10 +122,10 @@ def usable(
     Raises:
         CalibrationError: no image can be used.
     """
-    found: list[InputImage] = []
+    found: list[Picture] = []
     errors: list[tuple[str, str]] = []
     for its, image in counting(name, prepared(images, image_shape, resize=True), report):
-        if isinstance(image, InputImage):
+        if isinstance(image, Picture):
             found.append(image)
         else:
             errors.append((its, image.message))
@@ -150,7 +150,7 @@ def others(
     """
     copies, counts = 0, Counter[int]()
     for its, image in images:
-        digest = short_digest(image.pixels) if isinstance(image, InputImage) else None
+        digest = short_digest(image.pixels) if isinstance(image, Picture) else None
         if digest is not None and digest in known:
             counts[digest] += 1
             if counts[digest] < REPEATS:

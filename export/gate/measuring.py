@@ -17,7 +17,7 @@ from export.gate.images import (
     thread_pool,
 )
 from serving.engine.engine import MAX_ROWS, InferenceEngine
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.statistics import finite_rows
 from training.data import Report
 
@@ -61,7 +61,7 @@ def measured(
     chunks: list[dict[str, np.ndarray]] = []
     resized: list[bool] = []
     errors: list[tuple[str, str]] = []
-    waiting: list[tuple[str, InputImage]] = []
+    waiting: list[tuple[str, Picture]] = []
     done = 0
 
     def flush() -> None:
@@ -84,7 +84,7 @@ def measured(
 
     with thread_pool() as threads:
         for its, image in images:
-            if isinstance(image, InputImage):
+            if isinstance(image, Picture):
                 waiting.append((its, image))
             else:
                 errors.append((its, image.message))

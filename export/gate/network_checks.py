@@ -12,7 +12,7 @@ from export.gate.density_fit import MIN_IMAGES
 from export.gate.images import Images, prepared
 from export.gate.pair import Parts
 from serving.engine.engine import InferenceEngine
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration
 from serving.verdict.semantic import ENERGY, semantic_statistics
 from training.data import Report
@@ -80,7 +80,7 @@ def warn_if_seen(
     others = [
         image.pixels
         for _, image in prepared(islice(unseen, MAX_UNSEEN), engine.image_shape, resize)
-        if isinstance(image, InputImage)
+        if isinstance(image, Picture)
     ]
     count = len(calibration.scores)
     tail = math.floor(TAIL * (count + 1))

@@ -14,7 +14,7 @@ from export.gate.density_fit import MIN_IMAGES, fit_calibration
 from export.gate.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest, short_digest
-from serving.ingest.requests import InputImage, prepare_image
+from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.semantic import FEATURES, without_classes
 from training.data import Report
@@ -23,7 +23,7 @@ CORRUPTED = 200  # calibration images that are corrupted in each way, for the pa
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
-Parts = tuple[list[InputImage], list[InputImage]]  # that fit the density, that calibrate
+Parts = tuple[list[Picture], list[Picture]]  # that fit the density, that calibrate
 
 
 def _of_kind(parts: Parts, resized: bool) -> Parts | None:
@@ -140,5 +140,5 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
         for plane in pixels.transpose(2, 0, 1)
     ]
     image = prepare_image(np.stack(planes, axis=2), pixels.shape, True)
-    assert isinstance(image, InputImage)
+    assert isinstance(image, Picture)
     return image.pixels

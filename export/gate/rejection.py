@@ -9,7 +9,7 @@ import numpy as np
 
 from export.gate.corruptions import corrupted
 from serving.engine.engine import InferenceEngine, Score
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration_file import Calibrations
 from training.data import Report
 
@@ -17,7 +17,7 @@ CHUNK = 256  # images that are scored together
 
 
 def p_values(
-    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[InputImage]
+    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[Picture]
 ) -> np.ndarray:
     """float64 ``(N,)``; not a number where an image has no verdict."""
     found = []
@@ -35,7 +35,7 @@ def p_values(
     return np.array(found)
 
 
-def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
+def corruptions_of(images: Sequence[Picture]) -> dict[str, list[Picture]]:
     """The images corrupted in each way, by the name of the corruption; gross ones first."""
     made = corrupted(np.stack([image.pixels for image in images]))
     return {
@@ -50,7 +50,7 @@ def corruptions_of(images: Sequence[InputImage]) -> dict[str, list[InputImage]]:
 def rejected(
     engine: InferenceEngine,
     calibrations: Calibrations,
-    images: Sequence[InputImage],
+    images: Sequence[Picture],
     alphas: Sequence[float],
     report: Report = lambda line: None,
 ) -> list[float | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from export.gate.density_fit import MIN_IMAGES
 from export.sketch import data_of_features, data_of_model
 from serving.engine.bundle import Bundle
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from training.data import PARTS, DataError, Dataset, Report
 from training.datasets.files import is_split_by_name, part_of, shuffled
 from training.datasets.folder import image_files
@@ -78,7 +78,7 @@ def choose_files(
 
 def choose_rows(
     dataset: Dataset, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
-) -> list[Iterator[np.ndarray | InputImage]]:
+) -> list[Iterator[np.ndarray | Picture]]:
     """Choose images of a data set, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
 
     No training images are given: published data sets have hardly any copies.
@@ -99,10 +99,10 @@ def choose_rows(
     ]
 
 
-def as_read(dataset: Dataset, part: str, row: int) -> np.ndarray | InputImage:
+def as_read(dataset: Dataset, part: str, row: int) -> np.ndarray | Picture:
     """An image of a data set, marked if it was resized when the data set was read."""
     pixels = np.asarray(dataset.parts[part].images[[row]])[0]
-    return InputImage(pixels, [], resized=True) if dataset.is_resized else pixels
+    return Picture(pixels, [], resized=True) if dataset.is_resized else pixels
 
 
 def files_that_test(

@@ -16,7 +16,7 @@ from export.gate.measuring import measured
 from extensions.gate_reports.ood_bench_report import write_report
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
-from serving.ingest.requests import InputImage
+from serving.ingest.picture import Picture
 from serving.verdict.calibration import CalibrationError
 from training.data import Report
 
@@ -57,7 +57,7 @@ def bench(
     known = digests_of(calibrations) | {
         short_digest(image.pixels)
         for _, image in counting("training", prepared(trained, shape, resize=True), report)
-        if isinstance(image, InputImage)
+        if isinstance(image, Picture)
     }
 
     def unused(report: Report) -> Iterator[Prepared]:
@@ -68,7 +68,7 @@ def bench(
         name: measured(engine, prepared(images, shape, resize=True), name, report)
         for name, images in ood_sets.items()
     }
-    found = (image for _, image in unused(lambda line: None) if isinstance(image, InputImage))
+    found = (image for _, image in unused(lambda line: None) if isinstance(image, Picture))
     few = list(islice(found, corrupt))
     pixels = np.stack([image.pixels for image in few])
     for name, corruption in CORRUPTIONS.items():

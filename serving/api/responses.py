@@ -14,7 +14,8 @@ import numpy as np
 
 from ade_client.contract import Problem
 from serving.ingest.errors import ApiError, problem_of, unusable
-from serving.ingest.requests import JSON_TYPE, InputImage
+from serving.ingest.picture import Picture
+from serving.ingest.requests import JSON_TYPE
 
 PNG_TYPE = "image/png"
 NPY_TYPE = "application/x-npy"
@@ -85,7 +86,7 @@ def picture_bytes(image_shape: tuple[int, int, int]) -> int:
     return 2 * math.prod(image_shape) + HEAD_BYTES
 
 
-def fail_on_error(images: Sequence[InputImage | ApiError]) -> None:
+def fail_on_error(images: Sequence[Picture | ApiError]) -> None:
     """Raise the first error: binary formats have no place for errors beside results."""
     for image in images:
         if isinstance(image, ApiError):
@@ -93,8 +94,8 @@ def fail_on_error(images: Sequence[InputImage | ApiError]) -> None:
 
 
 def results_of(
-    images: Sequence[InputImage | ApiError],
-    result: Callable[[int, InputImage], Result | ApiError],
+    images: Sequence[Picture | ApiError],
+    result: Callable[[int, Picture], Result | ApiError],
 ) -> list[Result | Problem]:
     """One entry per image, each a result or an error.
 
@@ -110,7 +111,7 @@ def results_of(
     row = 0
     for index, image in enumerate(images):
         found: Result | ApiError
-        if isinstance(image, InputImage):
+        if isinstance(image, Picture):
             found = result(row, image)
             row += 1
         else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import errno
 import io
 import json
 import math
@@ -19,16 +18,13 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from ade_base.messages import show, words_of
-from ade_base.pictures.limits import ImageError
-from ade_base.pictures.read import RESIZING, header_pixels, read_image
-from ade_base.pictures.show import resize_centre
+from ade_base.pictures.read import header_pixels
 from ade_client.contract import MAX_IMAGES
 from serving.ingest.errors import ApiError, malformed, unusable
+from serving.ingest.picture import NO_VIEWS, Picture, Views, prepare_image
 
-# Of an answer, the model that gave it; of a request, the only one that may answer it.
 MAX_BODY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 MiB in base64
 MAX_JSON_VALUES = 100_000  # without latents: far more than images and parameters have
@@ -36,21 +32,8 @@ JSON_BYTES_PER_NUMBER = 26  # at most, with what stands between two
 MAX_SUFFIX = 4  # digits of a form's field such as image12
 MAX_REQUEST_PIXELS = 64_000_000  # before resizing; a second or two to decode
 JSON_TYPE = "application/json"
-# Errors of a file itself. Others, such as those of a network or of expired credentials, may pass.
-LASTING = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EINVAL,  # a pipe, a device or the like
-    errno.EFBIG,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
-RESIZED = "resized from"  # how the note on a resized image begins
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 Parameters = TypeVar("Parameters")
 
@@ -80,15 +63,6 @@ class RawRequest:
 
 
 @dataclass(frozen=True)
-class InputImage:
-    """One usable image, uint8 ``(H, W, C)`` of the model's shape, and notes on its conversion."""
-
-    pixels: np.ndarray
-    notes: list[str]
-    resized: bool = False
-
-
-@dataclass(frozen=True)
 class FilesRequest(Generic[Parameters]):
     """Images that are not decoded yet.
 
@@ -113,14 +87,14 @@ class FilesRequest(Generic[Parameters]):
 class ImagesRequest(Generic[Parameters]):
     """Images, with an error in the place of an unusable one, and the operation's parameters."""
 
-    images: list[InputImage | ApiError]
+    images: list[Picture | ApiError]
     parameters: Parameters
     format: str | None
     probe: bool = False
 
     @property
-    def usable(self) -> list[InputImage]:
-        return [image for image in self.images if isinstance(image, InputImage)]
+    def usable(self) -> list[Picture]:
+        return [image for image in self.images if isinstance(image, Picture)]
 
     @property
     def count(self) -> int:
@@ -301,6 +275,7 @@ def decode_images(
     requests: Sequence[FilesRequest[Parameters]],
     image_shape: tuple[int, int, int],
     each: Each = map,
+    views: Views = NO_VIEWS,
 ) -> list[ImagesRequest[Parameters]]:
     """Decode the images of a batch of requests and bring them to the model's shape.
 
@@ -308,12 +283,15 @@ def decode_images(
         requests: as parsed.
         image_shape: ``(H, W, C)`` of the model.
         each: works like ``map``, for example the ``map`` of a thread pool.
+        views: see :mod:`serving.ingest.picture`.
     """
 
-    def prepare(task: tuple[int, bytes | np.ndarray | ApiError, bool]) -> InputImage | ApiError:
+    def prepare(task: tuple[int, bytes | np.ndarray | ApiError, bool]) -> Picture | ApiError:
         index, source, resize = task
         made = (
-            source if isinstance(source, ApiError) else prepare_image(source, image_shape, resize)
+            source
+            if isinstance(source, ApiError)
+            else prepare_image(source, image_shape, resize, views)
         )
         return made.at(index) if isinstance(made, ApiError) else made
 
@@ -465,76 +443,3 @@ def _nan_note(data: bytes, dtype: np.dtype) -> str:
         return ""
     bad = int((~np.isfinite(array)).sum())
     return f" with {bad} values that are not finite" if bad else ""
-
-
-def prepare_image(
-    source: bytes | np.ndarray, image_shape: tuple[int, int, int], resize: bool
-) -> InputImage | ApiError:
-    """Bring one image to the model's shape, or return the error that prevents it.
-
-    Args:
-        source: a file, or uint8 ``(H, W, C)``.
-        image_shape: ``(H, W, C)`` of the model.
-        resize: whether to resize images of another size.
-    """
-    height, width, channels = image_shape
-    if isinstance(source, np.ndarray):
-        pixels, notes = source, []
-        if pixels.shape[2] != channels:
-            return unusable(
-                "wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}"
-            )
-    else:
-        try:
-            decoded = read_image(source, None if resize else (width, height))
-        except ImageError as error:
-            status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
-            return ApiError(status, error.code, str(error), may_pass=error.may_pass)
-        pixels, notes = decoded.pixels, list(decoded.notes)
-        if channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-        elif channels != 3:
-            return unusable(
-                "wrong_shape", f"this model's images have {channels} channels: send an .npy array"
-            )
-    if pixels.shape[:2] == (height, width):
-        return InputImage(np.ascontiguousarray(pixels), notes)
-    if not resize:
-        return unusable(
-            "wrong_size",
-            f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
-            f"{pixels.shape[0]}; {RESIZING} resizes them",
-        )
-    if 0 in pixels.shape:
-        return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}")
-    notes.append(
-        f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
-        "this changes the likelihood"
-    )
-    return InputImage(resize_centre(pixels, height, width), notes, resized=True)
-
-
-def prepare_source(
-    read: Callable[[], bytes | np.ndarray],
-    image_shape: tuple[int, int, int],
-    resize: bool,
-) -> InputImage | ApiError:
-    """Read an image and bring it to the model's shape, or return the error that prevents it.
-
-    For work on many images, which none of them ends: also a file that cannot be read, and an image
-    for which memory does not suffice, is an error of this image alone.
-
-    Args:
-        read: returns a file or uint8 ``(H, W, C)``.
-        image_shape: ``(H, W, C)`` of the model.
-        resize: whether to resize images of another size.
-    """
-    try:
-        return prepare_image(read(), image_shape, resize)
-    except OSError as error:
-        code = "too_large" if error.errno == errno.EFBIG else "unreadable"
-        # Of some stores without a number.
-        passing = error.errno not in LASTING and not isinstance(error, FileNotFoundError)
-        return ApiError(404, code, error.strerror or str(error), may_pass=passing)
-    except MemoryError:
-        return ApiError(413, "too_large", "there is no memory to decode it", may_pass=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from ade_base.pictures.read import file_size
 from serving.engine.bundle import Bundle
 from serving.ingest.errors import ApiError
-from serving.ingest.requests import InputImage, prepare_image
+from serving.ingest.picture import Picture, prepare_image
 from serving.page.files import FileRefused, read_file
 from serving.page.models import RESIZE, Examples, Models, sentence
 from serving.page.uploads import CLIENT_BYTES, CLIENT_FILES
@@ -76,7 +76,7 @@ def read(path: str | None) -> bytes:
         ) from None
 
 
-def as_seen(data: bytes, bundle: Bundle, resize: bool) -> InputImage:
+def as_seen(data: bytes, bundle: Bundle, resize: bool) -> Picture:
     """The image as a model sees it."""
     image = prepare_image(data, bundle.image_shape, resize)
     if isinstance(image, ApiError):

@@ -22,7 +22,7 @@ from ade_base.tables import write_csv
 from ade_client.client import SERVER_ERROR, AdeError, ScoreResult
 from ade_client.contract import Choice
 from serving.api.score_table import columns, failed_row, scored_row
-from serving.ingest.requests import RESIZED
+from serving.ingest.picture import RESIZED
 from serving.page import charts
 from serving.page.contents import batches, contents
 from serving.page.files import write_file

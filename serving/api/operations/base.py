@@ -21,10 +21,10 @@ from ade_client.model import Field, fields_of
 from serving.api.responses import MAX_ANSWER_BYTES, NPY_TYPE, Response
 from serving.ingest.errors import malformed, unusable
 from serving.ingest.parameters import read
+from serving.ingest.picture import Picture
 from serving.ingest.requests import (
     FilesRequest,
     ImagesRequest,
-    InputImage,
     RawRequest,
     check_count,
     image_sources,
@@ -210,7 +210,7 @@ class ImageOperation(Operation[ImageParametersT, ImagesRequest[ImageParametersT]
     @abstractmethod
     def run(
         self,
-        images: Sequence[InputImage],
+        images: Sequence[Picture],
         parameters: Sequence[ImageParametersT],
         engine: InferenceEngine,
     ) -> Any:

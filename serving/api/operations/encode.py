@@ -30,7 +30,8 @@ from serving.api.responses import (
     results_of,
 )
 from serving.ingest.errors import ApiError, unusable
-from serving.ingest.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest, InputImage
+from serving.ingest.picture import Picture
+from serving.ingest.requests import JSON_BYTES_PER_NUMBER, JSON_TYPE, ImagesRequest
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
@@ -60,7 +61,7 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
 
     def run(
         self,
-        images: Sequence[InputImage],
+        images: Sequence[Picture],
         parameters: Sequence[EncodeParameters],
         engine: InferenceEngine,
     ) -> list[EncodedLevel]:
@@ -124,7 +125,7 @@ class Encode(ImageOperation[EncodeParameters, "list[EncodedLevel]"]):
         numbers = sum(array.size for array in arrays)
         check_size(JSON_BYTES_PER_NUMBER * numbers, 'ask for "format": "npz"')
 
-        def result(row: int, image: InputImage) -> EncodeResult | ApiError:
+        def result(row: int, image: Picture) -> EncodeResult | ApiError:
             if not is_finite[row]:
                 return _not_finite()
             return EncodeResult(

@@ -28,7 +28,8 @@ from serving.api.responses import (
     results_of,
 )
 from serving.ingest.errors import unusable
-from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
+from serving.ingest.picture import Picture
+from serving.ingest.requests import JSON_TYPE, ImagesRequest
 
 if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
@@ -63,7 +64,7 @@ class Reconstruct(ImageOperation[ReconstructParameters, np.ndarray]):
 
     def run(
         self,
-        images: Sequence[InputImage],
+        images: Sequence[Picture],
         parameters: Sequence[ReconstructParameters],
         engine: InferenceEngine,
     ) -> np.ndarray:
@@ -87,7 +88,7 @@ class Reconstruct(ImageOperation[ReconstructParameters, np.ndarray]):
         decibels = [math.inf if value is None else value for value in found]
         text = {"ade:kind": kind, "ade:model": model_id}
 
-        def result(row: int, image: InputImage) -> Reconstruction:
+        def result(row: int, image: Picture) -> Reconstruction:
             return Reconstruction(
                 png=write_png(computed[row], text), psnr=decibels[row], notes=image.notes
             )

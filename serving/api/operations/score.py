@@ -23,7 +23,8 @@ from serving.api.heat_map import heat_map
 from serving.api.operations.base import Format, ImageOperation
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
 from serving.ingest.errors import ApiError, unusable
-from serving.ingest.requests import JSON_TYPE, ImagesRequest, InputImage
+from serving.ingest.picture import Picture
+from serving.ingest.requests import JSON_TYPE, ImagesRequest
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, decide, fdr_note
@@ -77,7 +78,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
 
     def run(
         self,
-        images: Sequence[InputImage],
+        images: Sequence[Picture],
         parameters: Sequence[ScoreParameters],
         engine: InferenceEngine,
     ) -> list[Computed]:
@@ -139,7 +140,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         found = [] if fdr is None else benjamini_hochberg(p_values, fdr)
         discoveries = dict(zip(judged, found, strict=False))
 
-        def result(row: int, image: InputImage) -> ScoreResult | ApiError:
+        def result(row: int, image: Picture) -> ScoreResult | ApiError:
             score, verdict = computed[row], verdicts[row]
             if isinstance(score, Exception):
                 return unusable("not_finite", str(score))

@@ -1,0 +1,146 @@
+"""Pictures: image files or arrays, decoded once and brought to the shape that the model sees.
+
+The one way from a source to pixels, for HTTP, the page, the gate, tables of folders and the command
+line.
+
+A decoded photograph takes up to 48 MB, and a request may have 64 million pixels. So a picture does
+not keep its original: whoever needs more of it than ``pixels`` gives a :data:`View`, which is
+called while the original is in memory, once for each picture, and only its result is kept. At most
+one original for each decoding thread is in memory, as without a view. A view must therefore return
+a small array of its own, such as the original resized for an encoder, and no slice of the original.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from ade_base.pictures.limits import ImageError
+from ade_base.pictures.read import RESIZING, read_image
+from ade_base.pictures.show import resize_centre
+from serving.ingest.errors import ApiError, unusable
+
+RESIZED = "resized from"  # how the note on a resized image begins
+# Errors of a file itself. Others, such as those of a network or of expired credentials, may pass.
+PERMANENT_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EINVAL,  # a pipe, a device or the like
+    errno.EFBIG,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+# Of the original, uint8 (H, W, 3) of a file of any size, or (H, W, C) of an array.
+View = Callable[[np.ndarray], np.ndarray]
+Views = Mapping[str, View]  # by name
+NO_VIEWS: Views = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One usable image.
+
+    Attributes:
+        pixels: uint8 ``(h, w, C)``, as the model sees it.
+        notes: on its conversion.
+        resized: whether the original had another size.
+        views: by name, what the views made of the original.
+    """
+
+    pixels: np.ndarray
+    notes: list[str]
+    resized: bool = False
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def prepare_image(
+    source: bytes | np.ndarray,
+    image_shape: tuple[int, int, int],
+    resize: bool,
+    views: Views = NO_VIEWS,
+) -> Picture | ApiError:
+    """Bring one image to the model's shape, or return the error that prevents it.
+
+    Args:
+        source: a file, or uint8 ``(H, W, C)``.
+        image_shape: ``(H, W, C)`` of the model.
+        resize: whether to resize images of another size.
+        views: each is called with the original of a usable image.
+    """
+    height, width, channels = image_shape
+    if isinstance(source, np.ndarray):
+        original, notes = source, list[str]()
+        pixels = original
+        if pixels.shape[2] != channels:
+            return unusable(
+                "wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}"
+            )
+    else:
+        try:
+            decoded = read_image(source, None if resize else (width, height))
+        except ImageError as error:
+            status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
+            return ApiError(status, error.code, str(error), may_pass=error.may_pass)
+        original, notes = decoded.pixels, list(decoded.notes)
+        pixels = original
+        if channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+        elif channels != 3:
+            return unusable(
+                "wrong_shape", f"this model's images have {channels} channels: send an .npy array"
+            )
+    if pixels.shape[:2] == (height, width):
+        return Picture(np.ascontiguousarray(pixels), notes, views=_seen(original, views))
+    if not resize:
+        return unusable(
+            "wrong_size",
+            f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
+            f"{pixels.shape[0]}; {RESIZING} resizes them",
+        )
+    if 0 in pixels.shape:
+        return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}")
+    notes.append(
+        f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
+        "this changes the likelihood"
+    )
+    return Picture(resize_centre(pixels, height, width), notes, True, _seen(original, views))
+
+
+def _seen(original: np.ndarray, views: Views) -> dict[str, np.ndarray]:
+    return {name: view(original) for name, view in views.items()}
+
+
+def prepare_source(
+    read: Callable[[], bytes | np.ndarray],
+    image_shape: tuple[int, int, int],
+    resize: bool,
+    views: Views = NO_VIEWS,
+) -> Picture | ApiError:
+    """Read an image and bring it to the model's shape, or return the error that prevents it.
+
+    For work on many images, which none of them ends: also a file that cannot be read, and an image
+    for which memory does not suffice, is an error of this image alone.
+
+    Args:
+        read: returns a file or uint8 ``(H, W, C)``.
+        image_shape: ``(H, W, C)`` of the model.
+        resize: whether to resize images of another size.
+        views: each is called with the original of a usable image.
+    """
+    try:
+        return prepare_image(read(), image_shape, resize, views)
+    except OSError as error:
+        code = "too_large" if error.errno == errno.EFBIG else "unreadable"
+        # Of some stores without a number.
+        passing = error.errno not in PERMANENT_ERRORS and not isinstance(error, FileNotFoundError)
+        return ApiError(404, code, error.strerror or str(error), may_pass=passing)
+    except MemoryError:
+        return ApiError(413, "too_large", "there is no memory to decode it", may_pass=True)
