@@ -9,9 +9,9 @@ from ade_cli.data_options import add_data_arguments, dataset_of_run, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_cli.paths import given_path
 from ade_model.checkpoint import read_config
-from export.codec import add_codec, check_codable
 from export.parity import parity_images
 from export.write import ExportError, evaluation_of, export_bundle
+from extensions.codec.graphs import add_codec, check_codable
 from serving.engine.bundle import MANIFEST_NAME, check_name, check_path, plain_name
 from training.data import DataError
 from training.runs import latest_checkpoint, run_of

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.codec import add_codec
 from extensions.codec.compress import compress
 from extensions.codec.decompress import decompress
+from extensions.codec.graphs import add_codec
 from extensions.codec.lattice import Rotation
 from extensions.codec.networks import Networks
 from extensions.codec.pictures import Picture

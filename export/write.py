@@ -16,11 +16,11 @@ from ade_base.errors import UserError
 from ade_base.files import new_folder
 from ade_model.checkpoint import load_model, read_config, round_to_half, save_model
 from ade_model.model import ADEModel
-from export.codec import check_codable, write_codec
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
+from extensions.codec.graphs import check_codable, write_codec
 from serving.engine.backends import BACKENDS, load_backend
 from serving.engine.bundle import (
     MANIFEST_NAME,

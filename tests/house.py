@@ -91,13 +91,9 @@ MOVES = {
     "handlers.launch": (
         "handlers.process.launcher handlers.processes.one_process handlers.torchserve.status"
     ),
-    "extensions.codec": "export.codec export.lifting",
     "extensions.comparison": (
-        "training.datasets.imagenet64 training.datasets.lsun "
-        "training.datasets.stl10 training.metrics.inception training.metrics.inception_score "
-        "training.metrics.kid"
+        "training.metrics.inception training.metrics.inception_score training.metrics.kid"
     ),
-    "extensions.open_inference": "handlers.service.v2",
 }
 MOVING = {module: room for room, modules in MOVES.items() for module in modules.split()}
 

@@ -33,6 +33,7 @@ import tritonclient.http
 
 from ade_base.ports import Ports, free_ports
 from ade_cli.status import _text
+from extensions.open_inference import translation as v2
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
@@ -42,7 +43,7 @@ from handlers.limits import MAX_REQUEST_BYTES
 from handlers.process.pool import Pool, WorkerError
 from handlers.processes.channel import ask
 from handlers.processes.run_folder import run_folder
-from handlers.service import v2, wire, worker
+from handlers.service import wire, worker
 from handlers.service.application import READY, Application, ApplicationSettings, served_models
 from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics

@@ -475,7 +475,7 @@ def test_a_verdict_of_another_version_is_replaced(
 def test_a_bundle_with_a_codec_has_no_other_files(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export import codec
+    from extensions.codec import graphs as codec
 
     (copy / "features.onnx").write_bytes(b"not listed")
     monkeypatch.setattr(codec, "write_codec", lambda model, folder: None)  # takes a while

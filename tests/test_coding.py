@@ -38,15 +38,15 @@ from ade_base.pictures.read import read_image
 from ade_cli.main import main
 from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import load_model, save_model
-from export.codec import CodecError, add_codec, check_codable, write_codec
 from export.graphs import Graphs
-from export.lifting import COEFFICIENT_BITS, factorize
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from extensions.codec.chunks import Figures
 from extensions.codec.compress import Report, compress
 from extensions.codec.errors import CodingError, Damaged, NotCoded
+from extensions.codec.graphs import CodecError, add_codec, check_codable, write_codec
 from extensions.codec.image_coder import ImageCoder
+from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.pictures import Picture, read_picture
 from extensions.codec.sources import ArraySource, open_source
 from extensions.codec.stack import Stack

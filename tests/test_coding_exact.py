@@ -14,8 +14,8 @@ pytest.importorskip("constriction")
 import constriction
 from coding import lattice, stack
 
-from export.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.image_coder import ImageCoder
+from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.stack import Stack
 
 Coder = constriction.stream.stack.AnsCoder

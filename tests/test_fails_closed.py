@@ -25,7 +25,7 @@ from ade_cli.score import NO_VERDICT
 from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_client.contract import CalibrationLabel
 from export.gate.calibrate import calibrate_bundle
-from handlers.service.v2 import Call, respond
+from extensions.open_inference.translation import Call, respond
 from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import open_bundle

@@ -73,7 +73,7 @@ class Bins:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Lifting steps; see :class:`export.lifting.Lifting`.
+    """Lifting steps; see :class:`extensions.codec.lifting.Lifting`.
 
     The steps' numbers are multiples of ``2**-18``. Together with the limits of the values this
     makes every product and sum a multiple of ``2**-18`` below ``2**35``, which float64 holds

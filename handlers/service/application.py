@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from extensions.open_inference import translation as v2
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits
 from handlers.front.exposition import metrics_answer
@@ -28,7 +29,7 @@ from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, check_names, served_name
 from handlers.process.pool import Pool
-from handlers.service import control, v2
+from handlers.service import control
 from handlers.service.metrics import Metrics
 from handlers.service.worker import WorkerSettings, check_same
 from serving.api.journal import SUFFIX as JOURNAL

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from handlers.launch.options import ServingOptions
-from handlers.service import v2, wire
+from extensions.open_inference import translation as v2
+from handlers.service import wire
 from serving.api.guard import error_answer
 from serving.api.journal import Journal
 from serving.api.responses import Response

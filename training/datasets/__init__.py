@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from extensions.comparison.datasets import lsun, stl10
+from extensions.comparison.datasets.imagenet64 import load_imagenet64
+from extensions.comparison.datasets.lsun import load_lsun
+from extensions.comparison.datasets.stl10 import load_stl10
 from training.data import DataError, Dataset, Report
-from training.datasets import lsun, stl10
 from training.datasets.cifar10 import load_cifar10
 from training.datasets.folder import first_size, image_files, load_folder
-from training.datasets.imagenet64 import load_imagenet64
-from training.datasets.lsun import load_lsun
-from training.datasets.stl10 import load_stl10
 
 # Names of data sets, with the size of their images where it is fixed.
 NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}

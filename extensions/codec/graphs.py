@@ -42,8 +42,8 @@ from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
 from ade_model.vae import Decoder, Level
 from export.copying import copy_bundle
-from export.lifting import COEFFICIENT_BITS, factorize
 from export.to_onnx import point_at_weights, traced
+from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from serving.engine.bundle import (
     CODEC_ARRAYS_NAME,
     CODEC_NAME,

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol (V2), as KServe and Triton speak it."""
