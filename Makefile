@@ -23,7 +23,7 @@ test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzz
 test-ray: $(VENV)/.test  ## the engine on Ray, installed first: its contract, what dies under load, bulk scoring
 	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),dev,ray]" "moto[server]>=5.1,<6" "s3fs>=2024.6"
 	$(BIN)/python -m pip install --quiet --no-deps "pillow>=13,<14"
-	$(BIN)/python -m pytest -m "" tests/test_ray.py tests/test_bulk_ray.py
+	$(BIN)/python -m pytest -m "" extensions/ray/tests
 	$(BIN)/python -m pytest -m "" tests/test_contract.py
 
 coverage: $(VENV)/.test  ## the fast tests, with a report of the lines that they run

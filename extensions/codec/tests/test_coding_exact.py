@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("constriction")
 
 import constriction
-from coding import lattice, stack
 
+from extensions.codec import lattice, stack
 from extensions.codec.image_coder import ImageCoder
 from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.stack import Stack

@@ -27,10 +27,6 @@ from PIL.PngImagePlugin import PngInfo
 
 pytest.importorskip("constriction")
 
-from coding import archive as archives
-from coding import chunks, decompress, lattice, networks
-from coding import compress as compressing
-
 from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.decoders import DecoderError
 from ade_base.pictures.limits import ImageError
@@ -41,6 +37,9 @@ from ade_model.checkpoint import load_model, save_model
 from export.graphs import Graphs
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
+from extensions.codec import archive as archives
+from extensions.codec import chunks, decompress, lattice, networks
+from extensions.codec import compress as compressing
 from extensions.codec.chunks import Figures
 from extensions.codec.compress import Report, compress
 from extensions.codec.errors import CodingError, Damaged, NotCoded
