@@ -49,6 +49,38 @@ class Engine(NamedTuple):
     on_clusters: bool = False
 
 
+class DataSet(NamedTuple):
+    """A data set that verbs know by name.
+
+    Attributes:
+        code: a function of the folder that holds it, the image size if given, a folder for decoded
+            pixels and a reporter, which returns a :class:`training.data.Dataset`.
+        size: height and width of its images, pixels, by default or always.
+        is_fixed: whether they have no other size.
+    """
+
+    code: str
+    size: int
+    is_fixed: bool
+
+
+class Graphs(NamedTuple):
+    """Further files of a bundle, which ``ade export --with-NAME`` writes.
+
+    Attributes:
+        line: what they are for, for ``--help``.
+        check: a function of a model's ``config.json``, which raises if it cannot have them.
+        write: a function of a model and a bundle's folder, which writes them. Their names begin
+            with the name of the option.
+        following: the command of ``ade`` that uses them, up to the bundle.
+    """
+
+    line: str
+    check: str
+    write: str
+    following: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Extension:
     """What an extension adds to the core.
@@ -58,12 +90,16 @@ class Extension:
         options: functions that add options to the parser of a verb, by the verb's name.
         engines: of ``ade serve``, by name.
         score_engines: of ``ade score``, by name.
+        datasets: of ``--data``, by name.
+        graphs: of ``ade export``, by name.
     """
 
     verbs: Mapping[str, Verb] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     engines: Mapping[str, Engine] = field(default_factory=dict)
     score_engines: Mapping[str, Engine] = field(default_factory=dict)
+    datasets: Mapping[str, DataSet] = field(default_factory=dict)
+    graphs: Mapping[str, Graphs] = field(default_factory=dict)
 
 
 @functools.cache

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from ade_base.extensions import added, load
 from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of_run, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
 from ade_cli.paths import given_path
 from ade_model.checkpoint import read_config
 from export.parity import parity_images
-from export.write import ExportError, evaluation_of, export_bundle
-from extensions.codec.graphs import add_codec, check_codable
+from export.write import ExportError, add_graphs, evaluation_of, export_bundle
 from serving.engine.bundle import MANIFEST_NAME, check_name, check_path, plain_name
 from training.data import DataError
 from training.runs import latest_checkpoint, run_of
@@ -28,24 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="licence of the weights, for the manifest (default: none)",
     )
-    parser.add_argument(
-        "--with-codec",
-        action="store_true",
-        help="add what ade compress needs; from a bundle: copy it with all that it has, and add "
-        "that alone, without data",
-    )
+    parser.set_defaults(graphs=[])
+    for name, graphs in added("graphs").items():
+        parser.add_argument(
+            f"--with-{name}",
+            action="append_const",
+            dest="graphs",
+            const=name,
+            help=f"add {graphs.line}; from a bundle: copy it with all that it has, and add that "
+            "alone, without data",
+        )
     add_data_arguments(parser, required=False)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.with_codec and (args.run / MANIFEST_NAME).is_file():
+    if args.graphs and (args.run / MANIFEST_NAME).is_file():
         if args.name or args.licence or args.data or args.root:
             raise ExportError(
-                "--with-codec copies a bundle with all that it has: leave out --name, --licence, "
-                "--data and --root"
+                f"--with-{args.graphs[0]} copies a bundle with all that it has: leave out --name, "
+                "--licence, --data and --root"
             )
-        add_codec(args.run, args.out, ExportError)
-        following = command("compress", "IMAGES", "OUT.ade", "--bundle", args.out)
+        add_graphs(args.run, args.out, args.graphs, ExportError)
+        following = command(*added("graphs")[args.graphs[-1]].following, args.out)
         say(f"wrote {args.out}; next: {following}")
         return
     folder = latest_checkpoint(args.run)
@@ -56,22 +60,22 @@ def run(args: argparse.Namespace) -> None:
         raise ExportError(f"{args.out} exists: export to a new folder")
     if args.name:
         check_name(args.name)
-    if args.with_codec:
-        check_codable(config)
+    for name in args.graphs:
+        load(added("graphs")[name].check)(config)
     dataset = dataset_of_run(args, run_of(folder), config["model"]["image_size"])
     images = parity_images(dataset)
     if len(images) < 2:
         raise DataError(f"{dataset.name} has {len(images)} images; parity needs at least 2")
-    name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
+    bundle_name = args.name or plain_name(f"{dataset.name}-{config['recipe']}")
     export_bundle(
         folder,
         args.out,
-        name,
+        bundle_name,
         images,
         evaluation_of(folder),
         report=say,
         licence=args.licence,
-        with_codec=args.with_codec,
+        further=args.graphs,
         dataset=dataset,
     )
     say(f"wrote {args.out}; next: {command('calibrate', args.out, 'OUT', '--data', '...')}")

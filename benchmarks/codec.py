@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from export.write import add_graphs
 from extensions.codec.compress import compress
 from extensions.codec.decompress import decompress
-from extensions.codec.graphs import add_codec
 from extensions.codec.lattice import Rotation
-from extensions.codec.networks import Networks
+from extensions.codec.networks import CODEC_NAME, Networks
 from extensions.codec.pictures import Picture
 from extensions.codec.sources import ArraySource, open_source
 from extensions.codec.stack import Stack
-from serving.engine.bundle import CODEC_NAME, open_bundle
+from serving.engine.bundle import open_bundle
 
 STRIP = 500  # images in one picture, as whole data sets are stored
 MIN_IMAGES = 64  # a chunk begins with some that the model does not code
@@ -113,7 +113,7 @@ def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], s
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not open_bundle(bundle_folder).has(CODEC_NAME):
-            add_codec(bundle_folder, folder / "bundle", ValueError)
+            add_graphs(bundle_folder, folder / "bundle", ["codec"], ValueError)
             bundle_folder = folder / "bundle"
         bundle = open_bundle(bundle_folder)
         np.save(folder / "images.npy", images)

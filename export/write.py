@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,23 @@ import numpy as np
 import torch
 
 from ade_base.errors import UserError
+from ade_base.extensions import Graphs as FurtherGraphs
+from ade_base.extensions import added, load
 from ade_base.files import new_folder
 from ade_model.checkpoint import load_model, read_config, round_to_half, save_model
 from ade_model.model import ADEModel
+from export.copying import copy_bundle
 from export.graphs import Graphs
 from export.parity import check_parity, make_inputs
 from export.to_onnx import export_onnx
 from export.to_torchscript import export_torchscript
-from extensions.codec.graphs import check_codable, write_codec
 from serving.engine.backends import BACKENDS, load_backend
 from serving.engine.bundle import (
     MANIFEST_NAME,
     TORCHSCRIPT_NAME,
     check_name,
     open_bundle,
+    verify_bundle,
     write_manifest,
 )
 from serving.engine.signatures import graphs_of, inputs_of
@@ -48,7 +51,7 @@ def export_bundle(
     evaluation: dict[str, Any] | None,
     report: Callable[[str], None] = lambda line: None,
     licence: str | None = None,
-    with_codec: bool = False,
+    further: Sequence[str] = (),
     dataset: Dataset | None = None,
 ) -> None:
     """Export a checkpoint; a bundle is only written if its graphs pass the parity test.
@@ -64,7 +67,7 @@ def export_bundle(
         evaluation: figures of ``ade evaluate``, for the manifest.
         report: called with each line of progress.
         licence: of the weights, for the manifest.
-        with_codec: add what lossless coding needs.
+        further: graphs of extensions to add, by name, such as ``codec``.
         dataset: that the checkpoint was trained on, if at hand: the manifest gets a sketch of its
             files if the checkpoint is of a version that kept none. One of another name or other
             splits is not used.
@@ -74,7 +77,7 @@ def export_bundle(
         ExportError: ``out`` exists or was made by another process meanwhile, or the images or the
             checkpoint's configuration are unsuitable.
         ParityError: an exported graph differs from the model.
-        CodecError: a codec is requested, and the model cannot code images.
+        UserError: the model cannot have the further graphs.
     """
     if out.exists():
         raise ExportError(f"{out} exists: export to a new folder")
@@ -89,8 +92,9 @@ def export_bundle(
     missing = {"recipe", "data", "splits", "images_seen", "seed"} - about.keys()
     if missing:
         raise ExportError(f"the configuration of {checkpoint} lacks {', '.join(sorted(missing))}")
-    if with_codec:
-        check_codable(about)
+    extra: dict[str, FurtherGraphs] = {graph: added("graphs")[graph] for graph in further}
+    for graphs_of_extension in extra.values():
+        load(graphs_of_extension.check)(about)
     data = {"name": about["data"], "splits": about["splits"]}
     if (sketch := sketch_in(about)) is not None:
         data[KEY] = sketch
@@ -126,9 +130,9 @@ def export_bundle(
             export_onnx(graphs, graph, examples[graph], folder)
         report(f"exporting {TORCHSCRIPT_NAME}")
         export_torchscript(graphs, examples, folder / TORCHSCRIPT_NAME)
-        if with_codec:
-            report("exporting the codec")
-            write_codec(model, folder)
+        for graph, graphs_of_extension in extra.items():
+            report(f"exporting the {graph}")
+            load(graphs_of_extension.write)(model, folder)
         fields: dict[str, Any] = {
             "name": name,
             "recipe": about["recipe"],
@@ -158,6 +162,35 @@ def export_bundle(
         finally:
             torch.set_num_threads(threads)  # TorchScript's backend takes one
         write_manifest(folder, {**fields, "parity": list(map(asdict, table))})
+
+
+def add_graphs(
+    folder: Path, out: Path, further: Sequence[str], taken: Callable[[str], Exception]
+) -> None:
+    """Copy a bundle and add graphs of extensions.
+
+    Args:
+        folder: of the bundle.
+        out: the new bundle; must not exist.
+        further: the graphs, by name.
+        taken: turns a message into the error to raise if ``out`` exists.
+
+    Raises:
+        BundleError: the bundle is not whole, or was replaced meanwhile.
+        UserError: the model cannot have these graphs.
+    """
+    bundle = verify_bundle(folder)
+    for name in further:
+        load(added("graphs")[name].check)(
+            read_config(folder) | {"operations": list(bundle.operations)}
+        )
+    with new_folder(out, taken) as temporary:
+        copy_bundle(bundle, temporary)
+        for name in further:
+            for old in temporary.glob(f"{name}*"):
+                old.unlink()
+            load(added("graphs")[name].write)(load_model(temporary), temporary)
+        write_manifest(temporary, bundle.manifest)
 
 
 def _bpd(model: ADEModel, images: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_every_room_is_a_package_that_loads_nothing() -> None:
 def test_libraries_name_no_option_of_the_command_line() -> None:
     """Callers in Python have no command line."""
     for path in (path for package in LIBRARIES for path in sorted((ROOT / package).rglob("*.py"))):
-        if path.parent.name == "verbs":
+        if path.parent.name == "verbs" or path.name == "plugin.py":  # parts of the command line
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

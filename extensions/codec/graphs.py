@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ade_base.errors import UserError
-from ade_base.files import new_folder
 from ade_base.system import cpu_session
 from ade_model.bijections import (
     AffineCoupling,
@@ -34,23 +32,17 @@ from ade_model.bijections import (
     OnHalfOfTheChannels,
     Rotation,
 )
-from ade_model.checkpoint import load_model, read_config
 from ade_model.dequantizer import ORDER, Dequantizer
 from ade_model.distributions import DiagonalGaussian
 from ade_model.flow import Unsqueezed
 from ade_model.model import ADEModel
 from ade_model.quantization import NUM_LEVELS
 from ade_model.vae import Decoder, Level
-from export.copying import copy_bundle
 from export.to_onnx import point_at_weights, traced
 from extensions.codec.lifting import COEFFICIENT_BITS, factorize
+from extensions.codec.networks import CODEC_ARRAYS_NAME, CODEC_NAME, CODEC_VERSION
 from serving.engine.bundle import (
-    CODEC_ARRAYS_NAME,
-    CODEC_NAME,
-    CODEC_VERSION,
     WEIGHTS_NAME,
-    verify_bundle,
-    write_manifest,
 )
 
 GRID_BITS = 16  # of the flow's values: finer steps cost initial bits, coarser ones likelihood
@@ -172,28 +164,6 @@ def write_codec(model: ADEModel, folder: Path) -> None:
     """
     writer = _Writer(copy.deepcopy(model).eval().requires_grad_(False), folder)
     writer.write()
-
-
-def add_codec(folder: Path, out: Path, taken: Callable[[str], Exception]) -> None:
-    """Copy a bundle and add its codec.
-
-    Args:
-        folder: of the bundle.
-        out: the new bundle; must not exist.
-        taken: turns a message into the error to raise if ``out`` exists.
-
-    Raises:
-        BundleError: the bundle is not whole, or was replaced meanwhile.
-        CodecError: the model cannot code images.
-    """
-    bundle = verify_bundle(folder)
-    check_codable(read_config(folder) | {"operations": list(bundle.operations)})
-    with new_folder(out, taken) as temporary:
-        copy_bundle(bundle, temporary)
-        for old in temporary.glob("codec*"):
-            old.unlink()
-        write_codec(load_model(temporary), temporary)
-        write_manifest(temporary, bundle.manifest)
 
 
 class _Writer:

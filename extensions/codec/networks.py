@@ -17,13 +17,14 @@ from extensions.codec.errors import CodingError, NotCoded
 from extensions.codec.lattice import Bins, Rotation
 from extensions.codec.positions import LearnedBins
 from serving.engine.bundle import (
-    CODEC_ARRAYS_NAME,
-    CODEC_NAME,
-    CODEC_VERSION,
     WEIGHTS_NAME,
     Bundle,
 )
 
+# Beside these two, the codec has graphs named codec-*.onnx.
+CODEC_NAME = "codec.json"
+CODEC_VERSION = 2  # of that file; 1 had rotations as Givens rotations of pairs of channels
+CODEC_ARRAYS_NAME = "codec.npz"
 _FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
 
 

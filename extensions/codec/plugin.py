@@ -1,6 +1,6 @@
 """Lossless compression with a model: ``ade compress`` and ``ade decompress``."""
 
-from ade_base.extensions import Extension, Verb
+from ade_base.extensions import Extension, Graphs, Verb
 
 EXTENSION = Extension(
     verbs={
@@ -14,5 +14,13 @@ EXTENSION = Extension(
             "extensions.codec.verbs.decompress",
             "codec",
         ),
-    }
+    },
+    graphs={
+        "codec": Graphs(
+            "what ade compress needs",
+            "extensions.codec.graphs:check_codable",
+            "extensions.codec.graphs:write_codec",
+            ("compress", "IMAGES", "OUT.ade", "--bundle"),
+        )
+    },
 )

@@ -27,10 +27,6 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"
 FEATURES_NAME = "features.onnx"
-# Beside these two, the codec has graphs named codec-*.onnx. Only lossless coding reads them.
-CODEC_NAME = "codec.json"
-CODEC_VERSION = 2  # of that file; 1 had rotations as Givens rotations of pairs of channels
-CODEC_ARRAYS_NAME = "codec.npz"
 EXAMPLE_NAME = "example-{}.png"  # images that calibrated the gate, kept if their owner agreed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

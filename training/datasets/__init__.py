@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from extensions.comparison.datasets import lsun, stl10
-from extensions.comparison.datasets.imagenet64 import load_imagenet64
-from extensions.comparison.datasets.lsun import load_lsun
-from extensions.comparison.datasets.stl10 import load_stl10
+from ade_base.extensions import DataSet, added, load
 from training.data import DataError, Dataset, Report
-from training.datasets.cifar10 import load_cifar10
 from training.datasets.folder import first_size, image_files, load_folder
 
-# Names of data sets, with the size of their images where it is fixed.
-NAMES = {"cifar10": 32, "stl10": None, "imagenet64": 64, "lsun": None}
-_DEFAULT_SIZES = {"stl10": stl10.DEFAULT_SIZE, "lsun": lsun.DEFAULT_SIZE}
+_SETS: dict[str, DataSet] = {
+    "cifar10": DataSet("training.datasets.cifar10:load_cifar10", 32, True),
+    **added("datasets"),
+}
+NAMES = tuple(_SETS)
 
 
 def image_size_of(data: str, root: str | None, image_size: int | None = None) -> int:
@@ -66,17 +64,12 @@ def load_dataset(
     if data not in NAMES:
         return load_folder(path, image_size, cache, report, fits)
     fits(_named_size(data, image_size))
-    if data == "cifar10":
-        return load_cifar10(path)
-    if data == "stl10":
-        return load_stl10(path, image_size, report)
-    if data == "imagenet64":
-        return load_imagenet64(path, cache, report)
-    return load_lsun(path, image_size, cache, report)
+    loaded: Dataset = load(_SETS[data].code)(path, image_size, cache, report)
+    return loaded
 
 
 def _named_size(data: str, image_size: int | None) -> int:
-    return image_size or NAMES[data] or _DEFAULT_SIZES[data]
+    return image_size or _SETS[data].size
 
 
 def _check(data: str, root: str | None, image_size: int | None) -> Path:
@@ -100,9 +93,10 @@ def _check(data: str, root: str | None, image_size: int | None) -> Path:
         return Path(data)
     if root is None:
         raise DataError(f"the data set {data} needs root, the folder that holds it")
-    if image_size is not None and NAMES[data] not in (None, image_size):
+    size = _SETS[data].size
+    if _SETS[data].is_fixed and image_size not in (None, size):
         raise DataError(
-            f"images of {data} have {NAMES[data]} pixels per side, got image size {image_size}"
+            f"images of {data} have {size} pixels per side, got image size {image_size}"
         )
     path = Path(root)
     if not path.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet
+from training.data import NOT_ARRAYS, DataError, Dataset, ImageSet, Report
 from training.datasets.source import Source, classes, planar, unpickle_arrays
 
 SIZE = 32
@@ -19,7 +19,7 @@ COUNTS = {"train": 50000, "test": 10000}
 TRAIN, SELECT = 45000, 47000
 
 
-def load_cifar10(root: Path) -> Dataset:
+def load_cifar10(root: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
     """Load the 60,000 images, of which 45,000 are the training part.
 
     Raises:

@@ -37,13 +37,14 @@ from ade_model.checkpoint import load_model, save_model
 from export.graphs import Graphs
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
+from export.write import add_graphs
 from extensions.codec import archive as archives
 from extensions.codec import chunks, decompress, lattice, networks
 from extensions.codec import compress as compressing
 from extensions.codec.chunks import Figures
 from extensions.codec.compress import Report, compress
 from extensions.codec.errors import CodingError, Damaged, NotCoded
-from extensions.codec.graphs import CodecError, add_codec, check_codable, write_codec
+from extensions.codec.graphs import CodecError, check_codable, write_codec
 from extensions.codec.image_coder import ImageCoder
 from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.pictures import Picture, read_picture
@@ -1344,7 +1345,7 @@ def test_a_codec_is_added_to_a_bundle(tmp_path: Path) -> None:
     assert {**found.manifest, "files": None} == {**before.manifest, "files": None}
     assert before.manifest["files"].items() <= found.manifest["files"].items()
     with pytest.raises(ValueError, match="exists"):
-        add_codec(PRETRAINED, tmp_path / "with", ValueError)
+        add_graphs(PRETRAINED, tmp_path / "with", ["codec"], ValueError)
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from ade_cli.image_files import FileError, check_parent, left_out
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from extensions.codec.compress import compress
+from extensions.codec.networks import CODEC_NAME
 from extensions.codec.sources import open_source
-from serving.engine.bundle import CODEC_NAME, open_bundle
+from serving.engine.bundle import open_bundle
 
 INCOMPLETE = 3  # exit status
 

@@ -14,7 +14,9 @@ from training.datasets.source import classes, planar, unpickle_arrays
 SIZE = 64
 
 
-def load_imagenet64(root: Path, cache: Path | None, report: Report) -> Dataset:
+def load_imagenet64(
+    root: Path, image_size: int | None, cache: Path | None, report: Report
+) -> Dataset:
     """Load ``train_data_batch_1`` to ``_10`` and ``val_data``, which becomes the test part.
 
     Raises:

@@ -17,7 +17,7 @@ CALIBRATING = 3 / 8  # of the test images, if the others are unlabelled: 3,000
 FOLDERS, ARCHIVES = ("stl10_binary",), ("stl10_binary.tar.gz",)
 
 
-def load_stl10(root: Path, image_size: int | None, report: Report) -> Dataset:
+def load_stl10(root: Path, image_size: int | None, cache: Path | None, report: Report) -> Dataset:
     """Load the 100,000 unlabelled images, or else the 5,000 labelled ones, and the test images.
 
     Unlabelled images show more kinds of things than test images. So that both are from one
