@@ -92,6 +92,8 @@ class Extension:
         score_engines: of ``ade score``, by name.
         datasets: of ``--data``, by name.
         graphs: of ``ade export``, by name.
+        protocols: modules that translate another protocol of inference, by the beginning of its
+            paths; see :mod:`handlers.service.protocols`.
     """
 
     verbs: Mapping[str, Verb] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class Extension:
     score_engines: Mapping[str, Engine] = field(default_factory=dict)
     datasets: Mapping[str, DataSet] = field(default_factory=dict)
     graphs: Mapping[str, Graphs] = field(default_factory=dict)
+    protocols: Mapping[str, str] = field(default_factory=dict)
 
 
 @functools.cache

@@ -33,7 +33,6 @@ import tritonclient.http
 
 from ade_base.ports import Ports, free_ports
 from ade_cli.status import _text
-from extensions.open_inference import translation as v2
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.front.releases import Release, Releases
@@ -47,6 +46,7 @@ from handlers.service import wire, worker
 from handlers.service.application import READY, Application, ApplicationSettings, served_models
 from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics
+from handlers.service.protocols import V2 as v2
 from handlers.service.worker import WorkerSettings
 from handlers.torchserve.status import _by_bundle, read_status
 from serving.api.journal import last_errors

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import orjson
 
-from extensions.open_inference import translation as v2
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits
 from handlers.front.exposition import metrics_answer
@@ -31,6 +30,8 @@ from handlers.launch.options import ServingOptions, check_names, served_name
 from handlers.process.pool import Pool
 from handlers.service import control
 from handlers.service.metrics import Metrics
+from handlers.service.protocols import V2 as v2
+from handlers.service.protocols import metadata as v2_metadata
 from handlers.service.worker import WorkerSettings, check_same
 from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
@@ -50,7 +51,7 @@ V2_SERVER = {
 }
 _V2_MODEL = re.compile(r"(?P<name>[^/]+)(/versions/(?P<version>[^/]+))?(/(?P<what>.*))?")
 _JOURNAL_OF_RELEASE = re.compile(rf"-release(\d+)-\d+{re.escape(JOURNAL)}")
-OPEN = {READY, V2_LIVE, V2_READY}  # for probes, which have no token
+OPEN = {READY} if v2 is None else {READY, V2_LIVE, V2_READY}  # for probes, which have no token
 STOP_S = 25  # for accepted requests after a stop is requested
 REFUSE_S = 20  # after which requests that still wait for a worker are answered 503
 
@@ -138,6 +139,7 @@ class Application:
                 can_cancel=True,
             )
             for model in models
+            if v2 is not None
         }
         described = _json(200, document)
         self._reads = {
@@ -152,6 +154,7 @@ class Application:
                 V2_LIVE: lambda: _json(200, {"live": True}),
                 V2_READY: self._readiness,
             }.items()
+            if v2 is not None or not path.startswith(V2)
         }
 
     def api(self, path: str) -> Endpoint:
@@ -162,7 +165,7 @@ class Application:
         """
         if path in self._reads:
             return self._reads[path]
-        if path.startswith(V2_MODELS):
+        if v2 is not None and path.startswith(V2_MODELS):
             return self._v2_model(path.removeprefix(V2_MODELS))
         for prefix in PREDICTIONS:
             name = path.removeprefix(prefix)
@@ -297,7 +300,7 @@ def make_pools(
             )
             for number in range(settings.workers[operation])
         ]
-        described = v2.metadata(name, operation, bundle, settings.options["backend"])
+        described = v2_metadata(name, operation, bundle, settings.options["backend"])
         pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
     return pools
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from handlers.launch.options import ServingOptions
-from extensions.open_inference import translation as v2
-from handlers.service import wire
+from handlers.service import protocols, wire
 from serving.api.guard import error_answer
 from serving.api.journal import Journal
 from serving.api.responses import Response
@@ -139,11 +138,12 @@ def _read(service: Service, model: str, about: dict[str, Any], body: bytes) -> R
         if length is None:
             return raw_request(about["content_type"], body, probe, id)
         operation, bundle = service.operation.name, service.engine.bundle
-        return v2.parse(model, operation, bundle, body, length, probe, id)
+        parsed: RawRequest = protocols.V2.parse(model, operation, bundle, body, length, probe, id)
+        return parsed
     except Exception as error:  # one request must not take its batch along
         translate: Callable[[Response], Response] | None = None
         if length is not None:
-            translate = functools.partial(v2.respond, None)
+            translate = functools.partial(protocols.V2.respond, None)
         elif isinstance(error, ApiError):
             translate = functools.partial(_refused, error)
         if not isinstance(error, ApiError):

@@ -18,7 +18,6 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from ade_client.contract import MODEL_HEADER
-from extensions.open_inference import translation as v2
 from extensions.ray.serve.calls import Asked, Calls
 from extensions.ray.serve.environment import DRAINING_S
 from extensions.ray.serve.logs import open_log
@@ -28,6 +27,7 @@ from extensions.ray.serve.settings import Access, ServeSettings
 from handlers.front.admission import Limits, Memory
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import Answer, Endpoint, Front, Request, other_model
+from handlers.service import protocols
 from handlers.service.application import OPEN, Application, served_models
 from handlers.service.metrics import ANSWER_SECONDS, MODEL, QUEUE_SECONDS
 from handlers.service.worker import check_same
@@ -168,7 +168,7 @@ class Ingress:
                 name,
                 bundle.model_id,
                 handles[name],
-                v2.metadata(name, operation, bundle, settings.backend),
+                protocols.metadata(name, operation, bundle, settings.backend),
                 settings.replicas[operation][1],
                 limits.upstream_s,
             )
