@@ -1,4 +1,4 @@
-"""``ade calibrate BUNDLE OUT --data …`` and ``ade calibrate BUNDLE --into BUNDLE --name …``."""
+"""``ade calibrate BUNDLE OUT --data … [--name NAME]``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from ade_cli.image_files import check_writable
 from ade_cli.paths import given_path, say_what_is_not_followed
 from ade_client.contract import DEFAULT
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
-from export.gate.calibrate import calibrate_bundle, calibrate_into, check_into, check_out
+from export.gate.calibrate import calibrate_bundle, check_out
 from export.gate.examples import COUNT
 from export.gate.images import readable
 from export.gate.split import choose_files, choose_rows
 from export.sketch import data_of_features
-from serving.engine.bundle import Bundle, open_bundle, verify_bundle
+from serving.engine.bundle import Bundle, calibration_file, verify_bundle
 from serving.ingest.picture import Picture
-from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration import Calibration
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
-from serving.verdict.store import path_of
 from training.data import DataError
 from training.datasets import NAMES
 
@@ -40,36 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "network is trained. Two fifths of the images fit the density of statistics, the others "
         "set the false-alarm rate; 1,000 or more are advisable. About 8 of 100 files of a folder, "
         "and the part test of a named data set, are left out for ade ood-bench. Images whose size "
-        "differs from the model's are resized. The result is a new bundle (OUT), or a further "
-        "calibration in a bundle (--into, --name). Prints the false-alarm rates to expect and the "
-        "share of corrupted images that is rejected."
+        "differs from the model's are resized. The result is a new bundle: OUT. Prints the "
+        "false-alarm rates to expect and the share of corrupted images that is rejected."
     )
     parser.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
-        "out",
-        type=given_path,
-        nargs="?",
-        metavar="OUT",
-        help="folder of the new bundle; must not exist",
-    )
-    parser.add_argument(
-        "--into",
-        type=given_path,
-        metavar="BUNDLE",
-        help="instead of OUT: add the calibration to this bundle of the same model, as --name; a "
-        "service that runs with it takes the calibration over within seconds",
+        "out", type=given_path, metavar="OUT", help="folder of the new bundle; must not exist"
     )
     parser.add_argument(
         "--name",
+        default=DEFAULT,
         metavar="NAME",
-        help='with --into: requests select it with "calibration": "NAME"; one of this name is '
-        f"replaced; {DEFAULT!r} judges the requests that name none",
-    )
-    parser.add_argument(
-        "--discard-feedback",
-        action="store_true",
-        help="with --into: replace the calibration even if ade gate feedback has added images to "
-        "it, which are lost (default: refuse)",
+        help='add a calibration that requests select with "calibration": "NAME"; one of this name '
+        "is replaced (default: replace the bundle's own, which judges requests that name none)",
     )
     add_data_arguments(parser, required=True)
     parser.add_argument(
@@ -102,66 +84,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if (args.out is None) == (args.into is None):
-        raise CalibrationError("give either OUT, a new bundle, or --into BUNDLE")
-    if (args.into is None) != (args.name is None):
-        raise CalibrationError("--into BUNDLE and --name NAME go together")
-    if args.into is None and args.discard_feedback:
-        raise CalibrationError("--discard-feedback goes with --into")
     features = _features(args)
-    bundle = open_bundle(args.bundle)
-    target = args.out
     # Before the images are read, which may take long.
-    if args.into is None:
-        check_out(target)
-        check_writable(target)
-        verify_bundle(args.bundle).check_has("score")
-        if features is not None:
-            from export.features import check_source  # needs onnx, as in _data_of
+    calibration_file(args.name)
+    check_out(args.out)
+    check_writable(args.out)
+    bundle = verify_bundle(args.bundle)
+    bundle.check_has("score")
+    if features is not None:
+        from export.features import check_source  # needs onnx, as in _data_of
 
-            check_source(features, bundle.image_shape)
-    else:
-        target, model = args.into, bundle.model_id
-        bundle = open_bundle(target)
-        if bundle.model_id != model:
-            raise CalibrationError(
-                f"--into must be a bundle of the model {model}, got {bundle.model_id}"
-            )
-        check_into(target, args.name, args.discard_feedback)
-        check_writable(path_of(target, args.name))
+        check_source(features, bundle.image_shape)
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
-    if args.into is None:
-        made = calibrate_bundle(
-            args.bundle,
-            target,
-            fit,
-            calibration,
-            name,
-            say,
-            features,
-            unseen,
-            trained,
-            args.keep_examples,
-        )
-    else:
-        made = calibrate_into(
-            target,
-            args.name,
-            fit,
-            calibration,
-            name,
-            say,
-            unseen,
-            trained,
-            args.discard_feedback,
-        )
+    made = calibrate_bundle(
+        args.bundle,
+        args.out,
+        fit,
+        calibration,
+        name,
+        say,
+        features,
+        unseen,
+        trained,
+        args.keep_examples,
+        args.name,
+    )
     assert made.exact is not None
     _tell(made)
     _tell_caught(made.exact)
-    if args.into is None:
-        say(f"wrote {target}; serve it: {command('serve', target)}")
-    else:
-        say(f"added calibration {made.name}, version {made.version}, to {target}")
+    say(f"wrote {args.out}; serve it: {command('serve', args.out)}")
 
 
 def _features(args: argparse.Namespace) -> FeatureSource | None:
@@ -169,10 +120,6 @@ def _features(args: argparse.Namespace) -> FeatureSource | None:
         if args.features_output or args.features_preprocess:
             raise FeaturesError("--features-output and --features-preprocess go with --features")
         return None
-    if args.into is not None:
-        raise FeaturesError(
-            "--features goes with OUT, a new bundle: --into uses the features of its bundle"
-        )
     return FeatureSource(args.features, args.features_output, args.features_preprocess)
 
 

@@ -54,22 +54,17 @@ VERBS: dict[str, Verb] = {
     "reconstruct": Verb("encode and decode image files", "ade_cli.reconstruct"),
     "score": Verb("score image files, or a folder of any size into a table", "ade_cli.score"),
     "serve": Verb("serve a bundle over HTTP, with a web page", "ade_cli.serve", "serve"),
-    "upgrade": Verb(
-        "replace the bundle of a running service of --engine asgi, without an interruption",
-        "ade_cli.upgrade",
-        "asgi",
+    "publish": Verb(
+        "replace the bundle of a running service, without an interruption",
+        "ade_cli.publish",
+        "process",
     ),
-    "rollback": Verb(
-        "go back to the bundle before the last upgrade, without an interruption",
-        "ade_cli.rollback",
-        "asgi",
-    ),
-    "status": Verb("report the state of the service on this machine", "ade_cli.status", "asgi"),
+    "status": Verb("report the state of the service on this machine", "ade_cli.status", "process"),
     **added("verbs"),
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
 # Extras with gradio, for which pip installs a Pillow without security fixes; see pyproject.toml.
-WITH_GRADIO = {"asgi", "ray", "serve"}
+WITH_GRADIO = {"process", "ray", "serve"}
 HELP = {"-h", "--help"}
 
 

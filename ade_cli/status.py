@@ -31,33 +31,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if found["ready"] else 1
 
 
-def _releases(found: dict[str, Any]) -> list[str]:
-    """A canary and the current bundle with their figures, the previous one, the last commands."""
-    releases, lines = found["releases"] or {}, []
-    if releases.get("canary"):
-        share = f"{releases['share']:.3g} of the requests"
-        if releases.get("canary_is_lost"):
-            share = (
-                "is not running: it is starting, or front.out in the folder of logs says why it "
-                "failed; ade rollback ends it"
-            )
-        for what, models in (("current", releases["current"]), ("canary", releases["canary"])):
-            lines.append(f"{what:11} {', '.join(models)}{f', {share}' if what == 'canary' else ''}")
-            for model in models:
-                its = (found["by_bundle"] or {}).get(model)
-                if its is None:
-                    continue
-                counts = ", ".join(f"{kind}: {n:.0f}" for kind, n in its["requests"].items())
-                lines.append(
-                    f"            {counts or 'no requests'}; {its['mean_ms']:.1f} ms on average; "
-                    f"{its['rejected']:.0f} images rejected"
-                )
-    if releases.get("previous"):
-        lines.append(f"previous    {', '.join(releases['previous'])}, for ade rollback")
-    for one in releases.get("commands", ()):
-        text = "{began} {command}: {state}: {detail}".format(**one)
-        lines.append(f"upgrade     {text}".replace("\n", "\n            "))
-    return lines
+def _publishing(last: dict[str, Any] | None) -> list[str]:
+    """The last `ade publish`, and how far it came."""
+    if last is None:
+        return []
+    text = "{began} {command}: {state}: {detail}".format(**last)
+    return [f"publish     {text}".replace("\n", "\n            ")]
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -95,11 +74,9 @@ def _text(found: dict[str, Any]) -> str:
             f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())
         )
         lines.append(f"requests    {counts or 'none yet'}")
-    lines += _releases(found)
+    lines += _publishing(found["publishing"])
     for name, its in (found["calibrations"] or {}).items():
         text = f"{its['rejected']:.0f} rejected, {its['expected']:.0f} expected"
-        if its["broken"]:
-            text += "; its file cannot be used, the log has the reason"
         lines.append(f"calibration {name}: {text}")
     for error in found["last_errors"] or []:
         text = "error       {time} {operation} {status} {code}: {message}".format(**error)

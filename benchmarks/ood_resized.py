@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     test = load_dataset("cifar10", args.root).parts["test"].images[:]
-    calibrations = engine.store.get()
+    calibrations = engine.calibrations
     if calibrations.resized is None or calibrations.exact is None:
         parser.error(f"{args.bundle} must have calibrations for resized images and for others")
     judges = (calibrations.resized, calibrations.exact)

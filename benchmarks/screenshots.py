@@ -280,7 +280,7 @@ def main() -> None:
             print("no earlier model in the history: no tab Compare")
         bundles = [BUNDLE, *([] if before is None else [before])]
         service = stack.enter_context(
-            running(*bundles, options=("--engine", "asgi", "--workers", "1"))
+            running(*bundles, options=("--engine", "process", "--workers", "1"))
         )
         playwright = stack.enter_context(sync_playwright())
         browser = launch(playwright)

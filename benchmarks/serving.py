@@ -287,7 +287,7 @@ def start_servers(
     if operations == ("score",):
         command += ["--workers", str(WORKERS)]
     servers = []
-    for name in (OURS, f"{OURS} --engine asgi"):
+    for name in (OURS, f"{OURS} --engine process"):
         ports = {
             variable: str(first_port + i) for i, (variable, _) in enumerate(VARIABLES.values())
         }

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serving.engine.bundle import Bundle
-from training.datasets.sketch import KEY, sketch_in
-
-
-def sketched(bundle: Bundle) -> set[str]:
-    """Hashes of files that trained the model or the network of features, as far as known."""
-    records = (*data_of_model(bundle), data_of_features(bundle) or {})
-    return {file_hash for record in records for file_hash in sketch_in(record) or ()}
+from training.datasets.sketch import KEY
 
 
 def data_of_model(bundle: Bundle) -> list[Mapping[str, Any]]:

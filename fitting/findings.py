@@ -150,7 +150,7 @@ def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
         Caught(
             name,
             name in CORRUPTIONS,
-            tuple(rejected(engine, engine.store.usable(), its, ALPHAS)),
+            tuple(rejected(engine, engine.calibrations, its, ALPHAS)),
         )
         for name, its in corruptions_of(images).items()
     ]

@@ -111,7 +111,7 @@ class FileScorer:
     Attributes:
         bundle: as given.
         options: as given.
-        calibrations: the calibrations that decide; they stay the same even if their file changes.
+        calibrations: the calibrations that decide.
 
     Raises:
         BulkError: the bundle or the calibration is not that of the other process.
@@ -132,7 +132,7 @@ class FileScorer:
         if like is not None and bundle.digest != like.bundle:
             raise BulkError(f"{bundle.folder} is another bundle here than where scoring began")
         self._engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-        self.calibrations = self._engine.store.usable(options.calibration)
+        self.calibrations = self._engine.calibrations_of(options.calibration)
         if like is not None and self.calibrations.version != like.calibration:
             raise BulkError(f"the calibration {options.calibration} was changed meanwhile")
         self._read_file = read or (lambda path: read_file((folder or Path()) / path))

@@ -73,7 +73,6 @@ class Gate:
     """Decides on images by a bundle; may be used by several threads at once.
 
     Images whose size differs from the model's are resized, and judged by the calibration for that.
-    Named calibrations of the bundle may be added, changed and removed meanwhile.
 
     Args:
         bundle: the bundle's folder.
@@ -92,7 +91,7 @@ class Gate:
         opened.check_has("score")
         self.alpha = alpha
         self._engine = InferenceEngine(opened, device="cpu", operations=["score"])
-        judges = self._engine.store.usable()
+        judges = self._engine.calibrations
         for images, judge in (
             ("images of the model's size", judges.exact),
             ("resized images", judges.resized),
@@ -123,7 +122,7 @@ class Gate:
             ValueError: an array is not of uint8 or not of that shape.
             DecoderError: the machine has no room for the process that decodes an image.
         """
-        judge = self._engine.store.get(calibration)
+        judge = self._engine.calibrations_of(calibration)
         latest = None if seconds is None else time.monotonic() + seconds
         prepared = []
         for image in several(images):

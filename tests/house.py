@@ -80,14 +80,11 @@ MAY_IMPORT = {
 }
 # Modules that are not in their room yet. A line goes when its module has moved.
 MOVES = {
-    "serving.engine": "serving.verdict.store",
     "handlers.front": (
         "handlers.limits handlers.service.metrics handlers.torchserve.exposition "
         "handlers.torchserve.reporter serving.api.pipelining"
     ),
-    "handlers.service": (
-        "handlers.front.releases handlers.launch.engines handlers.torchserve.wire"
-    ),
+    "handlers.service": ("handlers.launch.engines handlers.torchserve.wire"),
     "handlers.launch": (
         "handlers.process.launcher handlers.processes.one_process handlers.torchserve.status"
     ),

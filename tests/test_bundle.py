@@ -295,7 +295,6 @@ def test_the_path_of_a_bundle_is_utf_8(
     for command in (
         ["score", "a.png", "--bundle", folder],
         ["serve", folder],
-        ["gate", "feedback", folder, "--accept", "a.png"],
         ["calibrate", str(tiny_bundle), f"{folder}2", "--data", str(tmp_path)],
         ["fit", str(tiny_bundle), "--out", f"{folder}3"],
     ):
@@ -488,11 +487,6 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
     """A copy gets a new manifest, which must not vouch for what the old one does not list."""
     bundle = verify_bundle(copy)
     (copy / "features.onnx").write_bytes(b"not listed")
-    (copy / "calibrations").mkdir()
-    (copy / "calibrations" / "night.npz").write_bytes(b"named")
-    (copy / "calibrations" / ".0123456789abcdef.tmp").write_bytes(b"being written")
-    (copy / "calibrations" / "former.d").mkdir()
-    (copy / "calibrations").chmod(0o555)
 
     def copied(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -500,13 +494,7 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
         return tmp_path / name
 
     found = {str(path.relative_to(tmp_path / "a")) for path in copied("a").rglob("*.*")}
-    assert found == {*bundle.manifest["files"], "manifest.json", "calibrations/night.npz"}
-    assert (tmp_path / "a" / "calibrations").stat().st_mode & stat.S_IWUSR
-    (copy / "calibrations").chmod(0o755)
-    (copy / "calibrations" / "gone.npz").symlink_to("nowhere")
-    with pytest.raises(BundleError, match=r"/gone\.npz cannot be copied: .*No such file"):
-        copied("vanished")
-    (copy / "calibrations" / "gone.npz").unlink()
+    assert found == {*bundle.manifest["files"], "manifest.json"}
     whole = (copy / "config.json").read_bytes()
     (copy / "config.json").write_bytes(whole + b" ")
     with pytest.raises(BundleError, match=r"config\.json does not match the manifest"):
@@ -563,7 +551,6 @@ def test_archives_leave_other_temporary_files_alone(
         tmp_path / "store",
         ServingOptions(),
         dict.fromkeys(OPERATIONS, 1),
-        tmp_path / "memory",
     )
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
         f"{name}.mar" for name in names
@@ -574,20 +561,20 @@ def test_archives_leave_other_temporary_files_alone(
 def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_path: Path) -> None:
     from handlers.launch.options import ServingOptions
     from handlers.torchserve.archives import write_archives
-    from serving.engine.calibrations import seen_file
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
     os.utime(bundle.folder / MANIFEST_NAME, (0, 0))  # as a reproducible archive may set it
     (tmp_path / "store").mkdir()
     workers = dict.fromkeys(OPERATIONS, 1)
-    write_archives(bundle, tmp_path / "store", ServingOptions(), workers, tmp_path / "memory")
+    write_archives(bundle, tmp_path / "store", ServingOptions(), workers)
     for operation in OPERATIONS:
         with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
             found = {Path(name).name for name in archive.namelist()}
             (text,) = (archive.read(n) for n in archive.namelist() if n.endswith(".yaml"))
         config = yaml.safe_load(text)
         assert 300 < config["maxRetryTimeoutInSec"] < 2**31 / 1000
-        assert config["ade"]["memory"] == str(seen_file(bundle, tmp_path / "memory"))
+        assert config["ade"]["operation"] == operation
+        assert ("calibration.npz" in found) == (operation == "score")
         expected = {MANIFEST_NAME, WEIGHTS_NAME, *(f"{g}.onnx" for g in bundle.graphs([operation]))}
         assert expected < found
 

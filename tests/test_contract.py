@@ -15,7 +15,7 @@ In an environment (versions, processor) of which there is a record, bodies are c
 byte. Elsewhere rounding may differ: there, numbers are compared within a tolerance and pictures and
 arrays by shape and mean, and everything else still exactly; recording there adds the bytes. In all
 environments, the bodies of the engines that one run tests are compared byte for byte with each
-other: `make test` compares the service in process with TorchServe and ASGI, `make test-ray` with
+other: `make test` compares the service in process with TorchServe and process, `make test-ray` with
 all three.
 """
 

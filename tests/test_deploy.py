@@ -63,7 +63,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
     known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
     known["up"] = set()
     for metric in (VERSION, EXPECTED_FLAGS, OBSERVED_FLAGS):
-        known[metric.name].add(MODEL)  # with the engines asgi and ray
+        known[metric.name].add(MODEL)  # with the engines process and ray
     rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
         names = re.findall(r"\b((?:ade|ts|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
@@ -348,7 +348,7 @@ def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
     meta = {"{{.Name}}": "ade", "{{.Namespace}}": "default"}
     words = [re.sub(r"{{\.\w+}}", lambda m: meta[m[0]], word) for word in served["args"]]
     args = parse(["serve", *words])
-    assert args.engine == "asgi" and [str(b) for b in args.bundles] == ["/mnt/models"]
+    assert args.engine == "process" and [str(b) for b in args.bundles] == ["/mnt/models"]
     inside = {f"ade-predictor{d}" for d in ("", ".default", ".default.svc")}
     assert set(_allowed_hosts(args.allowed_hosts, args.host)) == {
         *inside,

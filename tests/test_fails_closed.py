@@ -28,7 +28,7 @@ from export.gate.calibrate import calibrate_bundle
 from extensions.open_inference.translation import Call, respond
 from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
-from serving.engine.bundle import open_bundle
+from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
 from serving.page import contents as page_contents
@@ -37,14 +37,11 @@ from serving.page.app import build_page
 from serving.page.files import write_file
 from serving.page.models import Models
 from serving.page.runs import Runs
-from serving.page.tab_about import card as card_of
 from serving.page.tab_compare import card
 from serving.page.tab_many import summary
 from serving.page.verdict import REPLACED, Scored, explained, verdict
-from serving.verdict import store
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
-from serving.verdict.store import write_calibrations
 from tests.helpers import with_calibrations
 from tests.in_process import answered_here, judged, page_function
 from tests.service import RunningService
@@ -204,69 +201,89 @@ def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
 
 @pytest.fixture
 def page_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's folder, and calibrations that are looked up each time."""
+    """The page's folder."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
-    monkeypatch.setattr(store, "CHECK_S", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no hash", "describes the calibration 'default' in calibration, but its files lack"),
+        ("no hash of a name", "describes the calibration 'night' in calibrations, but its files"),
+        ("not listed", "the manifest does not list 'calibration-night.npz'"),
+        ("own not listed", "the manifest does not list 'calibration.npz'"),
+        ("of versions before", "the manifest does not list 'calibrations'"),
+        ("two of one name", "a calibration cannot have the name 'default'"),
+        ("no name", "a calibration cannot have the name"),
+        ("replaced", "calibration.npz does not match the manifest"),
+        ("removed", "calibration.npz is missing"),
+    ],
+)
+def test_a_manifest_without_the_hash_of_a_calibration_is_refused(
+    change: str, message: str, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whoever adds or removes the file of a calibration decides nothing."""
+    bundle = Path(shutil.copytree(bundles["both"], tmp_path / "bundle"))
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    own, files = bundle / "calibration.npz", manifest["files"]
+    if change in ("no hash", "own not listed"):
+        del files[own.name]
+    if change == "own not listed":
+        manifest["calibration"] = None
+    if change == "no hash":
+        own.unlink()
+    if change == "no hash of a name":
+        manifest["calibrations"] = {"night": manifest["calibration"]}
+    if change == "not listed":
+        shutil.copy(own, bundle / "calibration-night.npz")
+    if change == "of versions before":
+        (bundle / "calibrations").symlink_to(tmp_path / "not mounted")
+    if change in ("two of one name", "no name"):
+        name = "calibration-default.npz" if change == "two of one name" else "calibration--.npz"
+        files[name] = files[own.name]
+        shutil.copy(own, bundle / name)
+    if change == "replaced":
+        shutil.copy(bundles["few"] / own.name, own)
+    if change == "removed":
+        own.unlink()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=re.escape(message)):
+        InferenceEngine(bundle, device="cpu", operations=["score"])
 
 
 @pytest.mark.usefixtures("page_files")
 @pytest.mark.parametrize("own", ["both", "none"])
-def test_the_page_judges_by_the_calibration_that_the_service_uses(
-    own: str, bundles: dict[str, Path], ood_paths: list[Path], tmp_path: Path
+def test_the_page_judges_by_the_calibration_of_the_service(
+    own: str, bundles: dict[str, Path], ood_paths: list[Path]
 ) -> None:
-    """``default.npz`` takes the place of the bundle's own while both run."""
-    bundle = open_bundle(Path(shutil.copytree(bundles[own], tmp_path / "bundle")))
-    few = Calibrations.load(bundles["few"] / "calibration.npz")
+    bundle = open_bundle(bundles[own])
     with answered_here({"both": bundle.folder}) as url, AdeClient(url) as client:
         served = Models(url, [bundle], None)
         score = page_function(served, "score")
         image = write_file(ood_paths[0].read_bytes(), "ood.png")
-
-        def shown(alpha: float) -> tuple[str, str, str]:
-            card, _, place, _, details, *_ = score(own, image, 1, alpha, False, Runs())
-            return card, place, details
-
         (before,) = client.score([image], alpha=ALPHA)
-        card, place, details = shown(ALPHA)
+        card, _, place, _, details, _ = score(own, image, 1, ALPHA, False, Runs())
         assert f"ade-{before.decision}" in card
         assert ("150 held-out images" in place) == (own == "both")
         assert ("of the calibration images" in details) == (own == "both")
-        replaced = dataclasses.replace(few, name="default", model=bundle.networks)
-        version = write_calibrations(bundle.folder, replaced).version
-        (after,) = client.score([image], alpha=ALPHA)
-        assert after.calibration is not None and after.calibration.version == version
-        assert after.decision == "no_verdict"
-        card, place, details = shown(ALPHA)
-        assert "ade-no_verdict" in card and "there are 20." in card
-        assert "20 held-out images" in place and "of the calibration images" in details
-        card, _, _ = shown(0.05)
-        assert "ade-reject" in card and "none of 20 calibration images" in card
-        # There is no verdict on what another calibration judged.
-        calibrations, scored = served.calibrations_of(own), Scored(before, False)
-        assert verdict(calibrations, scored, 0.05) == ("no_verdict", REPLACED)
-        # "Score it again" would not help where one cannot be read: the worker's, or the page's.
-        reason = "calibration_broken: default.npz cannot be used; the log has the reason"
-        unread = dataclasses.replace(before, calibration=None, p_value=None, decision_reason=reason)
-        for where, which in (
-            (calibrations, unread),
-            (Calibrations(is_broken=True), before),
-        ):
-            choice, sentence = verdict(where, Scored(which, False), 0.05)
-            assert choice == "no_verdict" and "cannot be used; the log has the reason" in sentence
-        assert explained(calibrations, scored, 0.05)[1:] == ("", "")
-        assert "20 images" in card_of(served, own)
+    # There is no verdict on what another calibration judged.
+    few = Calibrations.load(bundles["few"] / "calibration.npz")
+    if own == "both":
+        assert verdict(few, Scored(before, False), 0.05) == ("no_verdict", REPLACED)
+        assert explained(few, Scored(before, False), 0.05)[1:] == ("", "")
 
 
 @pytest.mark.usefixtures("page_files")
 def test_the_page_gives_no_verdict_if_another_release_answers(
     bundles: dict[str, Path], ood_paths: list[Path]
 ) -> None:
-    """As during ``ade upgrade --canary``, in which no calibration is replaced."""
+    """As while a release is published."""
     with answered_here({"both": bundles["few"]}) as url:
         score = page_function(Models(url, [open_bundle(bundles["both"])], None), "score")
         image = write_file(ood_paths[0].read_bytes(), "ood.png")
         card, *_ = score("both", image, 1, ALPHA, False, Runs())
-    assert "ade-no_verdict" in card and "or an upgrade is under way" in card
+    assert "ade-no_verdict" in card and "a release was published meanwhile" in card
 
 
 @pytest.mark.usefixtures("page_files")

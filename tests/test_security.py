@@ -504,7 +504,7 @@ def test_the_operators_token() -> None:
     token = "operator-0123456789-0123456789-0123456789"
     running = RunningService(
         PRETRAINED,
-        options=("--engine", "asgi", "--host", "127.0.0.2", "--workers", "1"),
+        options=("--engine", "process", "--host", "127.0.0.2", "--workers", "1"),
         variables={"ADE_TOKEN": token},
     )
     url = running.url.replace("127.0.0.1", "127.0.0.2")

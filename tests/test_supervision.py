@@ -204,7 +204,7 @@ def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
         import argparse, socket, sys
         from handlers.launch import serve
         serve.engine_class = lambda name: sys.exit(10 + socket.socket().fileno())
-        options = dict(workers=None, address=None, engine="asgi", backend="onnxruntime")
+        options = dict(workers=None, address=None, engine="process", backend="onnxruntime")
         options |= dict(host="127.0.0.1")
         serve.run(argparse.Namespace(**options, cuda_graphs=False))
     """
@@ -929,7 +929,7 @@ def running() -> Iterator[RunningService]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torchserve", "asgi"])
+@pytest.mark.parametrize("engine", ["torchserve", "process"])
 def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) -> None:
     """A stopped front still accepts connections, so that nothing but a check finds it."""
     impatient = tmp_path / "python"  # checks for 3 s instead of 20

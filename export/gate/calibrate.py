@@ -1,6 +1,6 @@
 """Calibrates a bundle: scores held-out images with the serving engine and fits the verdict to them.
 
-The result is a new bundle, or a further calibration in a bundle, under a name of its own.
+The result is a new bundle: nothing changes a bundle in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ade_base.files import LOCK, locked, new_folder
+from ade_base.files import new_folder, sha256_of
 from ade_base.messages import counted
 from ade_base.pictures.show import coder_version
 from ade_client.contract import DEFAULT
@@ -29,6 +29,7 @@ from serving.engine.bundle import (
     CALIBRATION_NAME,
     FEATURES_NAME,
     Bundle,
+    calibration_file,
     check_path,
     open_bundle,
     verify_bundle,
@@ -38,15 +39,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations
-from serving.verdict.store import (
-    FOLDER,
-    SUFFIX,
-    check_name,
-    folder_of,
-    path_of,
-    write_calibrations,
-)
+from serving.verdict.calibration_file import Calibrations, version_of
 from training.data import REPEATS, Report
 
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
@@ -63,6 +56,7 @@ def calibrate_bundle(
     unseen: Images = (),
     trained: Images = (),
     keep_examples: bool = False,
+    calibration: str = DEFAULT,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -84,21 +78,24 @@ def calibrate_bundle(
         data_name: describes the images in the manifest.
         report: called with each line of progress.
         features: a network whose features join the statistics; the bundle keeps its own unless
-            given. With another network the named calibrations are invalid and left out.
+            given. With another network the other calibrations are invalid and left out.
         unseen: images of the same kind on which neither the model nor that network was trained.
             They reveal whether the network was trained on the others.
         trained: images that the model or that network was trained on, of which the others may hold
             copies: these are left out too.
         keep_examples: keep a few of the images that calibrate in the bundle, small. Whoever can
             open the bundle or its page sees them.
+        calibration: the name of the calibration; requests that give none are judged by that of
+            :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
     Raises:
         BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
-            images, or scores that cannot be used.
+            images, the name cannot be used, or scores cannot.
     """
     check_out(out)
+    file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
     parts = _parts(bundle, fit, examples.passing(calibrate), trained, report)
@@ -108,24 +105,24 @@ def calibrate_bundle(
             (temporary / name).unlink()
         if keep_examples:
             report(f"kept {examples.write(temporary)} of these images, small, as examples")
-        former = path_of(temporary, DEFAULT)
-        if former.exists():  # it would take precedence over the new calibration
-            former.unlink()
-            report(
-                f"left out {FOLDER}/{former.name}, and with it the images that feedback added to "
-                "it: the new calibration takes its place; ade gate feedback adds images again"
-            )
         fields = bundle.manifest
         if features is not None:
             fields = {**fields, "features": _add_features(temporary, features, parts, report)}
+            if sha256_of(temporary / FEATURES_NAME) != bundle.manifest["files"].get(FEATURES_NAME):
+                fields = _without_calibrations(temporary, fields, calibration, report)
             write_manifest(temporary, fields)
-            if open_bundle(temporary).networks != bundle.networks:
-                _leave_out_named(temporary, report)
         own = _own_calibration(bundle) if features is None else None
-        calibrations, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
-        (temporary / CALIBRATION_NAME).write_bytes(calibrations.to_bytes())
-        write_manifest(temporary, {**fields, "calibration": {**about, "data": data_name}})
-    return calibrations
+        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
+        content = made.to_bytes()
+        (temporary / file).write_bytes(content)
+        about["data"] = data_name
+        if calibration == DEFAULT:
+            fields = {**fields, "calibration": about}
+        else:
+            others = fields.get("calibrations") or {}
+            fields = {**fields, "calibrations": {**others, calibration: about}}
+        write_manifest(temporary, fields)
+    return dataclasses.replace(made, name=calibration, version=version_of(content))
 
 
 def check_out(out: Path) -> None:
@@ -138,92 +135,6 @@ def check_out(out: Path) -> None:
     check_path(out)
     if os.path.lexists(out):
         raise CalibrationError(f"{out} exists: calibrate into a new folder")
-
-
-def calibrate_into(
-    folder: Path,
-    name: str,
-    fit: Images,
-    calibrate: Images,
-    data_name: str,
-    report: Report = lambda line: None,
-    unseen: Images = (),
-    trained: Images = (),
-    discard_feedback: bool = False,
-) -> Calibrations:
-    """Make a calibration as :func:`calibrate_bundle` does, and add it to a bundle under a name.
-
-    A calibration of that name is replaced, unless it has images that feedback added. Services that
-    run with the bundle take the new one over.
-
-    Args:
-        folder: of the bundle; nothing that its manifest lists is changed.
-        name: the name that requests give.
-        fit: as for a new bundle.
-        calibrate: as for a new bundle.
-        data_name: as for a new bundle.
-        report: called with each line of progress.
-        unseen: as for a new bundle.
-        trained: as for a new bundle.
-        discard_feedback: replace a calibration even if it has images that feedback added.
-
-    Raises:
-        BundleError: the bundle is not whole, or cannot score.
-        CalibrationError: the name is not valid, the calibration has images that feedback added, too
-            few images, or scores that cannot be used.
-    """
-    folder = folder.resolve()  # a link may be moved meanwhile
-    bundle = check_into(folder, name, discard_feedback)
-    parts = _parts(bundle, fit, calibrate, trained, report)
-    calibrations, _ = _calibrate(bundle, parts, _own_calibration(bundle), report, unseen)
-    named = dataclasses.replace(calibrations, name=name, model=bundle.networks, data=data_name)
-    with locked(folder_of(folder) / LOCK, wait=True):
-        given = _given(folder, name, discard_feedback)  # feedback may have come meanwhile
-        written = write_calibrations(folder, named)
-    if given:
-        report(f"discarded {counted(given, 'image')} that feedback had added to {name}")
-    return written
-
-
-def check_into(folder: Path, name: str, discard_feedback: bool = False) -> Bundle:
-    """Check a bundle to which a calibration is to be added; takes no time, unlike reading images.
-
-    Args:
-        folder: as for :func:`calibrate_into`.
-        name: as for :func:`calibrate_into`.
-        discard_feedback: as for :func:`calibrate_into`.
-
-    Raises:
-        BundleError: as :func:`calibrate_into`.
-        CalibrationError: the name is not valid, or the calibration has images that feedback added.
-    """
-    check_name(name)
-    bundle = verify_bundle(folder)
-    bundle.check_has("score")
-    _given(folder, name, discard_feedback)
-    return bundle
-
-
-def _given(folder: Path, name: str, discard: bool) -> int:
-    """The number of images that feedback added to a calibration, which may not exist.
-
-    Raises:
-        CalibrationError: there are some, unless they are to be discarded; or the file cannot be
-            opened. A damaged one has nothing that could be kept.
-    """
-    path = path_of(folder, name)
-    try:
-        count = len(Calibrations.load(path, name).joined) if os.path.lexists(path) else 0
-    except CalibrationError as error:
-        if isinstance(error.__cause__, OSError):
-            raise
-        return 0
-    if count and not discard:
-        raise CalibrationError(
-            f"{path} has {counted(count, 'image')} that ade gate feedback added, which would be "
-            "lost: give another name, or the option discard-feedback to replace it all the same"
-        )
-    return count
 
 
 def _parts(
@@ -302,16 +213,24 @@ def _add_features(
     return about
 
 
-def _leave_out_named(folder: Path, report: Report) -> None:
-    """Delete the named calibrations, which belong to the former features' network."""
-    files = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
-    if files:
+def _without_calibrations(
+    folder: Path, fields: dict[str, Any], replaced: str, report: Report
+) -> dict[str, Any]:
+    """Delete the calibrations of a bundle, which belong to the former features' network.
+
+    Returns:
+        The fields of the manifest without them.
+    """
+    names = open_bundle(folder).calibrations
+    for name in names:
+        (folder / calibration_file(name)).unlink()
+    others = [name for name in names if name != replaced]
+    if others:
         report(
-            f"left out the calibrations {', '.join(file.stem for file in files)}: they were made "
-            "for other features; ade calibrate makes them again"
+            f"left out the calibrations {', '.join(others)}: they were made for other features; "
+            "ade calibrate makes them again"
         )
-    for file in files:
-        file.unlink()
+    return {**fields, "calibration": None, "calibrations": None}
 
 
 def _calibrate(

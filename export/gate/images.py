@@ -172,8 +172,6 @@ def digests_of(calibrations: Calibrations) -> set[int]:
     for calibration in filter(None, (calibrations.exact, calibrations.resized)):
         digests, counts = np.unique(calibration.digests, return_counts=True)
         found.update(digests[counts < REPEATS].tolist(), calibration.fitted_digests.tolist())
-        if calibration.joined is not None:
-            found.update(calibration.joined.digests.tolist())
     return found
 
 

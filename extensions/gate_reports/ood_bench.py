@@ -53,7 +53,7 @@ def bench(
     Raises:
         CalibrationError: no image of a set can be used.
     """
-    calibrations, shape = engine.store.usable(), engine.image_shape
+    calibrations, shape = engine.calibrations, engine.image_shape
     known = digests_of(calibrations) | {
         short_digest(image.pixels)
         for _, image in counting("training", prepared(trained, shape, resize=True), report)

@@ -5,7 +5,7 @@ from ade_base.extensions import Extension, Verb
 EXTENSION = Extension(
     verbs={
         "gate": Verb(
-            "forecast a gate's alarms per day, or give it feedback on images",
+            "forecast a gate's alarms per day",
             "extensions.gate_reports.verbs.gate",
             "calibrate",
         ),

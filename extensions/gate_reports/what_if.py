@@ -60,7 +60,6 @@ class Way:
             95 of 100 histories that are like the calibration images. Images that made the
             calibration do not count here.
         known: number of the history's images that made the calibration, or copies of such.
-        joined: number of its calibration images that came by feedback.
     """
 
     resized: bool
@@ -70,7 +69,6 @@ class Way:
     alarms: list[Alarms]
     unlike: list[float]
     known: int = 0
-    joined: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,4 @@ def _way(
         least, most = calibration.false_alarm_band(alpha, level, len(new))
         if not least <= share_at(new, alpha) <= most:
             unlike.append(alpha)
-    joined = (
-        0 if calibration is None or calibration.joined is None else calibration.joined.scores.size
-    )
-    return Way(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()), joined)
+    return Way(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()))

@@ -78,13 +78,6 @@ def _way(way: Way) -> list[str]:
         for row in way.alarms
     ]
     lines += [f"Calibrated on {way.calibrated:,} images.", "", *markdown_table(header, body), ""]
-    if way.joined:
-        lines += [
-            f"{way.joined:,} of the calibration images came by feedback: the numbers of false "
-            "alarms hold if these were given as they came, not if rejected images were chosen, "
-            "and if no picture repeats: feedback counts each once.",
-            "",
-        ]
     if way.known:
         lines += [
             f"{way.known:,} images of the history made the calibration, or are copies of such "

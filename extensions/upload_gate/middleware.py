@@ -24,7 +24,7 @@ from serving.gate import Decision, Gate, TookTooLong
 from serving.ingest.errors import ApiError, malformed, unusable
 from serving.ingest.forms import check_charset, multipart
 from serving.ingest.requests import MAX_BODY_BYTES, MULTIPART, pixels_to_resize
-from serving.verdict.store import UnknownCalibration
+from serving.verdict.calibration_file import UnknownCalibration
 
 logger = logging.getLogger(__name__)
 Action = Literal["reject", "flag"]

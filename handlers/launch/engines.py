@@ -13,25 +13,23 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from ade_base import extensions as seam
 from ade_base.ports import Ports
 from handlers.launch.options import ServingOptions
-from handlers.processes.channel import Say
 from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import Supervisor
 from serving.engine.bundle import Bundle
 
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
-    from handlers.front.releases import Release
+    from handlers.service.release import Release
 
 # The first is the default.
 ENGINES: dict[str, seam.Engine] = {
     "torchserve": seam.Engine("handlers.torchserve.launcher", "serve"),
-    "asgi": seam.Engine(
-        "handlers.process.launcher", "asgi", "needs neither Java nor a model server"
+    "process": seam.Engine(
+        "handlers.process.launcher", "process", "needs neither Java nor a model server"
     ),
     **seam.added("engines"),
 }
 DEFAULT = next(iter(ENGINES))
 ON_CLUSTERS = [name for name, each in ENGINES.items() if each.on_clusters]
-SWITCHED = "switched"  # said by an engine whose requests go to other releases from now on
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Plan:
         allowed_hosts: names of the host, besides addresses.
         probe_secret: marks health checks, which are not counted as traffic.
         logs: a folder, which may not exist yet.
-        memory: the same, for :func:`serving.engine.calibrations.seen_file`.
         address: of a cluster to serve on, if it is not this machine.
     """
 
@@ -63,7 +60,6 @@ class Plan:
     allowed_hosts: list[str]
     probe_secret: str = field(repr=False)
     logs: Path
-    memory: Path
     address: str | None = None
 
     @property
@@ -89,16 +85,15 @@ class Plan:
         return release_of(1, self.bundles)
 
 
-def release_of(number: int, bundles: Sequence[Bundle], share: float = 0.0) -> Release:
-    """A release of bundles; see :class:`handlers.front.releases.Release`."""
-    from handlers.front.releases import Release
+def release_of(number: int, bundles: Sequence[Bundle]) -> Release:
+    """A release of bundles; see :class:`handlers.service.release.Release`."""
+    from handlers.service.release import Release
 
     return Release(
         number,
         tuple(str(bundle.folder) for bundle in bundles),
         tuple(bundle.model_id for bundle in bundles),
         tuple(bundle.digest for bundle in bundles),
-        share,
     )
 
 
@@ -125,24 +120,18 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class UpgradableEngine(Engine, Protocol):
-    """An engine that can serve two releases at a time."""
+class PublishingEngine(Engine, Protocol):
+    """An engine that can replace its release."""
 
-    def change(self, releases: Sequence[Release], say: Say) -> None:
-        """Start the releases that do not run yet, route requests to all, and drain the others.
-
-        May be called again while an earlier call still drains.
-
-        Args:
-            releases: the first gets the requests that the shares of the others leave.
-            say: called with :data:`SWITCHED` once requests are routed to them, perhaps twice.
+    def publish(self, release: Release) -> None:
+        """Start a release, and route requests to it once it can answer; the old one drains.
 
         Raises:
-            ChannelError: a release cannot be started; nothing has changed.
+            ChannelError: it cannot be started; nothing has changed.
         """
 
-    def releases(self) -> list[dict[str, Any]]:
-        """The fields of each running release, and its ``workers`` by model.
+    def describe(self) -> dict[str, Any]:
+        """The fields of the release, and its ``workers`` by model.
 
         Raises:
             ChannelError: the engine does not answer.

@@ -24,7 +24,7 @@ from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
 from handlers.launch.options import ServingOptions, check_names
 from handlers.launch.page_process import Page, inference_url, page_is_ready, wait_until
-from handlers.launch.upgrades import Upgrades
+from handlers.launch.publish import Publisher
 from handlers.processes.channel import Listener
 from handlers.processes.run_folder import RunFolder, run_folder
 from handlers.processes.supervision import LaunchError, Supervisor, tell
@@ -89,7 +89,6 @@ def run(args: argparse.Namespace) -> None:
             allowed_hosts,
             secrets.token_hex(16),
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
-            folder.path / "memory",
             args.address,
         )
         engine, is_serving = make_engine(plan, folder, supervisor), False
@@ -110,8 +109,8 @@ def run(args: argparse.Namespace) -> None:
             engine.open()
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             describe()
-            upgrades = Upgrades(plan, engine, page, describe)
-            Listener(folder.control_socket, upgrades.handle, (UserError, OSError))
+            publisher = Publisher(plan, engine, page, describe)
+            Listener(folder.control_socket, publisher.handle, (UserError, OSError))
             _print_addresses(plan, folder, time.monotonic() - started)
             is_serving = True
             _watch(supervisor, folder, engine, describe)

@@ -31,7 +31,7 @@ PAUSE_S = 0.1  # before a process is replaced; doubled each time until one is re
 MAX_PAUSE_S = 10.0
 # One thread per process: several would compete for the cores and change the order of sums.
 VARIABLES = {"OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
-# After which an idle worker gets an empty batch, and reports changes of its calibrations.
+# After which an idle worker gets an empty batch, and reports what lasts again.
 IDLE_S = 5.0
 BUFFER_BYTES = 2**20
 WORKER = "handlers.service.worker"
@@ -164,7 +164,7 @@ class Pool:
                 self._count(ANSWER_SECONDS, time.perf_counter() - request.arrived)
 
     def _fail(self, request: Request, error: ApiError) -> None:
-        """Count a request that the workers failed, by which a canary is judged."""
+        """Count a request that the workers failed."""
         if not self._is_stopping and not request.is_probe:
             self._count(FAILURES, 1.0, code=error.code)
 

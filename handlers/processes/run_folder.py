@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def control_socket(self) -> Path:
-        """Where ``ade serve`` answers ``ade upgrade``, ``ade rollback`` and ``ade status``."""
+        """Where ``ade serve`` answers ``ade publish`` and ``ade status``."""
         return self.path / "control.sock"
 
     @property

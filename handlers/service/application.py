@@ -1,6 +1,6 @@
 """The service as one ASGI application: the API over pools of worker processes.
 
-``ade serve --engine asgi`` runs it under uvicorn: ``python -m handlers.service.application
+``ade serve --engine process`` runs it under uvicorn: ``python -m handlers.service.application
 SETTINGS``.
 """
 
@@ -24,7 +24,6 @@ from handlers.front import listen
 from handlers.front.admission import Lane, Limits
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import INFERRING, Answer, Endpoint, Request
-from handlers.front.releases import Release, Releases
 from handlers.front.settings import FrontSettings
 from handlers.launch.options import ServingOptions, check_names, served_name
 from handlers.process.pool import Pool
@@ -32,11 +31,11 @@ from handlers.service import control
 from handlers.service.metrics import Metrics
 from handlers.service.protocols import V2 as v2
 from handlers.service.protocols import metadata as v2_metadata
+from handlers.service.release import CurrentRelease, Release
 from handlers.service.worker import WorkerSettings, check_same
 from serving.api.journal import SUFFIX as JOURNAL
 from serving.api.openapi import openapi_document
 from serving.engine.bundle import Bundle, open_bundle
-from serving.engine.calibrations import seen_file
 from serving.engine.signatures import OPERATIONS
 from serving.ingest.errors import ApiError, malformed
 
@@ -61,20 +60,18 @@ class ApplicationSettings(FrontSettings):
     """Settings of the application, besides those of its front.
 
     Attributes:
-        releases: fields of each :class:`handlers.front.releases.Release`, at least one.
+        release: fields of the :class:`handlers.service.release.Release`.
         workers: processes of each bundle, by operation.
         options: fields of :class:`handlers.launch.options.ServingOptions`.
         logs: an existing folder.
-        memory: folder for :func:`serving.engine.calibrations.seen_file`.
-        control: path of the socket at which the releases are changed, see
+        control: path of the socket at which releases are published, see
             :mod:`handlers.service.control`.
     """
 
-    releases: tuple[dict[str, Any], ...]
+    release: dict[str, Any]
     workers: dict[str, int]
     options: dict[str, Any]
     logs: str
-    memory: str
     control: str
 
 
@@ -296,7 +293,6 @@ def make_pools(
                 f"{journal}-{number}",
                 settings.logs,
                 ServingOptions(**settings.options),
-                str(seen_file(bundle, Path(settings.memory))),
             )
             for number in range(settings.workers[operation])
         ]
@@ -352,42 +348,42 @@ async def build_release(
 async def build_app(
     settings: ApplicationSettings, limits: Limits, file: Path | None = None
 ) -> AsyncIterator[listen.Built]:
-    """The application for both ports, with the workers of its releases.
+    """The application for both ports, with the workers of its release.
 
     Args:
         settings: of the process.
         limits: on clients.
         file: where the settings are kept, so that a front that is started again has the same
-            releases.
+            release.
 
     Raises:
-        BundleError, WorkerError: the first release cannot be started.
+        BundleError, WorkerError: the release cannot be started.
     """
     refusals = Counter[str]()
     metrics = Metrics(refusals)
 
-    former = {one["number"] for one in settings.releases}
+    former = settings.release["number"]
 
-    def save(releases: Sequence[Release]) -> None:
+    def save(release: Release) -> None:
         nonlocal former
         if file is not None:
-            replace(settings, releases=tuple(map(asdict, releases))).replace(file)
-        numbers = {one.number for one in releases}
-        remove_journals(Path(settings.logs), former | numbers)
-        former = numbers
+            replace(settings, release=asdict(release)).replace(file)
+        remove_journals(Path(settings.logs), {former, release.number})
+        former = release.number
 
     scrape = Endpoint(_reading(lambda: metrics_answer(metrics.text())))
-    releases = Releases(functools.partial(build_release, settings, metrics, limits), save, limits)
+    build = functools.partial(build_release, settings, metrics, limits)
+    current = CurrentRelease(build, save, limits)
 
     def refuse_later() -> None:
-        asyncio.get_running_loop().call_later(REFUSE_S, releases.refuse)
+        asyncio.get_running_loop().call_later(REFUSE_S, current.refuse)
 
     async with (
-        releases.run([Release.from_dict(one) for one in settings.releases]),
-        control.listen(Path(settings.control), releases),
+        current.run(Release.from_dict(settings.release)),
+        control.listen(Path(settings.control), current),
     ):
         yield listen.built(
-            settings, limits, releases.api, scrape, refusals, OPEN, on_stop=refuse_later
+            settings, limits, current.api, scrape, refusals, OPEN, on_stop=refuse_later
         )
 
 

@@ -1,4 +1,4 @@
-"""Lets ``ade serve`` change the releases of the running application over a private channel."""
+"""Lets ``ade serve`` publish a release in the running application over a private channel."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handlers.front.releases import Release, Releases
-from handlers.launch.engines import SWITCHED
 from handlers.processes.channel import MAX_LINE, READ_S, encode, peer_is_own_user
+from handlers.service.release import CurrentRelease, Release
 from serving.engine.bundle import BundleError
 
 if TYPE_CHECKING:
     from handlers.service.application import PooledApplication
 
 logger = logging.getLogger(__name__)
-CHANGE, DESCRIBE = "change", "describe"
+PUBLISH, DESCRIBE = "publish", "describe"
 
 
 @contextlib.asynccontextmanager
-async def listen(path: Path, releases: Releases[PooledApplication]) -> AsyncIterator[None]:
+async def listen(path: Path, current: CurrentRelease[PooledApplication]) -> AsyncIterator[None]:
     """Answer at a new Unix domain socket during the block."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -37,12 +36,10 @@ async def listen(path: Path, releases: Releases[PooledApplication]) -> AsyncIter
             try:
                 async with asyncio.timeout(READ_S):
                     message = json.loads(await reader.readline())
-                if message["do"] == CHANGE:
-                    wanted = [Release.from_dict(one) for one in message["releases"]]
-                    removed = await releases.change(wanted)
-                    send({"say": SWITCHED})
-                    await releases.drain(removed)
-                send({"result": {"releases": _describe(releases)}})
+                if message["do"] == PUBLISH:
+                    await current.publish(Release.from_dict(message["release"]))
+                described = {**asdict(current.release), "workers": current.backend.describe()}
+                send({"result": described})
                 await writer.drain()
             except (BundleError, RuntimeError, OSError) as error:  # such as a WorkerError
                 logger.error("%s", error)
@@ -58,9 +55,3 @@ async def listen(path: Path, releases: Releases[PooledApplication]) -> AsyncIter
         yield
     finally:
         server.close()
-
-
-def _describe(releases: Releases[PooledApplication]) -> list[dict[str, Any]]:
-    return [
-        {**asdict(release), "workers": backend.describe()} for release, backend in releases.backends
-    ]

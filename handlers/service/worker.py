@@ -46,7 +46,6 @@ class WorkerSettings:
         name: name of the worker in metrics and logs.
         logs: an existing folder.
         options: how it computes.
-        memory: path of :func:`serving.engine.calibrations.seen_file`, or ``None``.
     """
 
     bundle: str
@@ -57,7 +56,6 @@ class WorkerSettings:
     name: str
     logs: str
     options: ServingOptions
-    memory: str | None = None
 
 
 def serve(connection: socket.socket) -> int:
@@ -114,7 +112,6 @@ def load_service(settings: WorkerSettings) -> Service:
         options.device,
         [settings.operation],
         cuda_graphs=options.cuda_graphs,
-        memory=None if settings.memory is None else Path(settings.memory),
     )
     check_same(engine.bundle, settings.identity, settings.digest)
     engine.warm_up()
@@ -161,9 +158,7 @@ def _refused(error: ApiError, answer: Response) -> Response:
 
 def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     """The measurements since the last call: name, labels and value of each."""
-    store = service.engine.store
-    store.get()  # takes changed files over, even if no request comes
-    service.telemetry.observe_calibrations(store.versions, store.broken, store.missing)
+    service.telemetry.observe_calibrations(service.engine.versions)
     return [
         (m.metric.name, dict(zip(m.metric.labels, m.labels, strict=True)), m.value)
         for m in service.telemetry.collect()

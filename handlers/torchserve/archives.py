@@ -16,16 +16,14 @@ from model_archiver.model_packaging import generate_model_archive
 from handlers.launch.options import ServingOptions, served_name
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.engine.bundle import (
-    CALIBRATION_NAME,
     FEATURES_NAME,
     MANIFEST_NAME,
     TORCHSCRIPT_NAME,
     WEIGHTS_NAME,
     Bundle,
+    calibration_file,
 )
-from serving.engine.calibrations import seen_file
 from serving.engine.signatures import OPERATIONS
-from serving.verdict.store import FOLDER
 
 # TorchServe starts a worker again for this long, ever more rarely; after its own default of 300 s
 # an operation would have no worker for good. It computes the milliseconds in 32 bits.
@@ -55,7 +53,6 @@ def write_archives(
     store: Path,
     options: ServingOptions,
     workers: dict[str, int],
-    memory: Path,
     prefix: str | None = None,
 ) -> dict[str, int]:
     """Write the four ``.mar`` files of a bundle.
@@ -67,7 +64,6 @@ def write_archives(
         store: TorchServe's model store.
         options: backend and device.
         workers: number of processes, by operation.
-        memory: folder for :func:`serving.engine.calibrations.seen_file`.
         prefix: prefix of the served names, for all bundles but the first.
 
     Returns:
@@ -80,8 +76,9 @@ def write_archives(
             files = [TORCHSCRIPT_NAME, WEIGHTS_NAME]
         else:
             files = [*(f"{graph}.onnx" for graph in graphs), WEIGHTS_NAME]
-        verdict = (CALIBRATION_NAME, *((FEATURES_NAME,) if operation == "score" else ()))
-        files += [name for name in verdict if bundle.has(name)]
+        if operation == "score":
+            files += [FEATURES_NAME] if bundle.has(FEATURES_NAME) else []
+            files += map(calibration_file, bundle.calibrations)
         name = served_name(operation, prefix)
         config = {
             "minWorkers": workers[operation],
@@ -92,13 +89,7 @@ def write_archives(
             "responseTimeout": RESPONSE_TIMEOUT_S,
             "startupTimeout": STARTUP_TIMEOUT_S,
             "maxRetryTimeoutInSec": RETRY_S,
-            # Of the bundle, not of the archive: these files may change while the service runs.
-            "ade": {
-                **dataclasses.asdict(options),
-                "operation": operation,
-                "calibrations": str(bundle.folder.resolve() / FOLDER),
-                "memory": str(seen_file(bundle, memory)),
-            },
+            "ade": {**dataclasses.asdict(options), "operation": operation},
         }
         with _temporary_files_in(store) as temporary:
             config_file = temporary / f"{name}.yaml"

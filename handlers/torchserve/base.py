@@ -49,8 +49,6 @@ class OperationHandler:
             [options["operation"]],
             int(properties.get("gpu_id") or 0),
             options["cuda_graphs"],
-            Path(options["calibrations"]),
-            Path(options["memory"]),
         )
         engine.warm_up()
         journal = Journal(Path(os.environ["LOG_LOCATION"]), f"{context.model_name}-{worker_name()}")
@@ -100,10 +98,7 @@ class OperationHandler:
         os._exit(1)
 
     def _each_second(self) -> None:
-        """Take changed calibrations over here, so that no request waits for them."""
-        store = self.service.engine.store
-        store.refresh()
-        self.service.telemetry.observe_calibrations(store.versions, store.broken, store.missing)
+        self.service.telemetry.observe_calibrations(self.service.engine.versions)
         self._tell_when_done()
 
     def _tell_when_done(self) -> None:

@@ -44,7 +44,6 @@ class TorchServe:
                 folder.store,
                 plan.options,
                 plan.workers,
-                plan.memory,
                 bundle.name if i else None,
             )
             self._models |= written

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import psutil
 
 from ade_base.ports import LOOPBACK, VARIABLES, Ports, local_address
 from ade_client.contract import PROBE_HEADER
-from handlers.launch.upgrades import DESCRIBE
+from handlers.launch.publish import DESCRIBE
 from handlers.processes.channel import DESCRIBE_S, ChannelError, ask
 from handlers.processes.run_folder import RunFolder, find_service
-from handlers.service.metrics import FAILURES
 from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
-from serving.api.telemetry import BROKEN, EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS, SECONDS
+from serving.api.telemetry import EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS
 
 PACKAGES = (
     "av-ade",
@@ -33,8 +31,6 @@ PACKAGES = (
     "numpy",
 )
 TIMEOUT_S = 30.0
-# Keys of the service's description that are shown.
-RELEASES = ("current", "canary", "share", "canary_is_lost", "previous", "commands")
 _NUMBER = r"([0-9.eE+]+)"
 
 
@@ -65,7 +61,7 @@ def read_status(ports: Ports, token: str | None = None, host: str | None = None)
         for name, answer in (("inference", answers), ("ui", ready))
         if answer is None
     ]
-    releases = {} if folder is None else _releases(folder)
+    release = {} if folder is None else _release(folder)
     described = {} if folder is None else describe_models(folder)
     models = {name: _model(model) for name, model in described.items()}
     return {
@@ -73,10 +69,9 @@ def read_status(ports: Ports, token: str | None = None, host: str | None = None)
         "is_own": folder is not None,
         "silent": silent,
         "answers": answers or None,
-        "models": models or _workers(releases) or None,
-        "releases": {key: releases[key] for key in RELEASES if key in releases} or None,
+        "models": models or _workers(release) or None,
+        "publishing": release.get("last"),
         "requests": _requests(metrics.text) if metrics else None,
-        "by_bundle": _by_bundle(metrics.text) if metrics else None,
         "calibrations": _calibrations(metrics.text) if metrics else None,
         "last_errors": folder and _last_errors(folder),
         "versions": versions(),
@@ -114,8 +109,8 @@ def queued_requests(folder: RunFolder) -> int | None:
     )
 
 
-def _releases(folder: RunFolder) -> dict[str, Any]:
-    """What the service says of its releases; empty if it does not answer."""
+def _release(folder: RunFolder) -> dict[str, Any]:
+    """What the service says of its release; empty if it does not answer."""
     try:
         # The service may wait as long for its front, and then answers without it.
         return ask(folder.control_socket, {"do": DESCRIBE}, seconds=2 * DESCRIBE_S)
@@ -123,39 +118,13 @@ def _releases(folder: RunFolder) -> dict[str, Any]:
         return {}
 
 
-def _workers(releases: dict[str, Any]) -> dict[str, Any]:
-    """Workers and queues by model; those of a canary have its bundle in their name."""
+def _workers(release: dict[str, Any]) -> dict[str, Any]:
+    """Workers and queues by model."""
     found = {}
-    for i, release in enumerate(releases.get("releases", ())):
-        for name, model in release["workers"].items():
-            label = name if i == 0 else f"{name} of {', '.join(release['models'])}"
-            workers = [{**one, "memory_mib": _memory(one["pid"])} for one in model["workers"]]
-            found[label] = {**model, "workers": workers}
+    for name, model in (release.get("workers") or {}).items():
+        workers = [{**one, "memory_mib": _memory(one["pid"])} for one in model["workers"]]
+        found[name] = {**model, "workers": workers}
     return found
-
-
-def _by_bundle(metrics: str) -> dict[str, dict[str, Any]]:
-    """Count answers by status class and rejected images, with the mean time, by bundle."""
-    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for line in metrics.splitlines():
-        match = re.fullmatch(rf'(\w+)\{{.*bundle="([^"]*)".*\}} {_NUMBER}', line)
-        if match is None:
-            continue
-        name, bundle, value = match[1], match[2], float(match[3])
-        if name == FAILURES.name:
-            sums[bundle]["5xx"] += value
-        elif name == REQUESTS.name and (status := re.search(r'status="(\d)', line)):
-            sums[bundle][f"{status[1]}xx"] += value
-        elif name in (SECONDS.sum.name, SECONDS.count.name, OBSERVED_FLAGS.name):
-            sums[bundle][name] += value
-    return {
-        bundle: {
-            "requests": {kind: n for kind, n in sorted(its.items()) if kind.endswith("xx")},
-            "mean_ms": 1000 * its[SECONDS.sum.name] / max(1, its[SECONDS.count.name]),
-            "rejected": its[OBSERVED_FLAGS.name],
-        }
-        for bundle, its in sums.items()
-    }
 
 
 def _bearer(key: str | None) -> dict[str, str]:
@@ -239,26 +208,15 @@ def _requests(metrics: str) -> dict[str, float]:
 
 
 def _calibrations(metrics: str) -> dict[str, dict[str, Any]]:
-    """The calibrations that were used or are damaged, by model.
-
-    Each has its rejected images, the expected number of these, and whether its file cannot be used.
-    """
+    """Rejected images and their expected number, by calibration that was used, and its model."""
     found: dict[str, dict[str, Any]] = {}
-    for metric, key in (
-        (OBSERVED_FLAGS, "rejected"),
-        (EXPECTED_FLAGS, "expected"),
-        (BROKEN, "broken"),
-    ):
+    for metric, key in ((OBSERVED_FLAGS, "rejected"), (EXPECTED_FLAGS, "expected")):
         pattern = rf'^{metric.name}\{{model_name="([^"]*)",.*?calibration="([^"]*)".*\}} (\S+)$'
         for model, name, value in re.findall(pattern, metrics, re.MULTILINE):
             label = name if model == "score" else f"{model.removesuffix('-score')}: {name}"
-            its = found.setdefault(label, {"rejected": 0.0, "expected": 0.0, "broken": 0.0})
+            its = found.setdefault(label, {"rejected": 0.0, "expected": 0.0})
             its[key] += float(value)
-    return {
-        name: {**its, "broken": bool(its["broken"])}
-        for name, its in found.items()
-        if any(its.values())
-    }
+    return {name: its for name, its in found.items() if any(its.values())}
 
 
 def versions() -> dict[str, str]:

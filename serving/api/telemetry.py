@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,7 +22,6 @@ from serving.verdict.calibration import Verdict
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.drift import DriftMonitor
 from serving.verdict.false_alarms import flagging_rank
-from serving.verdict.store import ALL
 
 STAGES = ("parse", "decode", "compute", "encode")
 MAX_BPD = 1000.0
@@ -99,18 +98,6 @@ OBSERVED_FLAGS = Metric(
     ("calibration",),
     "Images rejected at the alphas of their requests.",
 )
-BROKEN = Metric(
-    "ade_gate_calibration_broken",
-    "gauge",
-    ("calibration",),
-    "1 if the file of a calibration cannot be used.",
-)
-MISSING = Metric(
-    "ade_gate_calibration_missing",
-    "gauge",
-    ("calibration",),
-    "1 if the file of a calibration cannot be used and was not read before.",
-)
 VERSION = Metric(
     "ade_gate_calibration_version",
     "gauge",
@@ -161,8 +148,6 @@ FAMILIES: tuple[Metric | HistogramMetric, ...] = (
     INFO,
     EXPECTED_FLAGS,
     OBSERVED_FLAGS,
-    BROKEN,
-    MISSING,
     VERSION,
     DRIFT_IMAGES,
     DRIFT_UNUSUAL,
@@ -273,8 +258,6 @@ class Telemetry:
         self._judges = judges
         self._info = (INFO, (model_id, backend))
         self._streams: dict[str, _Stream] = {}
-        self._affected: dict[Metric, set[str]] = {BROKEN: set(), MISSING: set()}
-        self._versions: Mapping[str, str] = {}
         self._tell_all = -math.inf  # when everything that lasts is reported again
         self._tells_all = False
         self._counts: Counter[tuple[Metric, tuple[str, ...]]] = Counter()
@@ -329,47 +312,29 @@ class Telemetry:
             self._counts[EXPECTED_FLAGS, (name,)] += expected  # type: ignore[assignment]
             self._counts[OBSERVED_FLAGS, (name,)] += verdict.p_value <= alpha
 
-    def observe_calibrations(
-        self, versions: Mapping[str, str], broken: Collection[str], missing: Collection[str]
-    ) -> None:
-        """Update the list of calibrations.
+    def observe_calibrations(self, versions: Mapping[str, str]) -> None:
+        """Report the versions of all calibrations.
 
-        The first call reports all of them, because the worker before may have reported another
-        state; later calls report changes, and from time to time all that lasts, because a release
-        that did not come to serve may have written over it, or what sums it up was replaced.
+        The first call reports all of them, and later ones from time to time all that lasts, because
+        a release that did not come to serve may have written over it, or what sums it up was
+        replaced.
 
         Args:
-            versions: of all calibrations, by name; measurements of others are dropped.
-            broken: calibrations whose files cannot be used.
-            missing: calibrations of which nothing could be read since the start.
+            versions: by name; they do not change.
         """
         with self._lock:
-            for name in [name for name in self._streams if name not in versions]:
-                del self._streams[name]
-                for metric in (DRIFT_IMAGES, DRIFT_UNUSUAL, DRIFT_USUAL, DRIFT_DISTANCE):
-                    self._gauges[metric, (name,)] = 0.0
             now = time.monotonic()
-            tells_all = now >= self._tell_all
-            if tells_all:
-                self._tell_all, self._tells_all = now + TELL_S, True
-                self._gauges[self._info] = 1.0
-                for stream in self._streams.values():
-                    stream.has_moved = True
-            if self._judges:  # from 0, or Prometheus would not count what its first sample has
-                for name in versions.keys() - self._versions.keys():
+            if now < self._tell_all:
+                return
+            self._tell_all, self._tells_all = now + TELL_S, True
+            self._gauges[self._info] = 1.0
+            for stream in self._streams.values():
+                stream.has_moved = True
+            for name, version in versions.items():
+                self._gauges[VERSION, (name,)] = float(int(version or "0", 16))
+                if self._judges:  # from 0, or Prometheus would not count what its first sample has
                     self._counts[EXPECTED_FLAGS, (name,)] += 0
                     self._counts[OBSERVED_FLAGS, (name,)] += 0
-            for metric, affected in ((BROKEN, set(broken)), (MISSING, set(missing))):
-                before = self._affected[metric]
-                told = {*versions, *affected, *before, ALL} if tells_all else affected ^ before
-                for name in told:
-                    self._gauges[metric, (name,)] = float(name in affected)
-                self._affected[metric] = affected
-            for name in {*versions, *self._versions}:
-                now_is, was = versions.get(name, ""), self._versions.get(name)
-                if tells_all or now_is != was:
-                    self._gauges[VERSION, (name,)] = float(int(now_is or "0", 16))
-            self._versions = dict(versions)
 
     def collect(self) -> list[Measurement]:
         """Measurements that changed since the last call."""

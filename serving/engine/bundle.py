@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,18 +17,22 @@ from typing import Any
 
 from ade_base.errors import UserError
 from ade_base.files import replacing, sha256_of
-from ade_base.messages import printable
+from ade_base.messages import printable, show
+from ade_client.contract import DEFAULT
 from serving.engine.manifest import MANIFEST, REQUIRED, check_types
 from serving.engine.signatures import OPERATIONS, needed_by
+from serving.verdict.calibration import CalibrationError
+from serving.verdict.calibration_file import check_name as check_calibration_name
 
 FORMAT_VERSION = 2  # the score graph of version 1 lacked the outputs that verdicts need
 KINDS = ("mean", "density")
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
-CALIBRATION_NAME = "calibration.npz"
+CALIBRATION_NAME = "calibration.npz"  # the bundle's own; of another one: calibration-NAME.npz
 FEATURES_NAME = "features.onnx"
 EXAMPLE_NAME = "example-{}.png"  # images that calibrated the gate, kept if their owner agreed
+_CALIBRATION = re.compile(r"calibration(-(?P<name>.+))?\.npz")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 _EXAMPLE = re.compile(EXAMPLE_NAME.format("[0-9]"))
@@ -100,14 +105,9 @@ class Bundle:
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     @property
-    def networks(self) -> str:
-        """The identity of the networks, to which named calibrations are tied.
-
-        It is the SHA-256 of the weights, followed by a colon and that of the features' network if
-        the bundle has one.
-        """
-        files = self.manifest["files"]
-        return ":".join(files[name] for name in (WEIGHTS_NAME, FEATURES_NAME) if name in files)
+    def calibrations(self) -> list[str]:
+        """Names of the calibrations, in order; that of the bundle's own is ``default``."""
+        return sorted(filter(None, map(_calibration_of, self.manifest["files"])))
 
     @property
     def examples(self) -> list[str]:
@@ -115,8 +115,8 @@ class Bundle:
         return sorted(name for name in self.manifest["files"] if _EXAMPLE.fullmatch(name))
 
     def uncalibrated(self) -> Bundle:
-        """The bundle without its calibration."""
-        files = {n: d for n, d in self.manifest["files"].items() if n != CALIBRATION_NAME}
+        """The bundle without its calibrations."""
+        files = {n: d for n, d in self.manifest["files"].items() if _calibration_of(n) is None}
         return Bundle(self.folder, {**self.manifest, "files": files})
 
     def has(self, name: str) -> bool:
@@ -141,6 +141,60 @@ class Bundle:
                 f"{self.manifest['files'][name]}, got {found}"
             )
         return path
+
+
+def calibration_file(name: str) -> str:
+    """The name of a calibration's file.
+
+    Raises:
+        CalibrationError: a calibration cannot have this name.
+    """
+    check_calibration_name(name)
+    return CALIBRATION_NAME if name == DEFAULT else f"calibration-{name}.npz"
+
+
+def _calibration_of(file: str) -> str | None:
+    """The name of the calibration in a file of a bundle; ``None`` if it is another file."""
+    match = _CALIBRATION.fullmatch(file)
+    return None if match is None else match["name"] or DEFAULT
+
+
+def _check_calibrations(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check that the manifest lists each calibration, so that nobody can add or remove one.
+
+    Otherwise the bundle's own calibration could decide in the place of another one, and accept
+    other images.
+
+    Raises:
+        BundleError: it does not.
+    """
+    files = manifest["files"]
+    for file in files:
+        name = _calibration_of(file)
+        try:
+            is_valid = name is None or calibration_file(name) == file
+        except CalibrationError:
+            is_valid = False
+        if name is not None and not is_valid:
+            raise BundleError(f"{folder}: a calibration cannot have the name {show(name)}")
+    described = dict.fromkeys(manifest.get("calibrations") or {}, "calibrations")
+    if manifest.get("calibration"):
+        described[DEFAULT] = "calibration"
+    for name, field in described.items():
+        if name not in map(_calibration_of, files):
+            raise BundleError(
+                f"{folder}: the manifest describes the calibration {show(name)} in {field}, but "
+                "its files lack the SHA-256 of it"
+            )
+    present = [path.name for path in folder.glob("calibration*.npz")]
+    # A folder in which development versions kept them, without their hashes. It may be a link.
+    present += ["calibrations"] if os.path.lexists(folder / "calibrations") else []
+    unlisted = sorted(set(present) - files.keys())
+    if unlisted:
+        raise BundleError(
+            f"{folder}: the manifest does not list {show(unlisted[0])}: delete it, and make it "
+            "again with ade calibrate --name, which writes a new bundle"
+        )
 
 
 def check_name(name: str) -> None:
@@ -217,6 +271,7 @@ def open_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{path}: {name!r} is not a plain file name")
     if WEIGHTS_NAME not in manifest["files"]:
         raise BundleError(f"{path}: files must list {WEIGHTS_NAME}")
+    _check_calibrations(folder, manifest)
     return Bundle(folder, manifest)
 
 

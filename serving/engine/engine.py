@@ -17,20 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
+from ade_base.messages import show
+from ade_client.contract import DEFAULT
 from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
 from serving.engine.bundle import FEATURES_NAME, Bundle, open_bundle
 from serving.engine.calibrations import open_calibrations
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Verdict
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import Calibrations, UnknownCalibration
 from serving.verdict.semantic import FEATURES
 from serving.verdict.statistics import (
     compute_statistics,
     finite_rows,
     part_names,
 )
-from serving.verdict.store import FOLDER
 
 MAX_ROWS = 32  # larger batches are not faster (docs/performance.md)
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
@@ -89,11 +90,9 @@ class InferenceEngine:
         operations: the operations to load. Those that the bundle lacks are skipped.
         gpu: index of the GPU.
         cuda_graphs: see :func:`serving.engine.backends.load_backend`.
-        calibrations: the folder of named calibrations; that of the bundle unless given.
-        memory: see :func:`serving.engine.calibrations.open_calibrations`.
 
     Attributes:
-        store: the calibrations by name.
+        named: the calibrations by name; empty without the operation ``score``.
 
     Methods that take images raise :class:`ValueError` unless these are uint8 ``(N, H, W, C)`` of
     the model's size, with at least one image.
@@ -113,8 +112,6 @@ class InferenceEngine:
         operations: Iterable[str] = tuple(OPERATIONS),
         gpu: int = 0,
         cuda_graphs: bool = False,
-        calibrations: Path | None = None,
-        memory: Path | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         operations = tuple(operations)
@@ -130,10 +127,7 @@ class InferenceEngine:
                 gpu,
                 cuda_graphs,
             )
-        # Resolved, because a link that is moved to another bundle must not bring its calibrations.
-        own = self.bundle.folder.resolve() / FOLDER
-        folder = (calibrations or own) if "score" in operations else None
-        self.store = open_calibrations(self.bundle, folder, memory)
+        self.named = open_calibrations(self.bundle) if "score" in operations else {}
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
@@ -141,8 +135,25 @@ class InferenceEngine:
 
     @property
     def calibrations(self) -> Calibrations:
-        """The default calibrations at this moment; they may change between two calls."""
-        return self.store.get()
+        """The bundle's own calibrations."""
+        return self.calibrations_of(DEFAULT)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of all calibrations by name; empty for one that judges nothing."""
+        return {name: its.version for name, its in self.named.items()}
+
+    def calibrations_of(self, name: str) -> Calibrations:
+        """The calibrations of a name.
+
+        Raises:
+            UnknownCalibration: there are none; the error lists the existing ones.
+        """
+        if name not in self.named:
+            raise UnknownCalibration(
+                f"there is no calibration {show(name)}; there are {', '.join(sorted(self.named))}"
+            )
+        return self.named[name]
 
     @property
     def calibration(self) -> Calibration | None:
@@ -326,8 +337,7 @@ class InferenceEngine:
             maps: whether to return the bits of each pixel, averaged over the draws. Default no.
             resized: whether the image was resized to the model's size. Resized images have a
                 calibration of their own. Default no.
-            calibrations: the calibrations that judge each image. Default: the one named
-                ``default``, or else the bundle's own.
+            calibrations: the calibrations that judge each image. Default: the bundle's own.
 
         Returns:
             One result per image; the error itself where the likelihood is not finite.

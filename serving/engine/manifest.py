@@ -99,6 +99,7 @@ MANIFEST: dict[str, Expected] = {
         }
     ),
     "calibration": _or_null(_CALIBRATION),
+    "calibrations": _or_null({...: _CALIBRATION}),
     "features": _or_null(
         {
             "source": str,

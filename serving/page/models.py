@@ -12,13 +12,13 @@ import httpx
 
 from ade_base.pictures.read import RESIZING
 from ade_client.client import AdeClient, AdeError
+from ade_client.contract import DEFAULT
 from serving.engine.bundle import Bundle
 from serving.engine.calibrations import open_calibrations
 from serving.ingest.errors import ApiError
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import write_file
 from serving.verdict.calibration_file import Calibrations
-from serving.verdict.store import FOLDER
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 EXAMPLES_OF = "cifar10"  # the data set of these photographs
@@ -55,18 +55,16 @@ class Models:
             )
             for i, bundle in enumerate(bundles)
         }
-        self._stores = {
-            bundle.name: open_calibrations(bundle, bundle.folder / FOLDER) for bundle in bundles
-        }
+        self._calibrations = {bundle.name: open_calibrations(bundle)[DEFAULT] for bundle in bundles}
 
     def calibrations_of(self, model: str) -> Calibrations:
-        """The calibrations by which the service judges a model's images, or did a second ago."""
-        return self._stores[model].get()
+        """The calibrations by which the service judges a model's images."""
+        return self._calibrations[model]
 
     def calibration_data(self, model: str) -> str:
         """The name of the images that a model's gate was calibrated on; empty if it is unknown."""
         about = self.bundles[model].manifest.get("calibration") or {}
-        return self.calibrations_of(model).data or str(about.get("data", ""))
+        return str(about.get("data", ""))
 
     @property
     def first(self) -> str:

@@ -45,8 +45,8 @@ NOT_TAKEN = (
 )
 CHANGED = "The model or the files were just changed: press Score all again."
 REPLACED = (
-    "two versions of the calibration judged these images, because it was replaced meanwhile or an "
-    "upgrade is under way: score them again to get figures for the whole set"
+    "two versions of the calibration judged these images, because a release was "
+    "published meanwhile: score them again to get figures for the whole set"
 )
 THUMBNAIL = 48  # pixels of the longer side at most
 

@@ -18,8 +18,8 @@ from serving.verdict.decision import decide
 ALPHA = 0.01
 MIN_ALPHA, MAX_ALPHA = 0.001, 0.2
 REPLACED = (
-    "The image was not scored with the page's calibration: that was replaced meanwhile, or an "
-    "upgrade is under way and another model answered. Score the image again."
+    "The image was not scored with the page's calibration: a release was published meanwhile, "
+    "and another one answered. Score the image again."
 )
 REASON_NOTES = ("nothing can be flagged", "no verdict: ")  # how notes begin that give the reason
 WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
@@ -88,11 +88,8 @@ def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[C
     """The decision, and a sentence with the false-alarm rate and the reason."""
     result = scored.result
     calibration = judge_of(calibrations, scored)
-    reason = result.decision_reason or ""
-    if calibration is None and reason.startswith("calibration_broken"):
-        return "no_verdict", _sentence(reason)  # a worker's, not the page's
     is_other = result.calibration or calibrations.of(scored.resized)
-    if calibration is None and is_other and not calibrations.is_broken:
+    if calibration is None and is_other:
         return "no_verdict", REPLACED
     ruling = decide(result.p_value, calibrations, scored.resized, alpha)
     if ruling.reason is not None or calibration is None or result.p_value is None:

@@ -12,7 +12,7 @@ images is flagged at ``alpha`` with probability at most ``alpha``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,6 @@ from ade_client.contract import Unusual
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
-from serving.verdict.joined import Joined
 from serving.verdict.semantic import DISTANCE, ENERGY, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX
 
@@ -78,9 +77,8 @@ class Calibration:
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
-        digests: uint64, the first 8 bytes of the SHA-256 of the pixels of each calibration image
-            that has not joined; empty in calibrations of versions before.
-        joined: the images that feedback added; ``None`` if there are none.
+        digests: uint64, the first 8 bytes of the SHA-256 of the pixels of each calibration image;
+            empty in calibrations of versions before.
         fitted_digests: uint64, the same as ``digests`` of the images that the density was fitted
             to; empty in calibrations of versions before.
     """
@@ -96,7 +94,6 @@ class Calibration:
     known: KnownImages | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    joined: Joined | None = None
     fitted_digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     @property
@@ -160,7 +157,6 @@ class Calibration:
             ("reference", self.reference, (n, size)),
             *self.mixture.shapes("mixture", size - sum(semantic)),
             *self.baseline.shapes("baseline", pixels),
-            *([] if self.joined is None else self.joined.shapes(size)),
         ):
             if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
                 raise CalibrationError(
@@ -170,10 +166,9 @@ class Calibration:
         for name, scores in self.corrupted.items():
             if scores.ndim != 1 or scores.dtype.kind != "f" or not np.isfinite(scores).all():
                 raise CalibrationError(f"the scores of {show(name)} must be finite numbers")
-        digests = [(its, (its.size,)) for its in (self.digests, self.fitted_digests)]
-        if self.joined is not None:
-            digests.append((self.joined.digests, (len(self.joined.files),)))
-        if any(its.dtype != np.uint64 or its.shape != shape for its, shape in digests):
+        if any(
+            its.dtype != np.uint64 or its.ndim != 1 for its in (self.digests, self.fitted_digests)
+        ):
             raise CalibrationError("digests must be one uint64 for each image")
         if not n or "bpd" not in self.names or not (self.normal.spread > 0).all():
             raise CalibrationError("it has no scores, no bpd, or a spread that is not positive")
@@ -184,46 +179,6 @@ class Calibration:
         ):
             if (np.diff(array, axis=0) < 0).any():
                 raise CalibrationError(f"{name} must be sorted")
-
-    def joined_by(
-        self, statistics: Mapping[str, np.ndarray], files: Sequence[str], digests: Sequence[int]
-    ) -> Calibration:
-        """The same density with more calibration images.
-
-        Args:
-            statistics: of :func:`serving.verdict.statistics.compute_statistics`, for images to
-                which nothing was fitted.
-            files: hexadecimal SHA-256 of each image file.
-            digests: the first 8 bytes of the SHA-256 of each image's pixels.
-        """
-        rows = self.rows(statistics)
-        scores = self.ood_scores(self.normal(rows))
-        new = Joined(tuple(files), rows, scores, np.array(digests, np.uint64))
-        return replace(
-            self,
-            scores=np.sort(np.concatenate([self.scores, scores])),
-            reference=np.sort(np.concatenate([self.reference, rows]), axis=0),
-            joined=new if self.joined is None else self.joined.and_more(new),
-        )
-
-    def left_by(self, files: Sequence[str]) -> Calibration:
-        """The same density without images that had joined.
-
-        Args:
-            files: hexadecimal SHA-256 of each image file, as it joined.
-
-        Raises:
-            CalibrationError: the file of the calibration contradicts itself.
-        """
-        assert self.joined is not None
-        gone = np.isin(self.joined.files, list(files))
-        columns = zip(self.reference.T, self.joined.rows[gone].T, strict=True)
-        return replace(
-            self,
-            scores=_without(self.scores, self.joined.scores[gone]),
-            reference=np.stack([_without(*pair) for pair in columns], axis=1),
-            joined=self.joined.without(files),
-        )
 
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
@@ -378,7 +333,6 @@ class Calibration:
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
             **({"digests": self.digests} if self.digests.size else {}),
             **({"fitted_digests": self.fitted_digests} if self.fitted_digests.size else {}),
-            **({} if self.joined is None else self.joined.arrays()),
         }
 
     @classmethod
@@ -408,21 +362,5 @@ class Calibration:
             KnownImages.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
             digests("digests"),
-            Joined.from_arrays(arrays, prefix),
             digests("fitted_digests"),
         )
-
-
-def _without(values: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Sorted values without one occurrence of each of some others.
-
-    Raises:
-        CalibrationError: one of them is not there.
-    """
-    places = np.searchsorted(values, np.sort(removed))
-    # Equal values are neighbours: to remove a second one, remove the next.
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + 1)
-    if (places >= len(values)).any() or (values[places] != np.sort(removed)).any():
-        raise CalibrationError("the image is not among the calibration images")
-    return np.delete(values, places)

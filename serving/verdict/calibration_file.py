@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,25 @@ ZIP = b"PK\x03\x04"  # the beginning of an .npz file
 ZIP_ENTRY = b"PK\x01\x02"  # the beginning of an entry of its directory
 MAX_ENTRIES = 1000  # a file has some dozens
 MAX_CALIBRATION_BYTES = 256 * 2**20  # of a file, and of its arrays
-MAX_LABEL = 200  # characters of `model` and `webp`, which messages quote
+MAX_LABEL = 200  # characters of `webp`, which messages quote
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class UnknownCalibration(CalibrationError):
+    """There is no calibration of this name."""
+
+
+def check_name(name: str) -> None:
+    """Check that a calibration can have this name, which is part of file names and metrics.
+
+    Raises:
+        CalibrationError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise CalibrationError(
+            "the name of a calibration must have at most 64 letters, digits, '-', '_' and '.', and "
+            f"begin with a letter or digit; got {show(name)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,33 +56,18 @@ class Calibrations:
         resized: for images that a request resized; may be the same object.
         name: the name that requests give.
         version: the first digits of its file's SHA-256; empty if it was not read from a file.
-        model: :attr:`serving.engine.bundle.Bundle.networks` of the bundle; empty in a bundle's own
-            file, which the manifest ties to them.
-        data: describes the calibration images; empty in a bundle's own file.
         webp: version of libwebp that computed the statistics; empty in files of versions before.
-        is_broken: whether their file exists but cannot be used, so that there is no verdict.
     """
 
     exact: Calibration | None = None
     resized: Calibration | None = None
     name: str = DEFAULT
     version: str = ""
-    model: str = ""
-    data: str = ""
     webp: str = ""
-    is_broken: bool = False
 
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""
         return self.resized if resized else self.exact
-
-    @property
-    def joined(self) -> list[str]:
-        """SHA-256 of the image files that feedback added."""
-        # One calibration may be for images of both kinds.
-        both = [self.exact] if self.exact is self.resized else [self.exact, self.resized]
-        joined = [one.joined for one in both if one is not None]
-        return [file for images in joined if images is not None for file in images.files]
 
     @property
     def label(self) -> dict[str, str] | None:
@@ -108,8 +112,6 @@ class Calibrations:
             **self.exact.arrays(),
             **{RESIZED_PREFIX + name: its for name, its in second.items()},
         }
-        if self.model:
-            arrays |= {"model": np.array(self.model), "data": np.array(self.data)}
         if self.webp:
             arrays["webp"] = np.array(self.webp)
         size = sum(np.asarray(its).nbytes for its in arrays.values())
@@ -157,9 +159,7 @@ class Calibrations:
                     resized,
                     name,
                     version_of(content),
-                    _label(arrays, "model"),
-                    str(arrays["data"]) if "data" in arrays else "",
-                    webp=_label(arrays, "webp"),
+                    _label(arrays, "webp"),
                 )
         except (
             ValueError,

@@ -52,12 +52,6 @@ def decide(
         raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
     calibration = calibrations.of(resized)
     if calibration is None:
-        if calibrations.is_broken:
-            return Ruling(
-                "no_verdict",
-                "calibration_broken: the bundle's folder calibrations, or default.npz there, "
-                "cannot be used; the log has the reason",
-            )
         if resized and calibrations.exact is not None:
             return Ruling(
                 "no_verdict",

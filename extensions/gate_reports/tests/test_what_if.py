@@ -140,7 +140,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
 def test_a_calibration_says_what_it_catches(
     engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """As measured again from its images; and still, when images have joined it."""
+    """As measured again from its images."""
     calibrations = engine.calibrations
     assert calibrations.exact is not None
     assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
@@ -150,10 +150,6 @@ def test_a_calibration_says_what_it_catches(
         (share,) = rejected(engine, calibrations, its, [0.1])
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
     assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
-    more = calibrations.exact.joined_by(
-        engine.statistics(small_images[:50]), [*map(str, range(50))], range(50)
-    )
-    assert more.corrupted is calibrations.exact.corrupted
     bare = dataclasses.replace(calibrations.exact, corrupted={})
     (tmp_path / "before.npz").write_bytes(Calibrations(bare, bare).to_bytes())
     before = Calibrations.load(tmp_path / "before.npz").exact
@@ -434,8 +430,6 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
 
 def test_options_given_twice_add_up() -> None:
     for option, words in (
-        ("--accept", ["gate", "feedback", "B"]),
-        ("--reject", ["gate", "feedback", "B"]),
         ("--ood", ["gate", "what-if", "B", "--data", "D", "--per-day", "1"]),
         ("--ood", ["ood-bench", "B", "--id", "D", "--out", "O"]),
     ):
@@ -447,8 +441,6 @@ def test_options_given_twice_add_up() -> None:
 def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
     """As a variable gives it that is not set: images of that folder would join a calibration."""
     for words in (
-        ["gate", "feedback", "B", "--accept", ""],
-        ["gate", "feedback", "B", "--reject", "a.png", ""],
         ["gate", "what-if", "B", "--per-day", "1", "--data", ""],
         ["gate", "what-if", "B", "--per-day", "1", "--data", "D", "--ood", ""],
         ["ood-bench", "B", "--out", "O", "--id", ""],
@@ -456,11 +448,10 @@ def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[s
         ["score", "--bundle", "B", "--out", "t.csv", ""],
         ["encode", "--bundle", "B", "--out", "z.npz", ""],
         ["compress", "--bundle", "B", "", "O.ade"],
-        ["upgrade", ""],
+        ["publish", ""],
         ["serve", ""],
-        ["gate", "feedback", "", "--accept", "a.png"],
         ["calibrate", "", "O", "--data", "D"],
-        ["calibrate", "B", "--into", "", "--name", "N", "--data", "D"],
+        ["calibrate", "B", "", "--name", "N", "--data", "D"],
         ["score", "--bundle", "", "a.png"],
         ["score", "--bundle", "B", "--engine", "ray", "D", "--out", ""],
         ["score", "--bundle", "B", "--engine", "ray", "D", "--out", "O", "--address", ""],

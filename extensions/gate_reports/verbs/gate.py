@@ -1,4 +1,4 @@
-"""``ade gate what-if`` and ``ade gate feedback``: forecast alarms, and correct a calibration."""
+"""``ade gate what-if``: forecast alarms."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import os
 
 from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
-from ade_cli.image_files import FileError, check_parent, check_writable, files_of, load_engine
+from ade_cli.image_files import FileError, check_parent, load_engine
 from ade_cli.image_sets import GivenImages, name_of
 from ade_cli.paths import given_path
 from ade_client.contract import DEFAULT
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
-from export.gate.feedback import AUDIT, give_feedback
 from extensions.gate_reports.what_if import what_if
 from extensions.gate_reports.what_if_report import gate_of, what_if_lines, write_what_if
-from serving.verdict.store import FOLDER, path_of
 from training.data import DataError
 
 MAX_PER_DAY = 10_000_000  # the exact band takes time in proportion
@@ -72,36 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write an HTML page with the same figures too",
     )
-    task = tasks.add_parser(
-        "feedback",
-        help="let accepted images join a calibration",
-        description="Tell the gate what a person decided on single images. Accepted images become "
-        "calibration images; nothing is trained on them. Rejected images that had joined are "
-        "removed; others are only recorded. Each decision is appended to "
-        f"BUNDLE/{FOLDER}/{AUDIT}. A service that runs with the bundle takes the calibration over "
-        "within seconds.",
-    )
-    _add_bundle(task)
-    for option, text in (
-        ("--accept", "image files, or folders of them, that the gate should accept"),
-        ("--reject", "image files, or folders of them, that the gate should reject"),
-    ):
-        task.add_argument(
-            option,
-            action="extend",
-            nargs="+",
-            default=[],
-            type=given_path,
-            metavar="FILE",
-            help=text,
-        )
-    task.add_argument(
-        "--force",
-        action="store_true",
-        help="accept the images even if networks were trained on some of them, if images like "
-        "them can no longer be rejected from then on, or if the calibration that feedback changed "
-        "before is gone",
-    )
 
 
 def _add_bundle(task: argparse.ArgumentParser) -> None:
@@ -110,42 +78,12 @@ def _add_bundle(task: argparse.ArgumentParser) -> None:
         "--calibration",
         default=DEFAULT,
         metavar="NAME",
-        help="which of the bundle's calibrations to use (default: the one named default, or "
-        "else the bundle's own)",
+        help="which of the bundle's calibrations to use (default: the bundle's own)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.task == "feedback":
-        _feedback(args)
-    else:
-        _what_if(args)
-
-
-def _feedback(args: argparse.Namespace) -> None:
-    if not args.accept and not args.reject:
-        raise FileError("give images with --accept, --reject or both")
-    check_writable(path_of(args.bundle, args.calibration))
-    done = give_feedback(
-        args.bundle, args.calibration, files_of(args.accept), files_of(args.reject), say, args.force
-    )
-    if not done.joined + done.known + done.fitted + done.removed + done.rejected:
-        which = "the image cannot" if done.unusable == 1 else f"none of {done.unusable} images can"
-        raise FileError(f"{which} be used")
-    others = {
-        "Already in it": done.known,
-        "Not added, because the density was fitted to them": done.fitted,
-        "Removed from it": done.removed,
-        "Rejected, but ade calibrate used them, so they stay": done.calibrating,
-        "Rejected, and not added before": done.rejected - done.calibrating,
-        "Not usable": done.unusable,
-    }
-    counts = "".join(f" {what}: {count}." for what, count in others.items() if count)
-    print(f"Added to the calibration {args.calibration}: {done.joined}.{counts}")
-    if done.before == done.after:
-        print(f"the version is still {done.after}")
-    else:
-        print(f"version {done.before} is now {done.after}")
+    _what_if(args)
 
 
 def _what_if(args: argparse.Namespace) -> None:
@@ -164,7 +102,7 @@ def _what_if(args: argparse.Namespace) -> None:
     engine = load_engine(args.bundle, "score", device="cpu")
     found = what_if(
         engine,
-        engine.store.usable(args.calibration),
+        engine.calibrations_of(args.calibration),
         GivenImages(args.data, args.images),
         {name_of(path): GivenImages(path, args.images) for path in args.ood},
         args.per_day,

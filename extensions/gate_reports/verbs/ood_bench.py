@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     _check_out(args.out)
     engine = load_engine(args.bundle, "score", device="cpu")
     bundle = engine.bundle
-    calibrations = engine.store.usable()
+    calibrations = engine.calibrations
     if calibrations.exact is None:
         raise CalibrationError(f"{args.bundle} is not calibrated: ade calibrate does that")
     names = [name_of(path) for path in args.ood]
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         )
     own = bundle.manifest.get("calibration") or {}
     sets = {name_of(path): GivenImages(path, args.images) for path in args.ood}
-    id_name, id_images, trained = _id_images(args, bundle, calibrations.data or own.get("data"))
+    id_name, id_images, trained = _id_images(args, bundle, own.get("data"))
     made = bench(engine, id_name, id_images, sets, args.corrupted, args.out, say, trained)
     say(f"{made}")
 

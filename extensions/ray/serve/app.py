@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from handlers.limits import MAX_BATCH, QUEUE_SIZE
 from handlers.service.application import served_models
 from handlers.service.worker import WorkerSettings
 from serving.engine.bundle import open_bundle
-from serving.engine.calibrations import seen_file
 
 BY_REQUESTS = AutoscalingPolicy(policy_function="extensions.ray.serve.scaling:by_requests")
 FRONT, METRICS = "front", "metrics"  # names of deployments, which no model has
@@ -55,7 +53,6 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
         .bind()
     )
     handles = {}
-    memory = Path(f"memory-{uuid.uuid4().hex}")  # another one for each deployment
     bundles = [open_bundle(Path(folder)) for folder in settings.bundles]
     for name, operation, bundle in served_models(bundles):
         worker = WorkerSettings(
@@ -67,7 +64,6 @@ def application(settings: ServeSettings, access: Access | None) -> serve.Applica
             name,
             settings.logs,
             settings.options,
-            str(seen_file(bundle, memory)),
         )
         handles[name] = (
             serve.deployment(Replica)

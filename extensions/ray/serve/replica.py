@@ -46,8 +46,7 @@ class Replica:
     """Computes what the fronts send.
 
     Args:
-        settings: what to compute; the name is completed by the replica's rank, and the path of the
-            memory by the folder of the logs, which the replicas of a node share.
+        settings: what to compute; the name is completed by the replica's rank.
         metrics: handle of :class:`extensions.ray.serve.reporter.MetricsReplica`.
     """
 
@@ -61,10 +60,7 @@ class Replica:
         self._model = settings.model
         self._of_model = {"model_name": settings.model, MODEL: settings.identity}
         self._labels = {**self._of_model, "worker": str(context.rank.rank)}
-        memory = None if settings.memory is None else str(logs / settings.memory)
-        self._service = load_service(
-            dataclasses.replace(settings, name=name, logs=str(logs), memory=memory)
-        )
+        self._service = load_service(dataclasses.replace(settings, name=name, logs=str(logs)))
         self._thread = ThreadPoolExecutor(1, "compute")
         self._waiting: BatchQueue[Job] = BatchQueue()
         self._requests = 0

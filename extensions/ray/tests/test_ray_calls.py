@@ -19,7 +19,7 @@ from extensions.ray.serve.reporter import MetricsReplica
 from extensions.ray.serve.scaling import REQUESTS, WAITING, LastingQueue, by_requests
 from handlers.limits import MAX_BATCH
 from handlers.service.metrics import MODEL
-from serving.api.telemetry import BROKEN, IMAGES
+from serving.api.telemetry import IMAGES, VERSION
 
 SMALL = Asked({}, b"image")
 ASKING: ContextVar[str | None] = ContextVar("ASKING", default=None)
@@ -248,19 +248,19 @@ def test_gauges_end_with_the_replica_that_set_them_last(
 
     async def check() -> None:
         metrics = MetricsReplica()
-        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "first")
+        await metrics.update([(VERSION.name, labels, 1.0)], {}, "first")
         await metrics.update([(IMAGES.name, counted, 2.0)], {}, "first")
-        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "second")
+        await metrics.update([(VERSION.name, labels, 1.0)], {}, "second")
         await metrics.leave("first")
         text = await metrics.text()
-        assert f"{BROKEN.name}{{" in text and f"{IMAGES.name}{{" in text
+        assert f"{VERSION.name}{{" in text and f"{IMAGES.name}{{" in text
         await metrics.leave("second")
         text = await metrics.text()
-        assert f"{BROKEN.name}{{" not in text and f"{IMAGES.name}{{" in text
+        assert f"{VERSION.name}{{" not in text and f"{IMAGES.name}{{" in text
         # One that was killed says nothing any more.
-        await metrics.update([(BROKEN.name, labels, 1.0)], {}, "third")
+        await metrics.update([(VERSION.name, labels, 1.0)], {}, "third")
         monkeypatch.setattr(reporter, "SILENT_S", -1.0)
         text = await metrics.text()
-        assert f"{BROKEN.name}{{" not in text and f"{IMAGES.name}{{" in text
+        assert f"{VERSION.name}{{" not in text and f"{IMAGES.name}{{" in text
 
     asyncio.run(check())

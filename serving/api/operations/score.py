@@ -25,10 +25,9 @@ from serving.api.responses import HEAD_BYTES, Response, check_size, json_respons
 from serving.ingest.errors import ApiError, unusable
 from serving.ingest.picture import Picture
 from serving.ingest.requests import JSON_TYPE, ImagesRequest
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import Calibrations, UnknownCalibration
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, decide, fdr_note
-from serving.verdict.store import UnknownCalibration
 
 if TYPE_CHECKING:
     from serving.api.telemetry import Telemetry
@@ -204,7 +203,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
 def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
     """The calibrations of a name, or the error of the request."""
     try:
-        return engine.store.get(name)
+        return engine.calibrations_of(name)
     except UnknownCalibration as error:
         return error
 

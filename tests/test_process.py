@@ -35,7 +35,6 @@ from ade_base.ports import Ports, free_ports
 from ade_cli.status import _text
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
-from handlers.front.releases import Release, Releases
 from handlers.launch import engines
 from handlers.launch.options import ServingOptions
 from handlers.limits import MAX_REQUEST_BYTES
@@ -47,16 +46,15 @@ from handlers.service.application import READY, Application, ApplicationSettings
 from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics
 from handlers.service.protocols import V2 as v2
+from handlers.service.release import CurrentRelease, Release
 from handlers.service.worker import WorkerSettings
-from handlers.torchserve.status import _by_bundle, read_status
+from handlers.torchserve.status import read_status
 from serving.api.journal import last_errors
 from serving.api.responses import Response
-from serving.engine.bundle import CALIBRATION_NAME, BundleError, open_bundle
+from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ingest.errors import ApiError, worker_died
 from serving.ingest.forms import MAX_FIELDS
-from serving.verdict.calibration_file import Calibrations
-from serving.verdict.store import write_calibrations
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -78,8 +76,8 @@ LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
 IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def release_of(*folders: Path, number: int = 1, share: float = 0.0) -> Release:
-    return engines.release_of(number, [open_bundle(folder) for folder in folders], share)
+def release_of(*folders: Path, number: int = 1) -> Release:
+    return engines.release_of(number, [open_bundle(folder) for folder in folders])
 
 
 class RunningApplication:
@@ -116,11 +114,10 @@ class RunningApplication:
             "token": None,
             "allowed_hosts": (),
             "probe_secret": "secret-of-probes",
-            "releases": (dataclasses.asdict(release_of(PRETRAINED)),),
+            "release": dataclasses.asdict(release_of(PRETRAINED)),
             "workers": dict.fromkeys(OPERATIONS, 1),
             "options": dataclasses.asdict(ServingOptions(device="cpu")),
             "logs": str(self.logs),
-            "memory": str(folder / "memory"),
             "control": str(self.control),
         }
         ApplicationSettings(**{**given, **settings}).save(self.settings)
@@ -190,7 +187,7 @@ class RunningApplication:
 
     def queued(self, name: str) -> int:
         """Number of requests that wait for a worker of a model."""
-        (running,) = ask(self.control, {"do": DESCRIBE})["releases"]
+        running = ask(self.control, {"do": DESCRIBE})
         return int(running["workers"][name]["queued"])
 
     def in_flight(self) -> int:
@@ -203,7 +200,7 @@ class RunningApplication:
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
-    with RunningApplication(tmp_path_factory.mktemp("asgi"), LIMITS) as made:
+    with RunningApplication(tmp_path_factory.mktemp("process"), LIMITS) as made:
         made.wait()
         yield made
         made.process.terminate()
@@ -496,42 +493,13 @@ def of_a_copy(
     tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[RunningApplication, Path]]:
     """An application and its bundle, which may be damaged for a while."""
-    folder = tmp_path_factory.mktemp("asgi-of-a-copy")
+    folder = tmp_path_factory.mktemp("process-of-a-copy")
     bundle = shutil.copytree(tiny_bundle, folder / "bundle")
-    with RunningApplication(folder, releases=(dataclasses.asdict(release_of(bundle)),)) as made:
+    with RunningApplication(folder, release=dataclasses.asdict(release_of(bundle))) as made:
         made.wait()
         yield made, bundle
         made.process.terminate()
         assert made.process.wait(30) == 0
-
-
-def test_an_idle_worker_reports_a_calibration_that_cannot_be_used(
-    of_a_copy: tuple[RunningApplication, Path],
-) -> None:
-    app, bundle = of_a_copy
-    (bundle / "calibrations").mkdir(exist_ok=True)
-    (bundle / "calibrations" / "night.npz").write_bytes(b"damaged")
-    is_broken = re.compile(r'broken\{[^}]*"night"[^}]*\} 1')
-    wait_for(lambda: is_broken.search(httpx.get(app.metrics).text))
-    # A worker that starts after the repair reports nothing of it, but its start ends the alarm.
-    (bundle / "calibrations" / "night.npz").unlink()
-    app.worker("score").kill()
-    wait_for(lambda: not is_broken.search(httpx.get(app.metrics).text), 60)
-
-
-def test_a_worker_that_restarts_misses_the_calibration_that_the_service_had(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    own = Calibrations.load(bundle / CALIBRATION_NAME)
-    default = dataclasses.replace(own, name="default", model=open_bundle(bundle).networks)
-    write_calibrations(bundle, default)
-    with RunningApplication(tmp_path, releases=(dataclasses.asdict(release_of(bundle)),)) as app:
-        app.wait()
-        shutil.rmtree(bundle / "calibrations")
-        app.worker("score").kill()
-        is_missing = re.compile(r'calibration_missing\{[^}]*"default"[^}]*\} 1')
-        wait_for(lambda: is_missing.search(httpx.get(app.metrics).text), 60)
 
 
 def test_starts_that_fail_are_counted(
@@ -714,7 +682,7 @@ def test_metrics_add_up() -> None:
 
 
 def test_requests_that_a_worker_fails_are_counted_by_bundle(tmp_path: Path) -> None:
-    """A canary whose workers end over each request must not look healthy."""
+    """A release whose workers end over each request must not look healthy."""
 
     async def fail() -> str:
         settings = WorkerSettings(
@@ -734,7 +702,6 @@ def test_requests_that_a_worker_fails_are_counted_by_bundle(tmp_path: Path) -> N
     text = asyncio.run(fail())
     line = 'ade_worker_failures_total{model_name="score",code="unavailable",bundle="tiny@1"} 1.0'
     assert line in text.splitlines()
-    assert _by_bundle(text)["tiny@1"]["requests"] == {"5xx": 1}
 
 
 def test_metrics_of_a_model_stay_while_one_of_its_releases_runs() -> None:
@@ -1096,7 +1063,7 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
                 raise WorkerError("its connection ended")
             if rest == "late":
                 await asyncio.sleep(60)
-            missing = ["ade_gate_calibration_missing", {"calibration": "cam"}, 1.0]
+            missing = ["ade_gate_calibration_version", {"calibration": "cam"}, 1.0]
             return {"measurements": [missing], "leaving": True}, []
 
         async def end(self) -> int:
@@ -1242,41 +1209,13 @@ def test_a_removed_release_has_time_for_what_it_accepted() -> None:
         yield None
 
     async def seconds(limits: Limits) -> float:
-        releases = Releases(build, lambda _: None, limits)
-        async with releases.run([release_of(PRETRAINED)]):
-            (running,) = releases._running
+        current = CurrentRelease[Any](build, lambda _: None, limits)
+        async with current.run(release_of(PRETRAINED)):
+            running = current._running
             return running._drain_s
 
     for limits in (Limits(), Limits(waiting_s=500.0)):
         assert asyncio.run(seconds(limits)) > limits.waiting_s + limits.upstream_s
-
-
-def test_a_canary_that_hangs_at_its_start_does_not_delay_the_rest() -> None:
-    """After a crash of the front, which starts both again."""
-    starts, ended = asyncio.Event(), []
-
-    @contextlib.asynccontextmanager
-    async def build(release: Release) -> AsyncIterator[Any]:
-        try:
-            if release.number == 2:
-                starts.set()
-                await asyncio.sleep(60)
-            yield None
-        finally:
-            ended.append(release.number)
-
-    async def run() -> None:
-        first = release_of(PRETRAINED)
-        canary = dataclasses.replace(first, number=2, share=0.05)
-        releases = Releases(build, lambda _: None, Limits())
-        async with asyncio.timeout(10), releases.run([first, canary]):
-            await starts.wait()
-            assert [one.release.number for one in releases._running] == [1]
-            await releases.change([first])  # as by `ade rollback`
-            assert ended == [2]
-
-    asyncio.run(run())
-    assert ended == [2, 1]
 
 
 def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
