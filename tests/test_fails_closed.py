@@ -263,7 +263,7 @@ def test_the_page_judges_by_the_calibration_of_the_service(
         score = page_function(served, "score")
         image = write_file(ood_paths[0].read_bytes(), "ood.png")
         (before,) = client.score([image], alpha=ALPHA)
-        card, _, place, _, details, _ = score(own, image, 1, ALPHA, False, Runs())
+        card, _, place, _, details, *_ = score(own, image, 1, ALPHA, False, Runs())
         assert f"ade-{before.decision}" in card
         assert ("150 held-out images" in place) == (own == "both")
         assert ("of the calibration images" in details) == (own == "both")
