@@ -112,9 +112,12 @@ class Rotation(Bijection):
     def matrix(self) -> Tensor:
         """``(C, C)``, orthogonal."""
         normals = self.normals / self.normals.norm(dim=1, keepdim=True)
-        matrix = torch.eye(normals.shape[0], dtype=normals.dtype, device=normals.device)
-        for normal in normals.unbind(0):
-            matrix = matrix - 2 * (matrix @ normal).unsqueeze(1) * normal.unsqueeze(0)
+        eye = torch.eye(normals.shape[0], dtype=normals.dtype, device=normals.device)
+        # The reflections' product at once (Joffrain et al., "Accumulating Householder
+        # transformations, revisited", 2006): one by one they took a tenth of a training step.
+        upper = torch.triu(normals @ normals.t(), diagonal=1) + eye / 2
+        solved = torch.linalg.solve_triangular(upper, normals, upper=True)
+        matrix: Tensor = eye - normals.t() @ solved
         return matrix
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ from training.run_start import (
 from training.runs import (
     Progress,
     RunError,
+    checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
     read_state,
@@ -243,6 +244,8 @@ def unchanged(small_images: np.ndarray) -> torch.Tensor:
         {"ema_decay": 0.05},
         {"clip": 1e-3},
         {"flips": False},
+        {"likelihood_share": 0.5},
+        {"likelihood_share": 0.5, "likelihood_learning_rate": 1e-2},
     ],
 )
 def test_every_option_changes_the_outcome(
@@ -278,7 +281,7 @@ def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
                 (0.9, 0.999),
                 (0.5, 0.99),
             ]
-            assert [group["rate"] for group in trained.optimizer.param_groups] == [
+            assert [group["lr"] for group in trained.optimizer.param_groups] == [
                 trained.config.learning_rate,
                 trained.config.g_learning_rate,
             ]
@@ -510,6 +513,76 @@ def test_rates_fall_in_the_last_part_of_a_budget(
     assert shares == 2 * ([1.0] * 7 + [0.755, 0.51, 0.265])  # each phase has its own
 
 
+PHASES = {"likelihood_share": 0.5, "likelihood_batch_size": 8, "likelihood_learning_rate": 2e-3}
+
+
+def test_the_likelihood_alone_then_both_then_lower_rates(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one run, whose budget in images decides each step; minutes become images at its start."""
+    seen: list[tuple[int, bool, float, float]] = []
+    run = Trainer.run
+
+    def look(self: Trainer, drawn: list[torch.Tensor], spent: float = 0.0) -> dict[str, float]:
+        losses = run(self, drawn, spent)
+        rate, weight = self.optimizer.param_groups[1]["lr"], self._quality_weight
+        seen.append((len(drawn[-1]), "d_loss" in losses, round(rate, 6), round(weight, 4)))
+        return losses
+
+    monkeypatch.setattr(Trainer, "run", look)
+    dataset = load_dataset(str(folder), None, 8)
+    config = dataclasses.replace(narrow("av-ade"), warmup_steps=2, cooldown=0.25, **PHASES)
+    options = RunOptions(images=16 * 8, device="cpu", precision="float32")
+    progress = train(config, dataset, tmp_path / "run", options, resume=False)
+    g = config.g_learning_rate
+    assert seen[:8] == [(8, False, rate, 0.05) for rate in (1e-3, *[2e-3] * 7)]
+    assert [line[:2] for line in seen[8:]] == [(16, True)] * 4
+    assert [line[2] for line in seen[8:]] == pytest.approx([g, g, g * 0.673, g * 0.347], abs=1e-6)
+    assert [line[3] for line in seen[8:]] == [0.05, 0.05, 0.05, 0.05]
+    assert (progress.step, progress.images) == (12, 128)
+    # The end of the first phase is kept, to fall back on.
+    assert [path.name for path in checkpoint_folders(tmp_path / "run")] == [
+        "step-000000008",
+        "step-000000012",
+    ]
+    timed = dataclasses.replace(options, images=10**9, minutes=0.01)
+    train(config, dataset, tmp_path / "timed", timed, resume=False)
+    resolved = read_started(tmp_path / "timed")["options"]
+    assert resolved["minutes"] == 0.01 and 16 <= resolved["images"] < 10**6
+    state = read_state(latest_checkpoint(tmp_path / "timed"))
+    assert state["joint_since"] == round(resolved["images"] / 2 / 8)
+
+
+@pytest.mark.parametrize("cuts", [(3, 10), (8, 9)])
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
+    cuts: tuple[int, int], folder: Path, tmp_path: Path
+) -> None:
+    """In either phase: all that a step depends on is in the checkpoint."""
+    arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, *NARROW]
+    arguments += ["--optimizer", "muon", "--flow-width", "16", "--widths", "16,16,16"]
+    arguments += ["--noisy-share", "0.5", "--precision", "bfloat16"]
+    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in PHASES.items()]
+    arguments += ["--images", str(16 * 8), "--checkpoint-steps", "1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*arguments, "--out", str(whole)]) == 0
+    resume: list[str] = []
+    for step in cuts:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ade_cli.main", *arguments, "--out", str(cut), *resume],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not (cut / "checkpoints" / f"step-{step:09d}").exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resume = ["--resume"]
+    assert main([*arguments, "--out", str(cut), "--resume"]) == 0
+    for path in latest_checkpoint(whole).glob("*.safetensors"):
+        assert path.read_bytes() == (latest_checkpoint(cut) / path.name).read_bytes(), path.name
+
+
 def test_an_interruption_waits_for_its_step_and_saves_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -698,30 +771,17 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
     assert "score" in read_config(latest_checkpoint(tmp_path / "small"))["operations"]
 
 
-@pytest.mark.parametrize("budget", ["images", "minutes"])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_smaller_budget_leaves_a_gan_its_inference_network(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    budget: str,
-    is_frozen: bool,
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_frozen: bool
 ) -> None:
     """Whose training counts from the generator's last step, even if that was beyond the budget."""
     dataset, config, run = load_dataset(str(folder), None, 8), narrow("gan"), tmp_path / "run"
-    clock = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr("training.loop.time", SimpleNamespace(monotonic=lambda: clock.seconds))
-    whole_step = Trainer.run
-
-    def timed(self: Trainer, *given: Any) -> dict[str, float]:
-        clock.seconds += 60
-        return whole_step(self, *given)
-
-    monkeypatch.setattr(Trainer, "run", timed)
 
     def options(steps: int) -> RunOptions:
-        given = {"images": 16 * steps} if budget == "images" else {"images": 999, "minutes": steps}
-        return RunOptions(device="cpu", precision="float32", checkpoint_minutes=99.0, **given)
+        return RunOptions(
+            images=16 * steps, device="cpu", precision="float32", checkpoint_minutes=99.0
+        )
 
     with monkeypatch.context() as patched:
         interrupt_after(9 if is_frozen else 8, patched)
@@ -1169,7 +1229,7 @@ def test_batches_do_not_depend_on_where_they_start(small_images: np.ndarray) -> 
     images = ImageSet(small_images)
     whole = images.batches(32, seed=1)
     first = [next(whole) for _ in range(25)]
-    late = images.batches(32, seed=1, first_batch=20)
+    late = images.batches(32, seed=1, first_image=20 * 32)
     assert np.array_equal(first[20], next(late)) and np.array_equal(first[21], next(late))
     epoch = np.concatenate(first)[:300]
     order = [
@@ -1349,7 +1409,9 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
             with pytest.raises(error, match=f"{tmp_path / name} is damaged: "):
                 read(tmp_path)
     (tmp_path / "state.json").write_text('{"step": 1, "images": 2, "seconds": 3.0}')
-    with pytest.raises(RunError, match="it lacks .* usual_norm, inferring_since, rescued_at"):
+    with pytest.raises(
+        RunError, match="it lacks .* usual_norm, joint_since, inferring_since, rescued_at"
+    ):
         read_state(tmp_path)
 
 
@@ -1559,7 +1621,10 @@ def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_budget(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     budgets: list[tuple[int, float | None]] = []
 
@@ -1575,14 +1640,21 @@ def test_a_resumed_run_keeps_its_budget(
         ("b", "--images", "64", "--minutes", "2"),
         ("b", "--resume"),
         ("b", "--resume", "--images", "128"),
-        ("b", "--resume", "--minutes", "3"),
         ("c", "--minutes", "5"),
         ("c", "--resume"),
-        ("c", "--resume", "--minutes", "9"),
     ):
         assert main([*arguments, str(tmp_path / out), *given]) == 0
-    assert budgets[:5] == [(1_000_000, None), (64, 2), (64, 2), (128, None), (128, 3)]
-    assert budgets[5:] == [(NO_LIMIT, 5), (NO_LIMIT, 5), (NO_LIMIT, 9)]
+    assert budgets == [
+        (1_000_000, None),
+        (64, 2),
+        (64, 2),
+        (128, None),
+        (NO_LIMIT, 5),
+        (NO_LIMIT, 5),
+    ]
+    assert main([*arguments, str(tmp_path / "c"), "--resume", "--minutes", "9"]) == 2
+    message = f"minutes became {NO_LIMIT:,} images when {tmp_path / 'c'} was started"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

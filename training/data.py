@@ -93,17 +93,17 @@ class ImageSet:
         for row in range(len(self)):
             yield hashlib.sha256(np.ascontiguousarray(self.images[row]).data).digest()
 
-    def batches(self, batch_size: int, seed: int, first_batch: int = 0) -> Iterator[np.ndarray]:
+    def batches(self, batch_size: int, seed: int, first_image: int = 0) -> Iterator[np.ndarray]:
         """Yield batches without end.
 
         Args:
             batch_size: images per batch.
             seed: of the order; an epoch's order depends on ``(seed, epoch)`` alone.
-            first_batch: number of batches to skip without reading them, as for a resumed run.
+            first_image: number of images to skip without reading them, as for a resumed run.
         """
         if len(self) == 0:
             raise DataError("there are no images to train on")
-        index = first_batch * batch_size
+        index = first_image
         epoch, order = -1, np.empty(0, np.int64)
         while True:
             rows = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from ade_base.system import signals_held
 from ade_model.checkpoint import read_config
-from training.budget import Budget
 from training.data import Dataset
 from training.datasets.sketch import KEY, VERSION, record_of, sketch_in, version_of
 from training.device import bfloat16_is_faster, choose_device
@@ -44,9 +43,12 @@ from training.runs import (
     save_checkpoint,
     start_from,
 )
+from training.schedule import images_in, schedule_of
 from training.step import Trainer
 
 LOG_EVERY = 10
+# Of each phase, to learn how many images a budget in minutes allows.
+MEASURED_SECONDS, MEASURED_SHARE = 20.0, 0.01
 
 
 def make_fabric(device: str, precision: str) -> Fabric:
@@ -112,7 +114,7 @@ def train(
         config: what to train and how.
         dataset: the ``train`` part is trained on, the ``select`` part is evaluated.
         run: the run's folder: a new one or, with ``resume``, one of the same configuration.
-        options: budget, device and cadence.
+        options: budget, device and cadence. Minutes become images at the start, by the speed then.
         resume: whether to resume from the newest checkpoint. The cooldown is that of the present
             budget: with a larger one than before, the rates return to their full values until the
             last part of that budget.
@@ -128,6 +130,8 @@ def train(
     """
     options = resumed_options(run, options, resume)
     fabric = make_fabric(options.device, options.precision)
+    if options.minutes is not None and not resume:
+        options = _in_images(config, dataset, options, fabric)
     is_main = fabric.global_rank == 0
     trainer, progress, before = _prepare(config, dataset, run, options, resume, fabric)
     # Now, because files may be moved or deleted while the run lasts. By all processes, because it
@@ -193,6 +197,62 @@ def _check_alike(
             )
 
 
+def _trainer(config: TrainConfig, options: RunOptions, fabric: Fabric) -> Trainer:
+    """A trainer with new weights."""
+
+    def average(flat: torch.Tensor) -> torch.Tensor:
+        if fabric.world_size == 1:
+            return flat
+        with _with_others(fabric):
+            mean = fabric.all_reduce(flat, reduce_op="mean")
+        assert isinstance(mean, torch.Tensor)
+        return mean
+
+    return Trainer(
+        config=config,
+        device=fabric.device,
+        autocast=fabric.autocast,
+        average=average,
+        seed=options.seed,
+        rank=fabric.global_rank,
+        processes=fabric.world_size,
+        guide=guide_of(config, options),
+    )
+
+
+def _in_images(
+    config: TrainConfig, dataset: Dataset, options: RunOptions, fabric: Fabric
+) -> RunOptions:
+    """Options whose minutes have become training images, by the speed of a few steps.
+
+    From then on a run depends on its steps alone, so that one that is killed and resumed ends with
+    the same weights. The steps are those of a trainer that is thrown away.
+    """
+    assert options.minutes is not None
+    trainer, seconds = _trainer(config, options, fabric), []
+    for is_joint in (False, True):
+        if is_joint:
+            trainer.begin_joint()
+        elif trainer.joint_since is not None:
+            continue
+        batches = _batches(dataset, trainer, options.seed, Progress(step=trainer.step))
+        trainer.run(next(batches))  # which also warms up
+        started, steps = time.monotonic(), 0
+        limit = min(MEASURED_SECONDS, MEASURED_SHARE * 60 * options.minutes)
+        while not steps or time.monotonic() - started < limit:
+            trainer.run(next(batches))
+            steps += 1
+            if fabric.world_size > 1:  # all must make equally many
+                break
+        images = steps * trainer.batch_sizes[-1]
+        seconds.append((time.monotonic() - started) / images)
+    if fabric.world_size > 1:
+        with _with_others(fabric):
+            seconds = fabric.broadcast(seconds)
+    images = images_in(config, 60 * options.minutes, seconds[0], seconds[-1])
+    return dataclasses.replace(options, images=min(options.images, images))
+
+
 def _prepare(
     config: TrainConfig,
     dataset: Dataset,
@@ -209,26 +269,7 @@ def _prepare(
     """
     check_shares(config, fabric.world_size)
     check_run(run, config, dataset, resume)
-    guide = guide_of(config, options)
-
-    def average(flat: torch.Tensor) -> torch.Tensor:
-        if fabric.world_size == 1:
-            return flat
-        with _with_others(fabric):
-            mean = fabric.all_reduce(flat, reduce_op="mean")
-        assert isinstance(mean, torch.Tensor)
-        return mean
-
-    trainer = Trainer(
-        config=config,
-        device=fabric.device,
-        autocast=fabric.autocast,
-        average=average,
-        seed=options.seed,
-        rank=fabric.global_rank,
-        processes=fabric.world_size,
-        guide=guide,
-    )
+    trainer = _trainer(config, options, fabric)
     progress = Progress()
     before: dict[str, Any] = {}
     if resume and checkpoint_folders(run):
@@ -237,8 +278,7 @@ def _prepare(
     elif options.init is not None:
         start_from(Path(options.init), trainer)
         before = {"started_from": _lineage(Path(options.init))}
-    if not Budget(options.images, options.minutes).is_out_of_time(progress):
-        check_budget(run, trainer.inferring_since, config.batch_size, options.images)
+    check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     return trainer, progress, before
 
 
@@ -258,65 +298,44 @@ def _run_steps(
     config = trainer.config
     is_main = fabric.global_rank == 0
     log = RunLog(run, progress.step) if is_main else None
-    batches_a_step = 1 + (config.d_steps if config.discriminator else 0)
-    batches = dataset.parts["train"].batches(
-        config.batch_size, options.seed, progress.step * batches_a_step
-    )
-    share = config.batch_size // fabric.world_size
-    mine = slice(fabric.global_rank * share, (fabric.global_rank + 1) * share)
-
     is_intact = True  # whether the trainer is between two steps
     recent: dict[str, float] = {}
     started = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
-    budget = Budget(
-        images=options.images,
-        minutes=options.minutes,
-        inference_share=config.inference_share,
-        excess=_excess(trainer, progress, options),
-    )
-    minutes = budget.total_minutes
-    generator_seconds = progress.generator_seconds
+    schedule = schedule_of(config, options.images, trainer.joint_since)
+    batches: dict[bool, Iterator[list[torch.Tensor]]] = {}  # by whether the adversary takes part
     bar = tqdm(
-        total=budget.total_images if minutes is None else None,
-        initial=progress.images,
-        unit="img",
-        unit_scale=True,
+        total=schedule.total + schedule.inference,
+        initial=progress.step,
+        unit="step",
         disable=not is_main,
         mininterval=1.0,
         dynamic_ncols=True,
     )
     try:
-        while not budget.is_spent(progress):
-            spent = budget.fraction(progress)
-            drawn = [
-                torch.from_numpy(np.ascontiguousarray(next(batches)[mine]))
-                for _ in range(batches_a_step)
-            ]
+        while not schedule.is_done(trainer.step, trainer.inferring_since):
+            if trainer.joint_since is None and trainer.step >= schedule.likelihood:
+                if is_main:  # to fall back on
+                    save_checkpoint(run, trainer, progress, about)
+                trainer.begin_joint()
+            if schedule.inference and trainer.step >= schedule.total:
+                trainer.begin_inference()
+            is_joint = trainer.joint_since is not None
+            if is_joint not in batches:
+                batches[is_joint] = _batches(dataset, trainer, options.seed, progress)
+            drawn = next(batches[is_joint])
             with signals_held():
                 is_intact = False
-                if config.inference_share and spent >= 1:
-                    if not trainer.inferring:
-                        generator_seconds = progress.seconds
-                    trainer.begin_inference()
-                    spent = (spent - 1) / config.inference_share
-                losses = trainer.run(drawn, spent)
-                seconds = time.monotonic() - started
-                # All processes must use the same rate and stop at the same step.
-                if fabric.world_size > 1 and minutes is not None:
-                    with _with_others(fabric):
-                        seconds = float(fabric.broadcast(seconds))
-                images = progress.images + config.batch_size
+                losses = trainer.run(drawn, schedule.spent(trainer.step, trainer.inferring_since))
                 progress = Progress(
                     step=trainer.step,
-                    images=images,
-                    seconds=seconds,
-                    generator_seconds=generator_seconds,
+                    images=progress.images + len(drawn[-1]) * fabric.world_size,
+                    seconds=time.monotonic() - started,
                 )
                 is_intact = True
             if log is None:
                 continue
-            bar.update(config.batch_size)
+            bar.update()
             recent |= losses  # not all losses are computed at every step
             if progress.step % LOG_EVERY == 0 or progress.step == 1:
                 bar.set_postfix(
@@ -326,8 +345,6 @@ def _run_steps(
                         if k in losses
                     }
                 )
-                if minutes is not None:
-                    bar.set_description(f"{max(0.0, minutes - progress.seconds / 60):.1f} min left")
                 log.scalars(progress, recent)
                 recent = {}
             if progress.step % options.evaluate_steps == 0:
@@ -347,6 +364,27 @@ def _run_steps(
         if log is not None:
             log.close()
     return progress
+
+
+def _batches(
+    dataset: Dataset, trainer: Trainer, seed: int, progress: Progress
+) -> Iterator[list[torch.Tensor]]:
+    """This process's share of each step's batches, from a step of the present phase on.
+
+    Which images a step sees depends on the configuration and the step alone.
+    """
+    config = trainer.config
+    sizes = trainer.batch_sizes
+    before = (trainer.joint_since or 0) if trainer.joint_since is not None else progress.step
+    first = before * config.first_batch_size + (progress.step - before) * sum(sizes)
+    images = dataset.parts["train"].batches(sum(sizes), seed, first)
+    share = sizes[0] // trainer.processes
+    while True:
+        of_step = next(images)
+        yield [
+            torch.from_numpy(np.ascontiguousarray(batch[trainer.rank * share :][:share]))
+            for batch in np.split(of_step, len(sizes))
+        ]
 
 
 def _sketch_of(dataset: Dataset, before: dict[str, Any]) -> list[str] | None:
@@ -369,21 +407,3 @@ def _lineage(init: Path) -> dict[str, Any]:
     found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
     known = ("data", "splits", KEY, "flow_from", "guided")
     return found | {key: source[key] for key in known if key in source}
-
-
-def _excess(trainer: Trainer, progress: Progress, options: RunOptions) -> Progress:
-    """Images and seconds that a GAN's generator is trained on beyond its budget.
-
-    Its last batch may exceed the budget, and a run may be resumed with a smaller budget than
-    before. The inference network is trained for its whole share of the budget nevertheless.
-    """
-    if not trainer.config.inference_share:
-        return Progress()
-    batch_size = trainer.config.batch_size
-    step, seconds = progress.step, progress.seconds
-    if trainer.inferring_since is not None:
-        step, seconds = trainer.inferring_since, progress.generator_seconds
-    steps = max(step, math.ceil(options.images / batch_size))
-    limit = 60 * options.minutes if options.minutes else math.inf
-    images = steps * batch_size - options.images
-    return Progress(images=images, seconds=max(0.0, seconds - limit))

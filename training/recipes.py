@@ -9,6 +9,7 @@ from typing import Any
 
 from ade_base.errors import ConfigError
 from ade_model.config import ModelConfig
+from training import flagship
 from training.discriminator import DiscriminatorConfig
 
 SIZES = ("tiny", "small", "paper")
@@ -25,6 +26,11 @@ class TrainConfig:
         model: configuration of the model.
         discriminator: configuration of the discriminator; ``None`` for maximum likelihood alone.
         batch_size: images per step, over all processes.
+        likelihood_share: first part of the images, with which the likelihood alone trains, before
+            the discriminator takes part.
+        likelihood_batch_size: as batch_size, for these; 0 for the same.
+        likelihood_learning_rate: highest rate of all weights while the likelihood alone trains
+            them, with ``beta1`` and ``beta2``; 0 for ``learning_rate``.
         optimizer: of model and discriminator, ``adam`` or ``adamax``; or ``muon`` for the model's
             3 × 3 convolutions of at least 16 input and output channels, and ``adam`` for all else.
         learning_rate: highest rate of the weights that the likelihood alone trains (flow,
@@ -38,7 +44,9 @@ class TrainConfig:
         d_learning_rate: highest rate of the discriminator.
         d_beta1: as beta1, for the discriminator.
         d_beta2: as beta2, for the discriminator.
-        warmup_steps: steps over which the learning rates grow linearly from zero.
+        warmup_steps: steps over which the learning rates grow linearly from zero; after a phase of
+            likelihood alone also those over which the discriminator's rate and ``quality_weight``
+            do.
         cooldown: last fraction of the budget, over which the learning rates fall linearly to a
             fiftieth.
         coverage: whether the model is trained with L_C, the likelihood's loss.
@@ -82,6 +90,9 @@ class TrainConfig:
     size: str = "small"
     discriminator: DiscriminatorConfig | None = None
     batch_size: int = 64
+    likelihood_share: float = 0.0
+    likelihood_batch_size: int = 0
+    likelihood_learning_rate: float = 0.0
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     beta1: float = 0.9
@@ -118,6 +129,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least_values = {
             "batch_size": 1,
+            "likelihood_batch_size": 0,
+            "likelihood_learning_rate": 0,
             "d_steps": 1,
             "gp_every": 1,
             "warmup_steps": 0,
@@ -146,7 +159,7 @@ class TrainConfig:
         for name in ("learning_rate", "g_learning_rate", "d_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("cooldown", "noisy_share"):
+        for name in ("likelihood_share", "cooldown", "noisy_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
@@ -164,17 +177,23 @@ class TrainConfig:
                     f"{name} must be 0 for a system without latents, "
                     f"got {getattr(self, name)} for {self.recipe}"
                 )
-        for name in ("reconstruction_weight", "noisy_share"):
-            if getattr(self, name) and not self.coverage:
-                raise ConfigError(
-                    f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
-                )
         if 0 < self.noisy_share * self.batch_size < 1:
             raise ConfigError(
                 f"noisy_share must be 0 or at least 1/{self.batch_size}, one image of each batch, "
                 f"got {self.noisy_share:g}"
             )
-        for name in ("noisy_share", "guide_weight", "classifier_weight"):
+        alone = ("likelihood_share", "likelihood_batch_size", "likelihood_learning_rate")
+        for name in alone[1:]:
+            if getattr(self, name) and not self.likelihood_share:
+                raise ConfigError(
+                    f"{name} must be 0 without likelihood_share, got {getattr(self, name)}"
+                )
+        for name in ("reconstruction_weight", "noisy_share", "likelihood_share"):
+            if getattr(self, name) and not self.coverage:
+                raise ConfigError(
+                    f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
+                )
+        for name in ("noisy_share", "guide_weight", "classifier_weight", "likelihood_share"):
             if getattr(self, name) and self.discriminator is None:
                 raise ConfigError(
                     f"{name} must be 0 without a discriminator, got {getattr(self, name)} "
@@ -197,6 +216,11 @@ class TrainConfig:
     def compares_images(self) -> bool:
         """Whether the discriminator compares the images of each process's share of a batch."""
         return self.discriminator is not None and self.discriminator.kind == "projected"
+
+    @property
+    def first_batch_size(self) -> int:
+        """Images per step of the run's first phase."""
+        return self.likelihood_batch_size or self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -354,6 +378,7 @@ _SYSTEMS = {
             "noisy_share": 0.5,
         },
     ),
+    "flagship": _System(flagship.LINE, adversary="projected"),
     "av-ade-wg-rd": _System(
         "av-ade-rd with a generator of twice the width", adversary="residual", wide=True
     ),
@@ -447,8 +472,12 @@ def recipe(
         ]
         if idle:
             raise ConfigError(f"{min(idle)}: {name} has no discriminator")
+    if name == "flagship":
+        training |= flagship.training_of(size)
     training |= {**system.training, **changes}
     fields = _model_fields(system, size, image_size, training.get("inference_share", 0) > 0)
+    if name == "flagship":
+        fields |= flagship.MODEL[size]
     model = ModelConfig(
         **{"image_size": image_size, "channels": channels, **fields, **of_the_model}
     )

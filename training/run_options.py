@@ -18,7 +18,8 @@ class RunOptions:
 
     Attributes:
         images: training images to see, over all processes.
-        minutes: training time after which the run ends too; ``None`` for no limit.
+        minutes: training time, which becomes a number of images when the run starts; ``None`` for
+            no limit.
         seed: of weights, order and noise.
         device: one of :data:`training.device.DEVICES`.
         precision: of the networks, one of :data:`PRECISIONS`; log-densities are always float32.

@@ -40,6 +40,13 @@ def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
         return options
     before = read_started(run)["options"]
     options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
+    if options.minutes is not None:
+        if options.minutes != before["minutes"]:
+            raise RunError(
+                f"minutes became {before['images']:,} images when {run} was started: they must be "
+                f"those of the run, {before['minutes']}, or left out, got {options.minutes:g}"
+            )
+        options = dataclasses.replace(options, images=before["images"])
     # A run without a guide may have such a file as well, if an encoder was written there.
     if before["guide"] is not None and (run / GUIDE_NAME).is_file():
         options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
@@ -68,11 +75,12 @@ def check_shares(config: TrainConfig, processes: int) -> None:
     Raises:
         RunError: they cannot.
     """
-    if config.batch_size % processes:
-        raise RunError(
-            f"batch_size must be a multiple of {processes}, the number of processes, "
-            f"got {config.batch_size}"
-        )
+    for name in ("batch_size", "likelihood_batch_size"):
+        if getattr(config, name) % processes:
+            raise RunError(
+                f"{name} must be a multiple of {processes}, the number of processes, "
+                f"got {getattr(config, name)}"
+            )
 
 
 def _check_nodes() -> None:

@@ -57,20 +57,23 @@ class RunError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Model steps, training images seen and seconds of training.
-
-    ``generator_seconds`` are those until a GAN's generator was frozen; 0 before that.
-    """
+    """Model steps, training images seen and seconds of training."""
 
     step: int = 0
     images: int = 0
     seconds: float = 0.0
-    generator_seconds: float = 0.0
 
 
 # Fields of state.json.
 PROGRESS = tuple(field.name for field in fields(Progress))
-TRAINER_STATE = ("skipped_in_a_row", "skipped", "usual_norm", "inferring_since", "rescued_at")
+TRAINER_STATE = (
+    "skipped_in_a_row",
+    "skipped",
+    "usual_norm",
+    "joint_since",
+    "inferring_since",
+    "rescued_at",
+)
 STATE = (*PROGRESS, "processes", *TRAINER_STATE)
 
 
@@ -114,6 +117,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         return
     with only_one_in(folder, RunError):
         yield
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint after a number of steps."""
+    return f"step-{step:09d}"
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -167,9 +175,10 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict[str, Any]) -> Path:
-    """Write a checkpoint, whole or not at all, and delete all but the newest three.
+    """Write a checkpoint, whole or not at all, and delete older ones.
 
-    A checkpoint of the same step is kept as it is, since it holds the same weights.
+    The newest three are kept, and that at the end of a phase of likelihood alone. A checkpoint of
+    the same step is kept as it is, since it holds the same weights.
 
     Args:
         run: the run's folder.
@@ -181,7 +190,7 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         The checkpoint's folder.
     """
     parent = run / "checkpoints"
-    target = parent / f"step-{progress.step:09d}"
+    target = parent / folder_name(progress.step)
     if (target / STATE_NAME).is_file():
         return target
     # A process that was killed leaves unfinished folders; no other process writes here now.
@@ -192,10 +201,11 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         save_model(trainer.ema, folder, {**about, **found})
         _save(trainer.model.state_dict(), folder / RAW_NAME)
         _save_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
-        if trainer.discriminator is not None and trainer.d_optimizer is not None:
+        # Before they take part they are new, and a function of the seed alone.
+        if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
             _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
             _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-        for name, guide in trainer.guides.items():
+        for name, guide in trainer.guides.items() if trainer.is_joint else ():
             _save(guide.moments.state_dict(), folder / MOMENTS_NAMES[name])
         write_json(
             folder / STATE_NAME,
@@ -209,7 +219,8 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     for old in checkpoint_folders(run)[:-KEEP]:
-        shutil.rmtree(old)
+        if not trainer.joint_since or old.name != folder_name(trainer.joint_since):
+            shutil.rmtree(old)
     return target
 
 
@@ -228,19 +239,18 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
             f"{folder} cannot be resumed by {trainer.processes} processes: its discriminator "
             f"compares the images of each process, so the run needs {processes} as before"
         )
-    if trainer.discriminator is not None:
-        trainer.discriminator.load_state_dict(read_tensors(folder / DISCRIMINATOR_NAME))
-    for name, guide in trainer.guides.items():
-        guide.moments.load_state_dict(read_tensors(folder / MOMENTS_NAMES[name]))
     trainer.ema.load_state_dict(read_tensors(folder / EMA_NAME))
     trainer.model.load_state_dict(read_tensors(folder / RAW_NAME))
     _load_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
-    if trainer.d_optimizer is not None:
-        _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
     progress = Progress(**{name: state[name] for name in PROGRESS})
     trainer.step = progress.step
     for name in TRAINER_STATE:
         setattr(trainer, name, state[name])
+    if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
+        trainer.discriminator.load_state_dict(read_tensors(folder / DISCRIMINATOR_NAME))
+        _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+        for name, guide in trainer.guides.items():
+            guide.moments.load_state_dict(read_tensors(folder / MOMENTS_NAMES[name]))
     if trainer.inferring:
         trainer.begin_inference()
     return progress
@@ -334,3 +344,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+    # In the layout of their weights, as before: sums in another order are rounded otherwise.
+    for parameter, of_it in optimizer.state.items():
+        for key, value in of_it.items():
+            if value.shape == parameter.shape:
+                of_it[key] = torch.empty_like(parameter).copy_(value)

@@ -48,6 +48,7 @@ RESCUES_WITHIN = 2000
 RATE_AFTER_RESCUE = 0.5
 RECOVERY_STEPS = 5000
 SPIKE_AFTER_STEPS = 50
+RECONSTRUCTED = 0.5  # share of a batch
 LAST_RATE = 0.02  # fraction of the full rate at the end of a cooldown
 
 
@@ -168,6 +169,8 @@ class Trainer:
                 self.guides[name] = _Matched(_to_device(network, device), matching, weight)
         self.step = 0
         self.spent = 0.0
+        # Step after which the adversary takes part, and a GAN's generator is frozen.
+        self.joint_since: int | None = None if config.likelihood_share else 0
         self.inferring_since: int | None = None
         self.skipped = {"model": 0, "discriminator": 0}
         self.skipped_in_a_row = {"model": 0, "discriminator": 0}
@@ -185,11 +188,15 @@ class Trainer:
         return kinds[kind]([group for group in groups if group["params"]])
 
     def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """An optimiser's group with a prefix's rate and betas; ``rate`` is the highest rate."""
+        """An optimiser's group of weights whose rate and betas have a prefix in the config."""
+        return {"params": parameters, "prefix": prefix, **self._rates(prefix)}
+
+    def _rates(self, prefix: str) -> dict[str, Any]:
+        """A prefix's highest rate, and its betas."""
         rate, beta1, beta2 = (
             getattr(self.config, prefix + name) for name in ("learning_rate", "beta1", "beta2")
         )
-        return {"params": parameters, "lr": rate, "rate": rate, "betas": (beta1, beta2)}
+        return {"lr": rate, "betas": (beta1, beta2)}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of the weights that only the likelihood trains, and of those that make samples.
@@ -229,6 +236,21 @@ class Trainer:
         return self.inferring_since is not None
 
     @property
+    def is_joint(self) -> bool:
+        """Whether the discriminator takes part."""
+        return (
+            self.discriminator is not None and self.joint_since is not None and not self.inferring
+        )
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images of each batch of the next step, as :meth:`run` takes them, over all processes."""
+        if self.joint_since is None:
+            return [self.config.first_batch_size]
+        of_discriminator = self.config.d_steps if self.discriminator is not None else 0
+        return [self.config.batch_size] * (of_discriminator + 1)
+
+    @property
     def operations(self) -> tuple[str, ...]:
         """Operations of the model; a GAN can only sample until its inference network is trained."""
         if self.config.inference_share and not self.inferring:
@@ -245,7 +267,20 @@ class Trainer:
         """Weight of the KL in the loss."""
         if not self.config.kl_warmup:
             return 1.0
-        return min(1.0, self._age * self.config.batch_size / self.config.kl_warmup)
+        return min(1.0, self._age * self.config.first_batch_size / self.config.kl_warmup)
+
+    @property
+    def _quality_weight(self) -> float:
+        """Weight of L_Q in the loss, which grows in the first joint steps after others."""
+        if not self.config.likelihood_share or self.joint_since is None:
+            return self.config.quality_weight
+        grown = (self.step - self.joint_since + 1) / max(1, self.config.warmup_steps)
+        return self.config.quality_weight * min(1.0, grown)
+
+    def begin_joint(self) -> None:
+        """Let the adversary take part from the next step on."""
+        if self.joint_since is None:
+            self.joint_since = self.step
 
     def begin_inference(self) -> None:
         """Freeze the averaged generator; train only what infers, and sigma (section 5)."""
@@ -262,7 +297,8 @@ class Trainer:
 
         Args:
             batches: this process's share of uint8 images, ``(N, H, W, C)``: one batch per
-                discriminator step, then the model's.
+                discriminator step, then the model's; before the adversary takes part, the model's
+                alone.
             spent: fraction of the present phase's budget that is spent, for the cooldown.
 
         Returns:
@@ -280,7 +316,7 @@ class Trainer:
         losses: dict[str, float] = {}
         x_real: Tensor | None = None
         x_fake: Tensor | None = None
-        if not self.inferring:
+        if self.is_joint:
             for i, images in enumerate(d_batches):
                 x_real = self._dequantize_uniformly(self._pixels(images, noise), noise)
                 x_fake = self._generate(len(x_real), noise, with_graph=i == len(d_batches) - 1)
@@ -333,9 +369,10 @@ class Trainer:
         says nothing about its inverse at means of ``p(y | z)``, which are no image's features: with
         the flow left out, gradients through the inverse grew a hundredfold within 300 steps.
         """
+        n = math.ceil(RECONSTRUCTED * len(x))
         with self.autocast():
-            made = self.model.flow.inverse(y_mean)
-        return (made.float() - x).square().mean()
+            made = self.model.flow.inverse(y_mean[:n])
+        return (made.float() - x[:n]).square().mean()
 
     def _pixels(self, images: Tensor, noise: _Noise) -> Tensor:
         """A batch of images as ``(N, C, H, W)``, mirrored at random if configured."""
@@ -489,7 +526,7 @@ class Trainer:
             logits_fake = discriminator(shown)
         loss = quality_loss(logits_fake)
         losses = {"quality_loss": loss.item()}
-        loss = self.config.quality_weight * loss
+        loss = self._quality_weight * loss
         for name, guide in self.guides.items():
             distance = self._moment_loss(guide, x_real, x_fake)
             losses[name] = distance.item()
@@ -519,9 +556,9 @@ class Trainer:
         usual = self.usual_norm[kind]
         if self._is_usual(name, norm, usual):
             self._set_clipped(gradients, flat, norm, usual)
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * self._rate_share(name)
-            optimizer.step()
+            self._set_rates(name, optimizer)
+            with self.autocast():  # Muon's products of matrices
+                optimizer.step()
             self.usual_norm[kind] = (
                 NORM_MEMORY * usual + NORM_NEWS * min(norm, GROWTH * usual) if usual else norm
             )
@@ -584,6 +621,16 @@ class Trainer:
                 f"mean {usual:.3g})",
             )
 
+    def _set_rates(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimiser's groups the rates and betas of this step."""
+        is_alone = name == "model" and self.joint_since is None
+        share = self._rate_share(name)
+        for group in optimizer.param_groups:
+            group |= self._rates("" if is_alone else group["prefix"])
+            if is_alone and self.config.likelihood_learning_rate:
+                group["lr"] = self.config.likelihood_learning_rate
+            group["lr"] *= share
+
     def _rate_share(self, name: str) -> float:
         """Fraction of the highest rates: lower in warm-up and cooldown, and after a rescue."""
         rescues = [
@@ -591,7 +638,8 @@ class Trainer:
             for step in self.rescued_at
             if name == "model" and step >= (self.inferring_since or 0)
         ]
-        age = min([self._age, *(self.step - step for step in rescues[-1:])])
+        begun = self.joint_since if name == "discriminator" and self.joint_since else 0
+        age = min([self._age - begun, *(self.step - step for step in rescues[-1:])])
         share = min(1.0, (age + 1) / max(1, self.config.warmup_steps))
         for step in rescues:
             share *= RATE_AFTER_RESCUE ** max(0.0, 1 - (self.step - step) / RECOVERY_STEPS)

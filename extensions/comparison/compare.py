@@ -26,7 +26,6 @@ from filelock import Timeout
 
 from ade_base.files import LOCK, locked, write_text
 from ade_model.checkpoint import load_model, read_config
-from training.budget import Budget
 from training.data import Dataset
 from training.loop import train
 from training.measure import MeasureOptions, Measurer
@@ -35,7 +34,6 @@ from training.recipes import TrainConfig
 from training.run_options import RunOptions
 from training.run_start import check_budget, different_fields, open_run, read_started
 from training.runs import (
-    Progress,
     RunError,
     checkpoint_folders,
     latest_checkpoint,
@@ -184,14 +182,13 @@ def _is_trained(run: Path, job: Job) -> bool:
 
 
 def _is_enough(state: dict[str, Any], job: Job) -> bool:
-    options = job.options
-    budget = Budget(options.images, options.minutes, job.config.inference_share)
-    return budget.is_spent(_progress(state))
+    return _is_spent(state, job.options.images, job.options.minutes, job.config.inference_share)
 
 
-def _progress(state: dict[str, Any]) -> Progress:
-    """What counts for a budget; archived rows of earlier versions have nothing else."""
-    return Progress(images=state["images"], seconds=state["seconds"])
+def _is_spent(state: dict[str, Any], images: int, minutes: float | None, share: float) -> bool:
+    """Whether a budget, and a share of it for an inference network, are spent."""
+    is_late = minutes is not None and state["seconds"] >= 60 * minutes * (1 + share)
+    return is_late or bool(state["images"] >= round(images * (1 + share)))
 
 
 def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
@@ -244,7 +241,8 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     if not folders or _diverged(run):
         return
     state = read_state(folders[-1])
-    if not Budget(job.options.images, job.options.minutes).is_out_of_time(_progress(state)):
+    minutes = job.options.minutes
+    if minutes is None or state["seconds"] < 60 * minutes:
         check_budget(run, state["inferring_since"], job.config.batch_size, job.options.images)
 
 
@@ -274,9 +272,9 @@ def _check_ended(run: Path, job: Job) -> None:
     # Until a GAN's generator is frozen, the budget counts without that of its inference network.
     is_frozen = state["inferring_since"] is not None
     share = job.config.inference_share if is_frozen else 0.0
-    new = Budget(job.options.images, job.options.minutes, share)
-    its_own, progress = Budget(images, minutes, share), _progress(state)
-    if not new.is_spent(progress) or its_own.is_spent(progress):
+    if not _is_spent(state, job.options.images, job.options.minutes, share) or _is_spent(
+        state, images, minutes, share
+    ):
         return
     time = "" if minutes is None else f" or {minutes:g} minutes"
     raise RunError(
