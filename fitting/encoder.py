@@ -1,4 +1,4 @@
-"""Makes the verdict's encoder for ``ade fit``, and the guide of an adversarial stage."""
+"""Makes the verdict's encoder for ``ade fit``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from ade_base.system import cpu_session
 from export.feature_source import FeatureSource
 from export.to_onnx import export_encoder
 from fitting.held_out import rows_of
-from fitting.plan import Plan, minutes_text
+from fitting.plan import Plan
 from fitting.survey import Survey
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset, ImageSet, Report
 from training.datasets.sketch import record_of
 from training.encoder import TrainedEncoder, make_encoder
 from training.labels import class_folders, class_labels, listed
-from training.runs import read_json, write_json
-from training.small_encoder import train_small_encoder
+from training.runs import write_json
 
-ENCODER_NAME, ENCODER_ABOUT, GUIDE_NAME = "encoder.onnx", "encoder.json", "guide.onnx"
+ENCODER_NAME, ENCODER_ABOUT = "encoder.onnx", "encoder.json"
 MAX_TESTED = 2000  # images on which an encoder is tested
 AT_A_TIME = 256  # images that the encoder recognises at a time
 MAX_GUESSING = 0.01  # probability that an encoder which only guesses is used
@@ -77,28 +76,6 @@ def fit_encoder(
     }
     write_json(about_path, about)
     return FeatureSource(path)
-
-
-def fit_guide(plan: Plan, dataset: Dataset, out: Path, step: Report) -> Path | None:
-    """Train the generator's guide, if the plan has minutes for it and its classes can be learnt.
-
-    It restarts if it was interrupted.
-
-    Args:
-        plan: of the fit.
-        dataset: the folder's images.
-        out: the output folder, with the encoder.
-        step: called with each line of progress.
-    """
-    path = out / GUIDE_NAME
-    if not plan.guide_minutes or not read_json(out / ENCODER_ABOUT, "classes")["classes"]:
-        return None
-    if not path.exists():
-        step(f"training a guide, {minutes_text(plan.guide_minutes)} minutes")
-        images = ImageSet(dataset.parts["train"].images, class_labels(dataset))
-        made = train_small_encoder(images, plan.guide_minutes, torch.device(plan.device))
-        export_encoder(made.network, np.asarray(images.images[:2]), made.outputs, path)
-    return path
 
 
 def _recognises_classes(path: Path, dataset: Dataset, found: Survey) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -76,12 +75,10 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         Outlier(names[row], p_value, bpd, images[row])
         for _, row, p_value, bpd in judged[:SHOWN_OUTLIERS]
     ]
-    recipes = [stage.recipe for stage in plan.stages]  # the last ones may have been given up
-    used = plan.stages[: recipes.index(opened.manifest["recipe"]) + 1]
     pixels = held_out_images(dataset, found, CORRUPTED_IMAGES)
     held_out = pixels[:RECONSTRUCTED]
     findings = Findings(
-        plan=dataclasses.replace(plan, stages=used),
+        plan=plan,
         survey=found,
         bundle=opened,
         samples=engine.sample([0] * SAMPLES, range(SAMPLES)),

@@ -1,7 +1,7 @@
 """The steps of a fitting: read, train, measure, export, calibrate and report.
 
 A finished step is not repeated when a fitting is resumed. The output folder holds the plan
-(``plan.json``), the survey of the images (``survey.json``), the training runs (``stage-N``), the
+(``plan.json``), the survey of the images (``survey.json``), the training run (``run``), the
 verdict's encoder (``encoder.onnx``), the bundle before and after its calibration
 (``exported`` and ``bundle``) and the report (``report.html``).
 """
@@ -27,19 +27,19 @@ from export.gate.images import readable
 from export.gate.split import MAX_CALIBRATING, MAX_FITTED
 from export.parity import ParityError, parity_images
 from export.write import export_bundle
-from fitting.encoder import ENCODER_ABOUT, GUIDE_NAME, fit_encoder, fit_guide
+from fitting.encoder import ENCODER_ABOUT, fit_encoder
 from fitting.findings import report_on
 from fitting.held_out import held_out_images
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
 from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
-from training.data import CHANNELS, DataError, Dataset, Report
+from training.data import DataError, Dataset, Report
 from training.datasets.files import few_names_hint, unusable_hint
 from training.datasets.folder import load_files
 from training.evaluate import evaluate
 from training.loop import train
-from training.recipes import GUIDE_WEIGHT, recipe
 from training.run_options import NO_LIMIT, RunOptions
+from training.run_start import last_of_likelihood
 from training.runs import alone_in, latest_checkpoint, read_json, write_json
 from training.step import TrainingDiverged
 
@@ -48,7 +48,8 @@ DRAWS, BOUND_IMAGES = 4, 200  # of the importance-weighted bound
 MIN_IMAGES = {"select": 20, "calibrate": 20, "test": 2}
 ENOUGH = 800  # images, of which a twenty-fifth is the part select
 SURVEY_NAME = "survey.json"
-GIVEN_UP = "given-up.json"  # in the run of a stage that diverged
+RUN_NAME = "run"
+GIVEN_UP = "given-up.json"  # in a run that diverged after the adversary took part
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,8 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     for line in summary_lines(found):
         step(line)
     encoder = fit_encoder(plan, found, dataset, out, step)
-    guide = fit_guide(plan, dataset, out, step)
-    if guide is None:
-        plan = plan.without_guide()
-    runs = _train(plan, dataset, guide, out, step)
-    bundle = _bundle(plan, found, dataset, runs, encoder, out, step)
+    checkpoints = _train(plan, dataset, out, step)
+    bundle = _bundle(plan, found, dataset, checkpoints, encoder, out, step)
     if not (out / "report.html").exists():
         step("looking for outliers among the images")
         report_on(plan, found, dataset, bundle, out)
@@ -121,7 +119,7 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
 
 def has_begun(out: Path) -> bool:
     """Whether anything was trained: from then on neither the plan nor the images may change."""
-    trained = (out / "stage-0" / "run.json", out / ENCODER_ABOUT)
+    trained = (out / RUN_NAME / "run.json", out / ENCODER_ABOUT)
     return (out / "plan.json").exists() and any(path.exists() for path in trained)
 
 
@@ -132,8 +130,7 @@ def check_plan(plan: Plan, out: Path) -> None:
         PlanError: as :func:`fit_folder`.
         ConfigError: the image size does not suit the networks.
     """
-    for stage in plan.stages:
-        recipe(stage.recipe, plan.image_size, CHANNELS, plan.size, **plan.changes(stage))
+    plan.config()
     if not has_begun(out):
         _check_unused(out)
         return
@@ -170,7 +167,7 @@ def _check_unused(out: Path) -> None:
     try:
         Plan.load(out / "plan.json")  # of a fitting that ended before it trained anything
     except (PlanError, OSError):
-        names += ["plan.json", SURVEY_NAME, "stage-0", ENCODER_ABOUT, GUIDE_NAME]
+        names += ["plan.json", SURVEY_NAME, RUN_NAME, ENCODER_ABOUT]
     if found := [name for name in names if os.path.lexists(out / name)]:
         raise PlanError(
             f"{out} holds {', '.join(found)}, but no fitting that can be resumed: choose another "
@@ -209,82 +206,65 @@ def _survey(folder: Path, files: list[Path], sizes: Sizes, dataset: Dataset, out
     return found
 
 
-def _train(plan: Plan, dataset: Dataset, guide: Path | None, out: Path, step: Report) -> list[Path]:
-    """Train all stages, from the second on with the guide; returns their runs, the last first.
+def _train(plan: Plan, dataset: Dataset, out: Path, step: Report) -> list[Path]:
+    """Train, and return the checkpoints that can be used, the best first.
 
-    A later stage that diverges is given up: the model of the one before it is used. The seed is one
-    of the output folder's name, so that another name helps if the first stage diverges.
+    If training diverges or its model cannot be exported, there is the one from before the adversary
+    took part. The seed is one of the output folder's name, so that another name helps if training
+    diverges before.
     """
-    runs: list[Path] = []
-    seed = zlib.crc32(out.resolve().name.encode())
-    for number, stage in enumerate(plan.stages):
-        run = out / f"stage-{number}"
-        before = runs[0] if runs else None
-        its_guide = None if before is None else guide
-        if (run / GIVEN_UP).exists():
-            break
-        if not (run / "report.md").exists():
-            guided = "" if its_guide is None else " with the guide"
-            step(f"training {stage.recipe}{guided}, {minutes_text(stage.minutes)} minutes")
-            config = recipe(
-                stage.recipe,
-                dataset.image_size,
-                dataset.channels,
-                plan.size,
-                **plan.changes(stage),
-                guide_weight=0.0 if its_guide is None else GUIDE_WEIGHT,
-            )
-            options = RunOptions(
-                images=NO_LIMIT,
-                minutes=stage.minutes,
-                seed=seed,
-                device=plan.device,
-                checkpoint_minutes=2.0,
-                init=None if before is None else str(before.resolve()),
-                guide=None if its_guide is None else str(its_guide),
-            )
-            try:
-                with alone_in(run):
-                    train(config, dataset, run, options, resume=(run / "run.json").exists())
-            except TrainingDiverged as error:
-                if not runs:
-                    raise TrainingDiverged(
-                        f"{error}; give an output folder of another name than {out} to try again "
-                        "with other random numbers"
-                    ) from error
-                step(f"{error}; the model of the stage before is used")
-                write_json(run / GIVEN_UP, {"error": str(error)})
-                break
-        runs.insert(0, run)
-    return runs
+    run = out / RUN_NAME
+    if not (run / GIVEN_UP).exists() and not (run / "report.md").exists():
+        step(f"training {plan.recipe}, {minutes_text(plan.minutes)} minutes")
+        options = RunOptions(
+            images=NO_LIMIT,
+            minutes=plan.minutes,
+            seed=zlib.crc32(out.resolve().name.encode()),
+            device=plan.device,
+            checkpoint_minutes=2.0,
+        )
+        try:
+            with alone_in(run):
+                train(plan.config(), dataset, run, options, resume=(run / "run.json").exists())
+        except TrainingDiverged as error:
+            if last_of_likelihood(run) is None:
+                raise TrainingDiverged(
+                    f"{error}; give an output folder of another name than {out} to try again with "
+                    "other random numbers"
+                ) from error
+            step(f"{error}; the model from before the adversary is used")
+            write_json(run / GIVEN_UP, {"error": str(error)})
+    before = last_of_likelihood(run)
+    usable = [] if before is None else [before]
+    return usable if (run / GIVEN_UP).exists() else [latest_checkpoint(run), *usable]
 
 
 def _bundle(
     plan: Plan,
     found: Survey,
     dataset: Dataset,
-    runs: list[Path],
+    checkpoints: list[Path],
     encoder: FeatureSource,
     out: Path,
     step: Report,
 ) -> Path:
     """Measure, export and calibrate; returns the bundle.
 
-    A model whose graphs differ from it is given up for that of the stage before.
+    A model whose graphs differ from it is given up for that from before the adversary.
     """
     exported, bundle = out / "exported", out / "bundle"
     for name in (exported.name, bundle.name):
         for unfinished in out.glob(f".{name}.*.tmp"):  # of a process that was killed
             shutil.rmtree(unfinished)
-    for run in runs:
+    for checkpoint in checkpoints:
         if exported.exists():
             break
         try:
-            _export(plan, found, dataset, latest_checkpoint(run), exported, step)
+            _export(plan, found, dataset, checkpoint, exported, step)
         except ParityError as error:
-            if run == runs[-1]:
+            if checkpoint == checkpoints[-1]:
                 raise
-            step(f"{error}; the model of the stage before is used")
+            step(f"{error}; the model from before the adversary is used")
     if not bundle.exists():
         step("calibrating the verdict")
         folder, left_out = Path(plan.folder), set(found.leaking)

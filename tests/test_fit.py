@@ -28,16 +28,13 @@ from ade_cli.main import main
 from export.features import data_of
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from export.parity import ParityError
-from fitting.encoder import ENCODER_ABOUT, fit_encoder, fit_guide
+from fitting.encoder import ENCODER_ABOUT, fit_encoder
 from fitting.findings import _caught, _scores, _tested
 from fitting.held_out import held_out_images
 from fitting.pipeline import _bundle, _keep_plan, _survey, _train, fit_folder
 from fitting.plan import (
-    FLOWS,
-    GUIDE_MOST_MINUTES,
     Plan,
     PlanError,
-    Stage,
     make_plan,
     minutes_text,
     read_budget,
@@ -58,14 +55,14 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
-from tests.helpers import PRETRAINED, ROOT, make_folder
+from tests.helpers import PRETRAINED, ROOT, make_folder, narrow
 from training.data import REPEATS, DataError, Dataset, ImageSet
 from training.datasets.folder import image_files, load_files, load_folder
-from training.guide import load_guide
+from training.flagship import JOINT_COST, MODEL
 from training.labels import class_folders, class_labels, why_no_classes
-from training.recipes import GUIDE_WEIGHT, recipe
+from training.run_options import RunOptions
 from training.runs import write_json
-from training.step import TrainingDiverged
+from training.step import Trainer, TrainingDiverged
 
 
 @pytest.mark.parametrize(
@@ -82,15 +79,14 @@ def test_invalid_budgets(text: str) -> None:
 
 
 def test_plans_fit_their_budget() -> None:
-    both = ["v-ade", "av-ade-pd"]
-    for budget, on_gpu, recipes, size in (
-        (1.2, False, both[:1], "tiny"),
-        (19, False, both[:1], "tiny"),
-        (20, False, both, "tiny"),
-        (120, False, both, "tiny"),
-        (20, True, both, "small"),
-        (600, False, both, "small"),
-        (1440, False, both, "small"),
+    for budget, on_gpu, name, size in (
+        (1.2, False, "v-ade", "tiny"),
+        (19, False, "v-ade", "tiny"),
+        (20, False, "flagship", "tiny"),
+        (120, False, "flagship", "tiny"),
+        (2, True, "flagship", "small"),
+        (600, False, "flagship", "small"),
+        (1440, False, "flagship", "small"),
     ):
         plan = make_plan("/images", "images", 32, budget, on_gpu)
         licensed = make_plan("/images", "images", 32, budget, on_gpu, "CC0-1.0")
@@ -99,20 +95,20 @@ def test_plans_fit_their_budget() -> None:
             and licensed == plan
             and plan.licence is None
         )
-        assert [stage.recipe for stage in plan.stages] == recipes and plan.size == size
-        first, *later = [
-            recipe(stage.recipe, 32, 3, size, **plan.changes(stage)) for stage in plan.stages
-        ]
-        assert first.batch_size == (16 if size == "tiny" else 64)
-        assert all(config.batch_size >= 32 for config in later)
-        assert first.reconstruction_weight and first.free_bits
-        assert {config.optimizer for config in (first, *later)} == {"muon"}
-        model = first.model
-        flow = (model.flow_scales, model.flow_couplings, model.flow_width)
-        widths = (model.dequantizer_width,) if model.dequantizer_width else ()
-        assert FLOWS[size] == flow + widths
-        assert on_gpu or plan.stages[0].minutes >= min(0.8 * budget - 0.5, 11)
-        assert 0 < sum(stage.minutes for stage in plan.stages) <= budget - 0.5
+        assert (plan.recipe, plan.size) == (name, size)
+        config = plan.config()
+        assert config.first_batch_size == (16 if size == "tiny" else 32)
+        assert config.reconstruction_weight and config.free_bits and config.optimizer == "muon"
+        assert all(getattr(config.model, key) == value for key, value in MODEL[size].items())
+        if name == "flagship":
+            # Steps of the likelihood alone are faster, by about JOINT_COST.
+            share = config.likelihood_share
+            minutes = plan.minutes * share / (share + JOINT_COST * (1 - share))
+            least = 0.35 * plan.minutes
+            assert minutes == pytest.approx(least if on_gpu else max(11, least), rel=0.01)
+        else:
+            assert config.discriminator is None
+        assert 0 < plan.minutes <= budget - 0.5
         assert plan.rest <= 60.1  # a day leaves no more for the other steps than six hours
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(PlanError, match="too small"):
@@ -128,30 +124,12 @@ def test_minutes_are_never_rounded_to_none() -> None:
     ]
 
 
-def test_a_guide_is_trained_where_it_pays() -> None:
-    """It takes class folders, images and minutes, and is part of the budget."""
-    for budget, images, has_classes, is_trained in (
-        (25, 2000, True, True),
-        (25, 1999, True, False),
-        (24, 5000, True, False),
-        (1440, 100_000, False, False),
-    ):
-        plan = make_plan("/images", "images", 32, budget, False, None, images, has_classes)
-        assert (plan.guide_minutes > 0) == is_trained, (budget, images, has_classes)
-        assert plan.guide_minutes <= GUIDE_MOST_MINUTES
-        without = make_plan("/images", "images", 32, budget, False)
-        minutes = sum(stage.minutes for stage in plan.stages) + plan.guide_minutes
-        assert minutes == pytest.approx(sum(stage.minutes for stage in without.stages))
-
-
 def test_a_fitting_does_not_resume_with_other_images() -> None:
     begun = make_plan("/images", "images", 32, 60, False, None, 704, True)
     with pytest.raises(
         PlanError, match="with 704 image files in class folders; .* 705 image files"
     ):
         make_plan("/images", "images", 32, 60, False, None, 705, True).check_resumes(begun)
-    with pytest.raises(PlanError, match=r"would train .* and a guide \(9.6 min\): finish"):
-        dataclasses.replace(begun, guide_minutes=9.6).check_resumes(begun)
 
 
 def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
@@ -165,23 +143,21 @@ def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
         "it cannot be resumed with a budget of 20 minutes, images of 48 pixels; "
         "use the same budget and image size"
     )
-    stages = (plan.stages[0], Stage("av-ade", plan.stages[1].minutes))
-    old = dataclasses.replace(plan, stages=stages, flow=(1, 4, 32))
+    old = dataclasses.replace(plan, recipe="av-ade", changes={"flow_width": 32})
     with pytest.raises(PlanError) as raised:
         plan.check_resumes(old)
     assert str(raised.value) == (
-        "the fitting was begun by another version of this program, which trains v-ade (16.8 min) "
-        "then av-ade (31.2 min) at size tiny with a flow of 1 x 4 x 32; this version would train "
-        "v-ade (16.8 min) then av-ade-pd (31.2 min) at size tiny with a flow of 2 x 6 x 48: finish "
-        "it with the version that began it"
+        "the fitting was begun by another version of this program, which trains av-ade at size "
+        "tiny (flow_width 32) for 48 min; this version would train flagship at size tiny "
+        "(likelihood_share 0.519) for 48 min: finish it with the version that began it"
     )
 
 
 def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
     plan = make_plan("/images", "images", 16, 60, False)
-    old = {**plan.to_dict(), "stages": [{"recipe": "av-ade", "minutes": 48.0}]}
-    (tmp_path / "stage-0").mkdir()
-    (tmp_path / "stage-0" / "run.json").write_text("{}")
+    old = {**plan.to_dict(), "recipe": "av-ade"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "plan.json").write_text(json.dumps(old))
     with pytest.raises(PlanError, match="another version .*, or choose another output folder"):
         fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
@@ -193,7 +169,7 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "theirs", ["exported", "bundle", "report.html", "survey.json", "plan.json", "stage-0"]
+    "theirs", ["exported", "bundle", "report.html", "survey.json", "plan.json", "run"]
 )
 def test_results_of_other_programs_are_not_taken_over(theirs: str, tmp_path: Path) -> None:
     plan = make_plan("/images", "images", 16, 60, False)
@@ -209,9 +185,9 @@ def test_results_of_other_programs_are_not_taken_over(theirs: str, tmp_path: Pat
 def test_an_exported_fitting_keeps_its_licence(tmp_path: Path) -> None:
     plan = make_plan("/images", "images", 16, 60, False, "CC0-1.0")
     _keep_plan(plan, tmp_path)
-    for folder in ("stage-0", "exported"):
+    for folder in ("run", "exported"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "stage-0" / "run.json").touch()
+    (tmp_path / "run" / "run.json").touch()
     (tmp_path / "exported" / "manifest.json").write_text('{"licence": "CC0-1.0"}')
     for licence in ("CC0-1.0", None):
         _keep_plan(dataclasses.replace(plan, licence=licence), tmp_path)
@@ -476,8 +452,8 @@ def test_sizes_are_read_once_and_after_all_checks(
     (tmp_path / "used" / "exported").mkdir(parents=True)
     out.mkdir()
     _keep_plan(plan, out)
-    (out / "stage-0").mkdir()
-    (out / "stage-0" / "run.json").touch()
+    (out / "run").mkdir()
+    (out / "run" / "run.json").touch()
     sizes = picture_sizes(files)
     found = load_files(folder, files, 8, None, lambda line: None)
     write_json(out / "survey.json", as_dict(survey(sizes, found)))
@@ -785,13 +761,13 @@ def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) ->
     return folder
 
 
-SMALL_FLOW = (1, 2, 8)  # scales, couplings, width
+SMALL_FLOW = {"flow_scales": 1, "flow_couplings": 2, "flow_width": 8}
 
 
 @pytest.fixture
 def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train and export a small flow, and score few images for the report."""
-    monkeypatch.setitem(FLOWS, "tiny", SMALL_FLOW)
+    monkeypatch.setitem(MODEL, "tiny", SMALL_FLOW)
     monkeypatch.setattr("fitting.findings.SCANNED_IMAGES", 50)
     monkeypatch.setattr("fitting.findings.CORRUPTED_IMAGES", 20)
 
@@ -804,92 +780,53 @@ def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"training.{module}.time", clock)
 
 
-@pytest.mark.parametrize("fails", [None, 1, 0])
-def test_a_stage_that_diverges_is_given_up_for_the_one_before(
-    fails: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    small_images: np.ndarray,
+@pytest.mark.parametrize("fails", [None, "late", "early"])
+def test_a_run_that_diverges_falls_back_on_the_likelihood(
+    fails: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
 ) -> None:
+    """On the checkpoint from before the adversary took part, if it got there."""
     plan = make_plan("/images", "images", 8, 60, False)
-    assert len(plan.stages) == 2
-    trained: list[tuple[str, str | None]] = []
+    config = dataclasses.replace(
+        narrow("av-ade"), likelihood_share=0.5, warmup_steps=1, batch_size=16
+    )
+    monkeypatch.setattr(Plan, "config", lambda self: config)
     seeds: set[int] = set()
+    run_steps = Trainer.run
 
-    def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
-        trained.append((run.name, options.init))
-        seeds.add(options.seed)
-        if run.name == f"stage-{fails}":
+    def run(self: Trainer, *given: Any) -> dict[str, float]:
+        seeds.add(self.seed)
+        if fails and self.step == {"early": 1, "late": 3}[fails]:
             raise TrainingDiverged("the loss is not finite")
-        (run / "report.md").touch()
+        return run_steps(self, *given)
 
-    monkeypatch.setattr("fitting.pipeline.train", train)
+    def options(**given: Any) -> RunOptions:
+        return RunOptions(**{**given, "images": 16 * 4, "minutes": None})
+
+    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr("fitting.pipeline.RunOptions", options)
     make_folder(tmp_path / "images", small_images[:60])
     dataset = load_folder(tmp_path / "images", 8, None, lambda line: None)
     lines: list[str] = []
-    if fails == 0:
+    if fails == "early":
         for out in (tmp_path, tmp_path / "other"):
             advice = f"not finite; give an output folder of another name than {out} to try again"
             with pytest.raises(TrainingDiverged, match=advice):
-                _train(plan, dataset, None, out, lines.append)
+                _train(plan, dataset, out, lines.append)
         assert len(seeds) == 2, "the advice helps"
         return
     for _ in range(2):  # the second time nothing is left to do
-        runs = _train(plan, dataset, None, tmp_path, lines.append)
-        assert [run.name for run in runs] == ["stage-1", "stage-0"][fails or 0 :]
-    assert trained == [("stage-0", None), ("stage-1", str(tmp_path / "stage-0"))]
-    assert any("the stage before is used" in line for line in lines) == (fails is not None)
-
-
-def test_a_guide_joins_the_adversarial_stage(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    trained: list[tuple[str, float, str | None]] = []
-    minutes: list[float] = []
-
-    def train(config: Any, dataset: Any, run: Path, options: Any, resume: bool) -> None:
-        trained.append((config.recipe, config.guide_weight, options.guide))
-        minutes.append(options.minutes)
-
-    monkeypatch.setattr("fitting.pipeline.train", train)
-    dataset: Any = SimpleNamespace(image_size=8, channels=3)
-    lines: list[str] = []
-    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
-    path = tmp_path / "guide.onnx"
-    for number, guide in enumerate((path, None)):
-        its = plan if guide else plan.without_guide()
-        _train(its, dataset, guide, tmp_path / str(number), lines.append)
-    assert trained[1] == ("av-ade-pd", GUIDE_WEIGHT, str(path))
-    assert trained[0] == trained[2] == ("v-ade", 0, None)
-    assert trained[3] == ("av-ade-pd", 0, None)
-    # The time of a guide that could not be made goes to the stage that it would have helped.
-    assert minutes[3] == minutes[1] + plan.guide_minutes > minutes[1] and minutes[2] == minutes[0]
-    assert ["guide" in line for line in lines] == [False, True, False, False]
-
-
-def test_minutes_of_a_guide_that_cannot_be_made_are_reported_where_they_went(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    given: list[Plan] = []
-    for step in ("load_files", "_survey", "fit_encoder", "fit_guide", "_bundle"):
-        monkeypatch.setattr(f"fitting.pipeline.{step}", lambda *given, **options: None)
-    monkeypatch.setattr("fitting.pipeline.summary_lines", lambda found: [])
-    for step in ("_train", "report_on"):
-        monkeypatch.setattr(f"fitting.pipeline.{step}", lambda plan, *others: given.append(plan))
-    plan = make_plan("/images", "images", 8, 60, False, None, 2000, True)
-    fit_folder(plan, [], Counter(), tmp_path, lambda line: None)
-    trained, reported = given
-    assert trained == reported and plan.guide_minutes
-    minutes = sum(stage.minutes for stage in plan.stages) + plan.guide_minutes
-    assert sum(stage.minutes for stage in reported.stages) == pytest.approx(minutes)
-    assert Plan.load(tmp_path / "plan.json") == plan
+        checkpoints = _train(plan, dataset, tmp_path, lines.append)
+        names = ["step-000000004", "step-000000002"][fails == "late" :]
+        assert [path.name for path in checkpoints] == names
+    assert sum("training" in line for line in lines) == 1
+    assert any("before the adversary is used" in line for line in lines) == (fails is not None)
 
 
 @pytest.mark.parametrize("unfit", [1, 2])
-def test_a_model_that_cannot_be_exported_is_given_up_for_the_stage_before(
+def test_a_model_that_cannot_be_exported_is_given_up_for_the_one_before_the_adversary(
     unfit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    runs = [tmp_path / "stage-1", tmp_path / "stage-0"]
+    runs = [tmp_path / "step-4", tmp_path / "step-2"]
     tried: list[Path] = []
 
     def export(plan: Any, found: Any, dataset: Any, run: Path, exported: Path, step: Any) -> None:
@@ -899,7 +836,6 @@ def test_a_model_that_cannot_be_exported_is_given_up_for_the_stage_before(
         exported.mkdir()
 
     monkeypatch.setattr("fitting.pipeline._export", export)
-    monkeypatch.setattr("fitting.pipeline.latest_checkpoint", lambda run: run)
     (tmp_path / "bundle").mkdir()  # is not made again
     given: Any = (None, None, None, runs, None, tmp_path, lambda line: None)
     if unfit == 2:
@@ -986,17 +922,6 @@ def test_an_encoder_uses_classes_that_it_recognises(
     assert (data_of(source.path) is not None) == learnable, "what it was trained on"
     lines.clear()
     assert fit_encoder(plan, found, dataset, tmp_path, lines.append) == source and not lines
-    plan = dataclasses.replace(plan, guide_minutes=0.05)
-    guide = fit_guide(plan, dataset, tmp_path, lines.append)
-    assert lines == ["training a guide, 0.05 minutes"][:learnable]
-    if learnable:
-        assert guide is not None and load_guide(guide, 8, 3).dims
-        assert fit_guide(plan, dataset, tmp_path, lines.append) == guide and len(lines) == 1
-        assert (
-            fit_guide(dataclasses.replace(plan, guide_minutes=0), dataset, tmp_path, print) is None
-        )
-    else:
-        assert guide is None
 
 
 @pytest.mark.usefixtures("mean_colours")
@@ -1017,29 +942,22 @@ def test_images_without_classes_get_an_encoder(small_images: np.ndarray, tmp_pat
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_time", "quick_fit")
 def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
-    """The bundle has the encoder, its calibration uses it, and the report says what it is worth.
-
-    The generator had a guide.
-    """
+    """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
     images = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:200]])
     is_dark = np.arange(len(images)) % 2 == 0
     images[is_dark] //= 3
     folder = class_folders_of(tmp_path / "images", images, is_dark)
     files = image_files(folder)
     plan = make_plan(str(folder), "images", 8, 20, False, None, len(files), True)
-    stages = tuple(dataclasses.replace(stage, minutes=0.1) for stage in plan.stages)
-    assert len(stages) == 2
-    plan = dataclasses.replace(plan, budget=1.2, guide_minutes=0.08, stages=stages)
+    plan = dataclasses.replace(plan, budget=1.2, minutes=0.2)
     lines: list[str] = []
     fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
     assert bundle.manifest["features"]["classes"] == 2
-    assert bundle.manifest["training"]["guided"]
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
     assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
     page = fitted.report.read_text()
     assert "it has learnt the\n2 folders as classes. It recognises the folder of" in page
-    assert "v-ade, then av-ade-pd with a guide," in page
     lines.clear()
     fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     assert not any("training" in line for line in lines)
@@ -1057,7 +975,7 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     out = tmp_path / "fit"
     words = ["fit", str(folder), "--out", str(out), "--budget", "0.8m", "--image-size", "24"]
     script = (
-        f"import sys; from fitting.plan import FLOWS; FLOWS['tiny'] = {SMALL_FLOW}; "
+        f"import sys; from training.flagship import MODEL; MODEL['tiny'] = {SMALL_FLOW}; "
         "from ade_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, *words]

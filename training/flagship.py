@@ -50,3 +50,44 @@ def training_of(size: str) -> dict[str, Any]:
     """Fields of :class:`training.recipes.TrainConfig` at a size of the networks."""
     first, batch_size = BATCH_SIZES[size]
     return {**TRAINING, "likelihood_batch_size": first, "batch_size": batch_size}
+
+
+# What a budget allows. With less there is no time for an adversary.
+ADVERSARIAL_FROM_MINUTES = 16.0
+SMALL_FROM_MINUTES = 300.0
+LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
+LIKELIHOOD_OF_TIME = 0.35
+JOINT_COST = 2.0  # time of an image in a joint step, in those of one in a step of likelihood alone
+
+
+def alone(size: str) -> dict[str, Any]:
+    """Changes to the recipe ``v-ade`` that train as the first phase does, without an adversary."""
+    names = ("optimizer", "warmup_steps", "free_bits", "reconstruction_weight")
+    return {
+        **MODEL[size],
+        **{name: TRAINING[name] for name in names},
+        "learning_rate": TRAINING["likelihood_learning_rate"],
+        "batch_size": BATCH_SIZES[size][0],
+    }
+
+
+def choose(minutes: float, on_gpu: bool) -> tuple[str, str, dict[str, Any]]:
+    """Choose what to train in a time.
+
+    Args:
+        minutes: of training.
+        on_gpu: whether it is trained on a GPU.
+
+    Returns:
+        A recipe, the size of its networks, and the changes to it, as
+        :func:`training.recipes.recipe` takes them.
+    """
+    size = "small" if on_gpu or minutes >= SMALL_FROM_MINUTES else "tiny"
+    if minutes < ADVERSARIAL_FROM_MINUTES and not on_gpu:
+        return "v-ade", size, alone(size)
+    of_time = LIKELIHOOD_OF_TIME
+    if not on_gpu:
+        of_time = max(of_time, LEAST_LIKELIHOOD_MINUTES / minutes)
+    # The share is one of images, of which the first phase sees more in the same time.
+    seen = of_time * JOINT_COST
+    return "flagship", size, {"likelihood_share": round(seen / (seen + 1 - of_time), 3)}

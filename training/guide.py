@@ -40,8 +40,7 @@ class Guide(nn.Module):
         self.dims = sum(WIDTHS)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Beyond [0, 1] nothing is an image, and features say nothing there.
-        pixels = x.float().clamp(0, 1) * NUM_LEVELS - 0.5
+        pixels = _clamped(x.float()) * NUM_LEVELS - 0.5
         levels = self._encoder.levels(pixels.permute(0, 2, 3, 1))
         return torch.cat([level.float() for level in levels], 1)
 
@@ -62,10 +61,20 @@ class ClassifierGuide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = (CLASSIFIER_SIDE, CLASSIFIER_SIDE)
-        x = x.float().clamp(0, 1)
-        x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+        x = F.interpolate(
+            _clamped(x.float()), size, mode="bilinear", align_corners=False, antialias=True
+        )
         levels = self._classifier.levels(x.contiguous(memory_format=torch.channels_last))
         return torch.cat([level.float().mean((2, 3)) for level in levels], 1)
+
+
+def _clamped(x: Tensor) -> Tensor:
+    """``x`` within [0, 1], with the gradient of ``x``.
+
+    Beyond, nothing is an image, and features say nothing there; but without a gradient such values
+    would learn nothing from a guide.
+    """
+    return x + (x.clamp(0, 1) - x).detach()
 
 
 def load_guide(path: Path, image_size: int, channels: int) -> Guide:

@@ -17,7 +17,15 @@ from training.guide import NAME as GUIDE_NAME
 from training.guide import Guide, load_guide
 from training.recipes import TrainConfig
 from training.run_options import RunOptions
-from training.runs import RunError, check_growth_from, checkpoint_folders, read_json, write_json
+from training.runs import (
+    RunError,
+    check_growth_from,
+    checkpoint_folders,
+    folder_name,
+    read_json,
+    write_json,
+)
+from training.schedule import schedule_of
 
 logger = logging.getLogger(__name__)
 DATA_NAME = "data.json"
@@ -261,6 +269,15 @@ def read_started(run: Path) -> dict[str, Any]:
     """
     started: dict[str, Any] = read_json(run / "run.json", "config", "data", "splits", "options")
     return started
+
+
+def last_of_likelihood(run: Path) -> Path | None:
+    """The checkpoint at the end of a run's phase of likelihood alone, if it got there."""
+    started = read_started(run)
+    config = TrainConfig.from_dict(started["config"])
+    step = schedule_of(config, started["options"]["images"]).likelihood
+    folder = run / "checkpoints" / folder_name(step)
+    return folder if step and folder in checkpoint_folders(run) else None
 
 
 def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
