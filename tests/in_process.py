@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -10,9 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+
+from handlers.front.admission import Limits
+from handlers.front.front import Answer, Endpoint, Request
+from handlers.front.listen import built
+from handlers.front.settings import FrontSettings
 from handlers.launch.options import served_name
+from handlers.service import worker
+from handlers.service.application import Application
+from handlers.service.protocols import V2 as v2
+from serving.api.openapi import openapi_document
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
+from serving.engine.signatures import OPERATIONS
 from serving.ingest.requests import RawRequest
 from serving.page.app import build_page
 from serving.page.models import Models
@@ -60,6 +73,63 @@ def answered_here(
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+class LocalModel:
+    """A model that computes where the application is, one request at a time."""
+
+    num_workers = 1
+    is_ready = True
+
+    def __init__(self, operation: str, engine: InferenceEngine) -> None:
+        self.name = operation
+        self.identity = engine.bundle.model_id
+        self.metadata = v2.metadata(operation, operation, engine.bundle, "onnxruntime")
+        self._service = Service(operation, engine)
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        about = {"content_type": request.content_type, "probe": False, "id": "1", "v2": v2}
+        body = bytes(request.body)
+        (found,) = worker.answer_batch(self._service, self.name, {"requests": [about]}, [body])
+        headers = [("content-type", found.content_type), *found.headers.items()]
+        return Answer(found.status, headers, found.body)
+
+
+class ServiceHere(httpx.BaseTransport):
+    """The whole service but its sockets and processes, for the client of httpx.
+
+    A request passes the guard, the front, the application and a worker's code.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        engine = InferenceEngine(bundle, device="cpu")
+        models = [LocalModel(operation, engine) for operation in OPERATIONS]
+        limits = Limits()
+        application = Application(models, openapi_document("/", [engine.bundle], False), limits)
+        settings = FrontSettings(
+            host="127.0.0.1",
+            port=8080,
+            metrics_port=8082,
+            exposes_metrics=False,
+            token=None,
+            allowed_hosts=(),
+            probe_secret="secret-of-probes",
+        )
+
+        async def no_metrics(request: Request) -> Answer:
+            return Answer(200, [], b"")
+
+        front = built(settings, limits, application.api, Endpoint(no_metrics), Counter())
+        self._transport = httpx.ASGITransport(front.app)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            answer = await self._transport.handle_async_request(request)
+            return httpx.Response(
+                answer.status_code, headers=answer.headers, content=await answer.aread()
+            )
+
+        return asyncio.run(ask())
 
 
 def page_function(served: Models, name: str) -> Callable[..., Any]:

@@ -77,7 +77,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
         assert named <= set().union(*(known[name] for name, _ in names)) | SCRAPED, rule["alert"]
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-    assert len(rules) == 14
+    assert len(rules) == 12
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,11 @@ import pytest
 
 from ade_base.errors import ConfigError, UserError
 from ade_cli.main import main
-from tests.helpers import ROOT
-from tests.test_rooms import PACKAGES
+from tests.house import product_files
 
 CLASSES = [
     (node.name, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
+    for path in product_files()
     for node in ast.walk(ast.parse(path.read_text()))
     if isinstance(node, ast.ClassDef)
 ]
@@ -34,10 +32,10 @@ OTHERS = {  # what becomes of them instead
     "NotCoded": "the image is stored without the model",
     "NotComputed": "an answer that names no reason",
     "NotFinite": "the result of one image",
+    "RequestRefused": "an answer of the page",
     "ShapeError": "a bug",
     "TookTooLong": "for programs: the gate raises it",
     "Unhealthy": "Ray replaces the replica",
-    "UploadRefused": "an answer of the page",
     "WorkerError": "in the log of the front",
 }
 

@@ -1127,6 +1127,3 @@ def test_the_command_line(
     assert open_bundle(tmp_path / "out").manifest["features"]["source"] == "encoder.onnx"
     assert main([*given, "--features-output", "x"]) == 2
     assert "go with --features" in capsys.readouterr().err
-    into = ["calibrate", str(tiny_bundle), "--into", str(tiny_bundle), "--name", "night"]
-    assert main([*into, "--data", str(folder), "--features", str(out)]) == 2
-    assert "--features goes with OUT, a new bundle" in capsys.readouterr().err

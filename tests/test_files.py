@@ -356,7 +356,7 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
             raise MemoryError
         return read_image(data, size=None)
 
-    monkeypatch.setattr("serving.ingest.requests.read_image", read)
+    monkeypatch.setattr("serving.ingest.picture.read_image", read)
     monkeypatch.setattr("training.datasets.files.read_image", read)
     monkeypatch.setattr("training.datasets.folder.read_image", read)
     assert first_size([huge, good]) == 32

@@ -22,7 +22,7 @@ from tests.helpers import DATA, PRETRAINED, ROOT, check_metrics, wait_for
 from tests.service import RunningService
 
 RECORD = DATA / "metrics.json"
-ENGINES = (DEFAULT, "asgi")
+ENGINES = (DEFAULT, "process")
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Shown only after something went wrong, which another test may have caused before.
 RARE = {"ade_worker_failures_total": ["counter", "bundle", "code", "model_name"]}
