@@ -1,16 +1,19 @@
-"""The machine and its libraries: processor cores, signals, ONNX Runtime."""
+"""The machine and its libraries: processor, cores, signals, ONNX Runtime."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import platform
 import signal
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of the container's control group
 
 
@@ -80,3 +83,26 @@ def cpu_session(model: Path | bytes, threads: int = 1) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def numerics() -> dict[str, str]:
+    """What the networks' last digits may depend on: versions, processor, instruction sets."""
+    model, flags = platform.processor(), ""
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        info = []
+    for line in info:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            model = value.strip()
+        if key.strip() in ("flags", "Features"):
+            flags = " ".join(sorted(f for f in value.split() if f.startswith(_FLAGS)))
+            break
+    return {
+        "machine": platform.machine(),
+        "cpu": model,
+        "instructions": flags,
+        "onnxruntime": onnx_runtime().__version__,
+        "numpy": metadata.version("numpy"),
+    }

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ade_base.system import cpu_session, onnx_runtime
+from ade_base.system import cpu_session, numerics
 from extensions.codec.errors import CodingError, NotCoded
 from extensions.codec.lattice import Bins, Rotation
 from extensions.codec.positions import LearnedBins
@@ -25,7 +23,6 @@ from serving.engine.bundle import (
 CODEC_NAME = "codec.json"
 CODEC_VERSION = 2  # of that file; 1 had rotations as Givens rotations of pairs of channels
 CODEC_ARRAYS_NAME = "codec.npz"
-_FLAGS = ("sse4_2", "avx", "avx2", "fma", "avx512", "avx_vnni", "amx", "asimd", "sve", "bf16")
 
 
 class Networks:
@@ -126,27 +123,8 @@ def codec_digest(bundle: Bundle) -> str:
 
 
 def fingerprint() -> dict[str, str]:
-    """What the networks' last digits may depend on: versions, processor, instruction sets."""
-    model, flags = platform.processor(), ""
-    try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        info = []
-    for line in info:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        if key.strip() in ("flags", "Features"):
-            flags = " ".join(sorted(f for f in value.split() if f.startswith(_FLAGS)))
-            break
-    versions = {name: metadata.version(name) for name in ("numpy", "constriction")}
-    return {
-        "machine": platform.machine(),
-        "cpu": model,
-        "instructions": flags,
-        "onnxruntime": onnx_runtime().__version__,
-        **versions,
-    }
+    """What the codec's last digits may depend on."""
+    return {**numerics(), "constriction": metadata.version("constriction")}
 
 
 def _codec_files(bundle: Bundle) -> list[str]:
