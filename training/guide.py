@@ -74,7 +74,7 @@ def _clamped(x: Tensor) -> Tensor:
     Beyond, nothing is an image, and features say nothing there; but without a gradient such values
     would learn nothing from a guide.
     """
-    return x + (x.clamp(0, 1) - x).detach()
+    return x.clamp(0, 1).detach() + (x - x.detach())
 
 
 def load_guide(path: Path, image_size: int, channels: int) -> Guide:
