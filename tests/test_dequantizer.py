@@ -148,7 +148,7 @@ def test_a_training_step_trains_it_with_the_likelihood_alone() -> None:
     dequantizer = trainer.model.dequantizer
     assert dequantizer is not None
     rates = {
-        id(p): group["rate"] for group in trainer.optimizer.param_groups for p in group["params"]
+        id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]
     }
     assert {rates[id(p)] for p in dequantizer.parameters()} == {config.learning_rate}
     before = [p.detach().clone() for p in dequantizer.parameters()]
