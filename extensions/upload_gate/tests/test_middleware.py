@@ -28,11 +28,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import write_png
 from ade_base.ports import free_ports
+from extensions.upload_gate import middleware
 from extensions.upload_gate.middleware import GateMiddleware
 from serving.gate import Decision, Gate
 from serving.ingest.requests import MAX_BODY_BYTES
 from serving.verdict.calibration_file import Calibrations
 from tests.helpers import PRETRAINED, ROOT, wait_for, with_calibrations
+from tests.test_docs import codes_raised_in
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
@@ -621,3 +623,9 @@ def test_connections_that_are_not_checked_are_refused(gate: Gate) -> None:
 
     with pytest.raises(RuntimeError, match="does not check connections of the type webtransport"):
         asyncio.run(GateMiddleware(app, gate)({"type": "webtransport"}, None, None))  # type: ignore[arg-type]
+
+
+def test_the_page_names_every_error() -> None:
+    codes = codes_raised_in([Path(middleware.__file__)])
+    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
+    assert len(codes) > 8 and not {code for code in codes if f"`{code}`" not in page}

@@ -1,0 +1,1 @@
+"""Tests of this extension; they use the fixtures and helpers of the core's."""
