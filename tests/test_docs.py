@@ -17,13 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ade_base import ports
 from ade_cli.main import VERBS, main, parse
-from extensions.comparison.compare import read_rows
-from extensions.comparison.report import write_comparison
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.processes import run_folder
 from serving.engine.signatures import OPERATIONS
@@ -167,36 +164,6 @@ def test_the_contract_names_every_error() -> None:
     codes = codes_raised_in(paths)
     text = (ROOT / "docs" / "api.md").read_text()
     assert len(codes) > 25 and not {code for code in codes if f"`{code}`" not in text}
-
-
-def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
-    committed = ROOT / "docs" / "comparison"
-    shutil.copy(committed / "rows.json", tmp_path)
-    shutil.copytree(committed / "pictures", tmp_path / "pictures")
-    page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
-    assert page == (committed / "report.md").read_text()
-    assert (tmp_path / "rows.json").read_text() == (committed / "rows.json").read_text()
-    for picture in re.findall(r"\(pictures/([^)]+)\)", page):
-        assert (committed / "pictures" / picture).is_file()
-    # A claim is of two systems that learned alike.
-    rows = read_rows(tmp_path)
-    for row in rows:
-        row["state"]["images"] //= 2 if row["config"].recipe == "av-ade" else 1
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
-    assert "**holds**: V-ADE beats VAE on bits per dimension" in page
-    # Time is a budget as well, if it was spent.
-    for row in rows:
-        row["budget"]["minutes"] = 10.0
-        row["state"]["seconds"] = 599.0 if row["config"].recipe == "vae" else 601.0
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes, seed 0: " in page
-    assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
-    # Another seed may have been measured.
-    (seed1,) = [row for row in rows if row["name"] == "av-ade-seed1"]
-    seed1["state"]["images"] = 400_000
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats VAE on samples (after 400,000 images, seeds 0 and 1: " in page
 
 
 def test_the_gate_of_the_quick_start(

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ade_model import ConfigError
-from extensions.comparison.report import write_comparison
 from tests.helpers import make_folder, narrow
 from training.augment import NUMBERS, augment
 from training.data import ImageSet
@@ -19,7 +18,6 @@ from training.datasets import load_dataset
 from training.discriminator import DiscriminatorConfig, make_discriminator
 from training.loop import train
 from training.losses import discriminator_loss, hinge_discriminator_loss
-from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.projected import ProjectedDiscriminator
 from training.recipes import TrainConfig, recipe, saw_efficientnet
 from training.run_options import RunOptions
@@ -228,10 +226,10 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
 
 
 @pytest.mark.slow
-def test_models_are_not_judged_by_the_features_that_trained_them(
+def test_a_run_that_starts_from_another_resumes_as_if_it_had_not_stopped(
     small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    """A run that starts from V-ADE and is resumed; its distances are marked in the figures."""
+    """A run that starts from V-ADE and is resumed."""
     dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
     options = RunOptions(images=16 * 4, device="cpu", precision="float32")
     train(narrow("v-ade"), dataset, tmp_path / "v-ade", options, resume=False)
@@ -249,16 +247,8 @@ def test_models_are_not_judged_by_the_features_that_trained_them(
     start_from(run, heads)
     assert heads.discriminator is not None
 
-    how = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30, samples=30)
-    measurer = Measurer(dataset, torch.device("cpu"), how)
-    for name, marked in (("av-ade", False), ("av-ade-pd", True)):
-        found = measurer.measure(heads.ema, {"recipe": name, "operations": ["sample", "score"]})
-        assert ("independent" in found["distances"]["mean"][EFFICIENTNET]) == marked
-        # 30 samples have a singular covariance of 1280 features.
-        assert found["distances"]["mean"][EFFICIENTNET]["rank_deficient"] is True
 
-
-def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_path: Path) -> None:
+def test_a_model_that_learnt_from_efficientnet_is_known_by_its_ancestors() -> None:
     about = {"recipe": "av-ade-pd"}
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av-ade", "started_from": about})
     assert saw_efficientnet({"recipe": "v-ade", "started_from": None, "flow_from": about})
@@ -266,48 +256,3 @@ def test_the_report_marks_distances_in_the_features_of_its_discriminator(tmp_pat
     assert not saw_efficientnet(
         {"recipe": "av-ade", "started_from": {"recipe": "v-ade", "started_from": None}}
     )
-
-    def row(name: str, space: dict) -> dict:
-        measured = {
-            "distances": {
-                "mean": {
-                    EFFICIENTNET: {
-                        "samples": 9,
-                        "reference": "9 images",
-                        "frechet": 5.0,
-                        "kernel": {"mean": 0.1},
-                        **space,
-                    }
-                }
-            }
-        }
-        return {
-            "name": name,
-            "run": None,
-            "config": narrow(name),
-            "data": "x",
-            "seed": 0,
-            "budget": {"minutes": None},
-            "state": {"images": 64, "step": 4, "seconds": 1.0},
-            "measured": measured,
-            "failure": None,
-            "curves": {"bpd": [[], []], "quality_loss": [[], []], "d_loss": [[1, 2], [3.0, 4.0]]},
-        }
-
-    rows = [
-        row("av-ade", {}),
-        row("av-ade-pd", {"independent": NOT_INDEPENDENT}),
-        row("real-nvp", {"rank_deficient": True}),
-    ]
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    marked = [line for line in page.splitlines() if "(not independent)" in line]
-    assert len(marked) == 2 and all(line.startswith("| av-ade-pd |") for line in marked)
-    # The Fréchet distance, and the kernel distance, precision, recall, F₈ and F₁⸝₈.
-    assert [line.count("(not independent)") for line in marked] == [1, 5]
-    assert "Not independent: the model was trained against these features." in page
-    assert "![discriminator, nats (av-ade-pd: of a hinge loss, without unit)](" in page
-    assert "it is not the published network" in page
-    assert "unreliable, of fewer images than features (real-nvp)" in page
-    page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
-    assert "ndependent" not in page and "published network" not in page
-    assert "![discriminator, nats](" in page

@@ -39,7 +39,6 @@ from ade_model.layers import ResidualBlock
 from ade_model.likelihood import ElboTerms
 from benchmarks.training import _compiled
 from export.write import ExportError, evaluation_of, export_bundle
-from extensions.comparison.compare import keep_rows, read_rows, recorded_data
 from serving.engine.bundle import verify_bundle
 from tests.helpers import (
     ROOT,
@@ -1755,7 +1754,6 @@ def test_images_are_not_decoded_for_processes_that_cannot_train_together(
     assert main([*arguments, "--device", "cpu"]) == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "compare"])
 @pytest.mark.parametrize(
     "option, message",
     [
@@ -1765,19 +1763,13 @@ def test_images_are_not_decoded_for_processes_that_cannot_train_together(
 )
 @pytest.mark.usefixtures("no_decoding")
 def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
-    verb: str,
     option: list[str],
     message: str,
     folder: Path,
     tiny_checkpoint: Path,
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = {
-        "evaluate": [str(tiny_checkpoint)],
-        "compare": ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"],
-    }
-    assert main([verb, *arguments[verb], "--data", str(folder), *option]) == 2
+    assert main(["evaluate", str(tiny_checkpoint), "--data", str(folder), *option]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -1886,32 +1878,6 @@ def test_a_run_does_not_resume_on_another_folder_of_the_same_name(
     assert f"warning: {mine}, on which {run} was trained, no longer" in capsys.readouterr().err
 
 
-def test_a_comparison_is_of_one_folder(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Even if another has the same name, and even if the runs' folders are gone."""
-    mine = shutil.copytree(folder, tmp_path / "a" / "photos")
-    other = shutil.copytree(folder, tmp_path / "b" / "photos")
-    out = tmp_path / "out"
-    run = trained_on(mine, out / "runs" / "vae-seed0")
-    given = ["compare", "v-ade", "--image-size", "8", "--out", str(out), "--data"]
-    keep_rows(read_rows(out), out)
-    for _ in range(2):
-        assert main([*given, str(other)]) == 2
-        said = capsys.readouterr().err
-        assert f"{run} was trained on {mine}, not on {other}: give the same --data" in said
-        assert not (out / "cache").exists() and not (out / "runs" / "v-ade-seed0").exists()
-        shutil.rmtree(out / "runs", ignore_errors=True)
-    assert recorded_data(out) == {run: str(mine)}
-    write_json(out / "rows.json", [{"name": "vae-seed0"}])  # of an earlier version
-    assert recorded_data(out) == {}
-    runs = [out / "runs" / name for name in "dafcbeg"]
-    for run in runs:
-        run.mkdir(parents=True)
-        write_json(run / "data.json", {"data": str(mine)})
-    assert list(recorded_data(out)) == sorted(runs)  # an error names the first
-
-
 def test_an_image_size_that_the_user_did_not_give_is_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1919,7 +1885,7 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     photos.mkdir()
     Image.new("RGB", (250, 150)).save(photos / "a.png")
     given = ["--data", str(photos), "--out", str(tmp_path / "out")]
-    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"], ["compare", "av-ade"]):
+    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"]):
         assert main([*words, *given]) == 2
         said = capsys.readouterr().err
         assert "--image-size must be a multiple of 8 (3 latent resolutions, 1 flow scale)" in said
@@ -1935,7 +1901,7 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     assert "first image" not in capsys.readouterr().err
     # Nobody trains at the size of a photograph on purpose.
     Image.new("RGB", (500, 336)).save(photos / "a.png")
-    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"], ["compare", "av-ade"]):
+    for words in (["train", "av-ade", "--dry-run"], ["train", "av-ade"]):
         assert main([*words, *given]) == 2
         assert "has 336 pixels per side, and all would be read" in capsys.readouterr().err
 
@@ -2072,40 +2038,6 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
             "must be at least 2 pixels, got -4",
         ),
         (
-            [
-                "compare",
-                "vae",
-                "--data",
-                "DATA",
-                "--image-size",
-                "8",
-                "--resnet20",
-                "no.npz",
-                "--out",
-                "OUT",
-            ],
-            "does not hold",
-        ),
-        (
-            [
-                "compare",
-                "vae",
-                "--data",
-                "DATA",
-                "--image-size",
-                "8",
-                "--inception",
-                "no",
-                "--out",
-                "OUT",
-            ],
-            "there is no file",
-        ),
-        (
-            ["compare", "--data", "DATA", "--image-size", "8", "--out", "OUT"],
-            "there is no such folder to report on",
-        ),
-        (
             ["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"],
             "holds no run",
         ),
@@ -2115,7 +2047,6 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
         ),
         (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
         (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-        (["compare", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
         (["ood-bench", "OUT", "--id", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
         (
             ["ood-bench", "OUT", "--id", "OUT", "--ood", "DATA", "--out", "DATA"],
