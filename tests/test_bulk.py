@@ -39,8 +39,6 @@ from ade_cli.main import main, parse
 from ade_cli.score import NO_VERDICT, _report, resumed
 from export.gate.calibrate import calibrate_bundle
 from export.gate.images import readable
-from export.gate.separation import Figures
-from extensions.gate_reports.ood_bench_report import _write_csv
 from handlers.launch import serve
 from serving import bulk
 from serving.api.score_table import columns
@@ -134,13 +132,11 @@ def test_names_of_files_do_not_control_the_terminal(
     images.mkdir()
     (images / "a\x1b[2J\u202eb.png").write_bytes(b"broken")
     (images / "c\x1b[2J").symlink_to(tmp_path)
-    what_if = ["gate", "what-if", bundle, "--data", str(images), "--per-day", "10"]
-    reconstruct = ["reconstruct", str(images), "--bundle", bundle, "--out", str(tmp_path / "out")]
-    for words, count in ((what_if, 3), (reconstruct, 2)):
-        assert main(words) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert sum(r"\x1b[2J" in line for line in lines) == count
-        assert all(line.isprintable() for line in lines)
+    words = ["reconstruct", str(images), "--bundle", bundle, "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(r"\x1b[2J" in line for line in lines) == 2
+    assert all(line.isprintable() for line in lines)
 
 
 def test_the_page_writes_the_same_table(
@@ -186,13 +182,6 @@ def test_a_spreadsheet_runs_no_file_name(
             for row in rows
             for part in columns(open_bundle(tiny_bundle), samples=1)[2:8]
         )
-
-
-def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
-    # As ade ood-bench writes it.
-    _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")
-    (row,) = read(tmp_path / "figures.csv")
-    assert row["ood_set"] == "'=1+1" and row["standard_error"] == "-0.1"
 
 
 def test_only_regular_files_are_read(

@@ -23,8 +23,6 @@ from export.gate.calibrate import _parts, calibrate_bundle
 from export.gate.corruptions import corrupted
 from export.gate.images import digests_of
 from export.gate.split import choose_files, choose_rows
-from extensions.gate_reports.ood_bench import bench
-from extensions.gate_reports.verbs import ood_bench
 from serving.api.service import Service
 from serving.bulk import BulkError, BulkOptions, FileScorer, Versions
 from serving.engine.bundle import (
@@ -256,16 +254,11 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     fit, calibration, unseen, trained = map(set, readers)
     said = f"the {trained_on} was trained on photos (recognised by its name): only its parts select"
     assert (said in capsys.readouterr().err) == bool(trained_on)
-    bench = argparse.Namespace(in_distribution=str(photos), images=None)
-    _, its, copies = ood_bench._id_images(bench, opened, name)
-    assert set(copies) == trained
-    used, tested = fit | calibration, set(its)
-    assert tested and not tested & used and tested == unseen
-    assert len(used) + len(tested) + len(trained) == len(dark)
+    used = fit | calibration
+    assert unseen and not unseen & used and name == "photos"
+    assert len(used) + len(unseen) + len(trained) == len(dark)
     its = {path.read_bytes() for path in photos.rglob("*.png") if part_of(path.name) == "train"}
     assert trained == (its if trained_on else set()) and not used & trained
-    _, its, _ = ood_bench._id_images(bench, opened, "other")
-    assert set(its) == tested if trained_on else set(its) > used
 
 
 def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) -> None:
@@ -338,16 +331,13 @@ def test_reading_training_images_is_reported(
     tiny_bundle: Path,
     small_images: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> None:
     """There may be many more than those that calibrate or are tested."""
     monkeypatch.setattr("export.gate.images.REPORT_S", -1)
     trained, others = small_images[:3], small_images[100:200]
     told: list[str] = []
     _parts(open_bundle(tiny_bundle), others[:50], others[50:], trained, told.append)
-    engine = InferenceEngine(tiny_bundle, device="cpu")
-    bench(engine, "inverted", 255 - others, {}, 2, tmp_path, told.append, trained)
-    assert told.count("training: read 3 images") == 2
+    assert told.count("training: read 3 images") == 1
 
 
 def test_a_picture_that_repeats_is_not_rejected_for_it(
@@ -440,22 +430,6 @@ def test_bulk_scoring_by_name(
             BulkOptions(calibration="night"),
             like=Versions(open_bundle(bundle).digest, "another"),
         )
-
-
-def test_a_bundle_that_cannot_score_is_reported_as_such(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Not as one that ade calibrate could calibrate."""
-    bundle = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    write_manifest(bundle, {**open_bundle(bundle).manifest, "operations": ["sample"]})
-    images = tmp_path / "images.npy"
-    np.save(images, np.zeros((3, 8, 8, 3), np.uint8))
-    for words in (
-        ["gate", "what-if", str(bundle), "--data", str(images), "--per-day", "10"],
-        ["ood-bench", str(bundle), "--id", str(images), "--out", str(tmp_path / "out")],
-    ):
-        assert main(words) == 2
-        assert "cannot score: it was trained without an inference" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_refused_before_images_are_read(

@@ -24,10 +24,8 @@ from export.feature_source import FeaturesError, FeatureSource
 from export.features import check_source, data_of, feature_graph
 from export.gate.calibrate import calibrate_bundle
 from export.gate.density_fit import fit_calibration, fit_mixture
-from export.gate.measuring import Measured, statistics_of
-from export.gate.separation import COMBINED, NO_FEATURES, scores_of
+from export.gate.measuring import statistics_of
 from export.to_onnx import export_encoder
-from extensions.gate_reports.ood_bench_report import write_report
 from serving.engine.bundle import (
     FEATURES_NAME,
     open_bundle,
@@ -739,32 +737,6 @@ def test_statistics_do_not_depend_on_the_threads(
         found = statistics_of(engine, small_images, "corners", report=lines.append)
         assert list(found) == list(expected) and lines[-1] == "corners: scored 300 images"
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
-
-
-def test_the_bench_tells_what_the_features_add(
-    semantic_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
-    engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
-    typical, noise = (
-        engine.statistics(images)
-        for images in (
-            small_images[:30],
-            np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8),
-        )
-    )
-    assert engine.calibration is not None
-    scores = scores_of(engine.calibration, typical)
-    normal = engine.calibration.normal(engine.calibration.rows(typical))
-    assert np.array_equal(
-        scores[NO_FEATURES], engine.calibration.mixture.negative_log_density(normal[:, :-2])
-    )
-    assert not np.array_equal(scores[NO_FEATURES], scores[COMBINED])
-    exact = np.zeros(30, bool)
-    sets = {"noise": Measured(noise, exact)}
-    its = Measured(typical, exact)
-    report = write_report(engine.calibrations, "m", "corners", its, sets, tmp_path)
-    rows = [line for line in report.read_text().splitlines() if NO_FEATURES in line]
-    assert rows[0].startswith(f"|  | {NO_FEATURES} | 1.0000 ± ") and "features.onnx" in rows[1]
 
 
 def test_calibrating_again_keeps_the_features(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from export.gate.density_fit import MAX_COMPONENTS, fit_calibration
-from export.gate.measuring import Measured
-from extensions.gate_reports.ood_bench_report import write_report
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes
@@ -249,23 +246,6 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
         CalibrationError, match="does not compute: complexity, residual_rows; ade calibrate"
     ):
         fitted.check_statistics(["bpd", "pixel_mean_0"])
-
-
-def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
-    """50 calibration images cannot reject one image in 100: that is no rate of 0."""
-    rng = np.random.default_rng(1)
-    unusual = Measured({k: v + 9 for k, v in draw(rng, 40).items()}, np.zeros(40, bool))
-    usual = Measured(draw(rng, 100), np.zeros(100, bool))
-    judges = Calibrations(calibration(n=50))
-    path = write_report(judges, "m", "ID", usual, {"unusual": unusual}, tmp_path)
-    lines = path.read_text().splitlines()
-    assert "| 0.01 | no verdict |  |" in lines
-    assert "| 100.0 % | no verdict |" in next(line for line in lines if "unusual (40)" in line)
-    assert any(line.startswith("| 0.1 | 0.") and " to 0." in line for line in lines)
-    with open(tmp_path / "figures.csv", newline="") as file:
-        first = next(csv.DictReader(file))
-    assert (first["flagged_0.05"], first["flagged_0.01"]) == ("1.0", "")
-    assert "no verdict" in (tmp_path / "report.html").read_text()
 
 
 def test_file_round_trip(tmp_path: Path) -> None:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import os
 import re
 from pathlib import Path
 
-import numpy as np
-import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-
 from ade_base.brand import MARK, percent, verdict_card
 from ade_base.reports import from_markdown, markdown_table, render
-from export.gate.separation import COMBINED, RAW_BPD
-from extensions.gate_reports.ood_bench_report import _histogram
-from extensions.gate_reports.what_if import ALPHAS, Alarms, Way, WhatIf
-from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
 from tests.helpers import ROOT
@@ -79,68 +69,3 @@ def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:
     assert summarize({}, 500, 0.01).choice == "no_verdict"
     few = summarize({"noise": None}, 50, 0.01)
     assert few.choice == "no_verdict" and "needs 99 calibration images" in few.sentence
-
-
-@pytest.mark.parametrize("unlike", [[], [0.1]])
-def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
-    rows = [Alarms(alpha, 1000 * alpha, 0, 2000, alpha) for alpha in ALPHAS[:-1]]
-    way = Way(False, 100, 1000, 999, [*rows, Alarms(0.001, None, None, None, None)], unlike)
-    none = Way(True, 10, 100, 0, [], [])
-    caught = {"noise": [1.0] * 6 + [None]}
-    found = WhatIf(
-        "m@1", {"name": "default", "version": "v"}, 110, 2, list(ALPHAS), [way, none], caught
-    )
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert is_complete(page) and "of these kinds: noise" in page and "no verdict" in page
-    assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
-    assert ("is not like the calibration images" in page) == bool(unlike)
-    assert "There is no calibration for them" in page
-    assert "Images of another size, resized: no verdict at this rate" in page
-
-
-def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -> None:
-    rows = [Alarms(alpha, 1.0, 0, 2, alpha) for alpha in ALPHAS]
-    ways = [Way(resized, 9, 9, n, rows, []) for resized, n in ((False, 5000), (True, 1234))]
-    found = WhatIf("m@1", None, 18, 0, list(ALPHAS), ways, {"noise": [1.0] * len(ALPHAS)})
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "1,234 images calibrated it" in page and "no verdict" not in page
-
-
-def test_a_name_takes_no_file_into_a_report_and_controls_no_terminal(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("password secret")
-    way = Way(False, 1, 1, 999, [], [])
-    caught = {"![a](.netrc)\x1b[2J": [1.0] * len(ALPHAS)}
-    found = WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught)
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "![a](.netrc)" in page
-    assert base64.b64encode(b"password secret").decode() not in page
-    assert all(line.isprintable() for line in what_if_lines(found))
-
-
-def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    way = Way(False, 1, 1, 999, [], [])
-    caught = {os.fsdecode(b"caf\xe9"): [1.0] * len(ALPHAS)}
-    write_what_if(WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught), tmp_path / "page.html")
-    assert "of these kinds: caf\\udce9" in (tmp_path / "page.html").read_text()
-
-
-def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dollar sign begins no formula, and an underscore hides nothing."""
-    figures = []
-    written = FigureCanvasAgg.print_figure
-    monkeypatch.setattr(
-        FigureCanvasAgg,
-        "print_figure",
-        lambda canvas, *args, **how: (figures.append(canvas.figure), written(canvas, *args, **how)),
-    )
-    scores = {name: np.arange(50.0) for name in (COMBINED, RAW_BPD)}
-    _histogram(scores, scores, "price_$5_and_$6", "_hidden", tmp_path / "histogram.png")
-    assert (tmp_path / "histogram.png").stat().st_size > 500
-    for axes in figures[0].axes:
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-            "ID: price_$5_and_$6",
-            "OOD: _hidden",
-        ]

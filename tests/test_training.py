@@ -1579,24 +1579,10 @@ def test_images_to_bundle_and_back(
     shutil.rmtree(named)
     make_folder(named, small_images[:, ::-1])
     (named / "wide.png").unlink()  # the folder of the training has the same file
-    noise_file = tmp_path / "noise.npy"
-    np.save(noise_file, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8))
     assert main(words) == 0
     said = capfd.readouterr().err
     assert re.search(r"with 1[67]\d calibration images", said), said
     assert "left out" in said and "  alpha 0.05: " in said
-    words = ["ood-bench", str(tmp_path / "calibrated"), "--id", str(named), "--ood"]
-    words += [str(noise_file), "--out", str(tmp_path / "bench")]
-    assert main([*words, "--images", "60", "--corrupted", "20"]) == 0
-    report = (tmp_path / "bench" / "report.md").read_text()
-    assert "caf\\udce9" in report
-    assert (
-        "| noise (30) | combined |" in report and (tmp_path / "bench" / "histogram-5.png").is_file()
-    )
-    rows = (tmp_path / "bench" / "figures.csv").read_text().splitlines()
-    assert rows[0].startswith("ood_set,score,auroc") and any(
-        row.startswith("noise,combined,") for row in rows
-    )
     at_home = sorted(path.name for path in bundle.iterdir())
     assert main(["evaluate", str(bundle), "--data", str(named), "--draws", "1"]) == 0
     # The given-away bundle has no cache of decoded images.
@@ -2047,20 +2033,10 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
         ),
         (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
         (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-        (["ood-bench", "OUT", "--id", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-        (
-            ["ood-bench", "OUT", "--id", "OUT", "--ood", "DATA", "--out", "DATA"],
-            "--out must lie outside of",
-        ),
         (["evaluate", "OUT"], "there is no run, checkpoint or bundle"),
         (["export", "OUT", "OUT2"], "there is no run, checkpoint or bundle"),
         (["export", "DATA", "OUT2"], "holds no finished checkpoint"),
         (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),
-        (["ood-bench", "OUT", "--id", "DATA", "--out", "OUT2"], "is not a bundle"),
-        (
-            ["ood-bench", "OUT", "--id", "DATA", "--root", "OUT2", "--out", "OUT2"],
-            "--root goes with a named data set",
-        ),
         (["serve", "OUT"], "is not a bundle"),
     ],
 )
