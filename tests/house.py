@@ -17,7 +17,7 @@ import contextlib
 import io
 import json
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,17 @@ def room_of(module: str) -> str:
     return ".".join(parts[:2]) if is_divided else parts[0]
 
 
-def imports(with_types: bool = True) -> Iterator[tuple[str, str]]:
-    """Every import of ours in the product: the importing module and the imported one.
+def imports(
+    with_types: bool = True, paths: Iterable[Path] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Every import of ours: the importing module and the imported one.
 
     Args:
         with_types: also those under ``if TYPE_CHECKING``.
+        paths: of the importing modules; by default the product.
     """
-    modules = set(map(module_of, product_files()))
+    product = product_files()
+    modules = set(map(module_of, product))
 
     def within(node: ast.AST) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
@@ -141,7 +145,7 @@ def imports(with_types: bool = True) -> Iterator[tuple[str, str]]:
             else:
                 yield from within(child)
 
-    for path in product_files():
+    for path in product if paths is None else paths:
         found = dict.fromkeys(within(ast.parse(path.read_text())))
         yield from ((module_of(path), name) for name in found if name.split(".")[0] in PACKAGES)
 

@@ -761,7 +761,6 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
         (["score", "FOLDER", "--bundle", "EMPTY", "--out", "TABLE"], "exists already: delete it"),
         (["score", "FILE", "--bundle", "MANIFEST"], "manifest.json is not a bundle but a file"),
         (["encode", "FILE", "--bundle", "EMPTY", "--out", "x.npz"], "manifest"),
-        (["serve", "BUNDLE", "--engine", "ray", "--cuda-graphs"], "cannot be used with --engine"),
         (["serve", "BUNDLE", "--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs --device"),
         (
             ["serve", "BUNDLE", "--cuda-graphs", "--backend", "torchscript"],

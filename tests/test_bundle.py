@@ -471,18 +471,6 @@ def test_a_verdict_of_another_version_is_replaced(
     assert not verify_bundle(tmp_path / "new").has("features.onnx")
 
 
-def test_a_bundle_with_a_codec_has_no_other_files(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from export.write import add_graphs
-    from extensions.codec import graphs as codec
-
-    (copy / "features.onnx").write_bytes(b"not listed")
-    monkeypatch.setattr(codec, "write_codec", lambda model, folder: None)  # takes a while
-    add_graphs(copy, tmp_path / "new", ["codec"], ValueError)
-    assert verify_bundle(tmp_path / "new").manifest == open_bundle(copy).manifest
-
-
 def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
     """A copy gets a new manifest, which must not vouch for what the old one does not list."""
     bundle = verify_bundle(copy)

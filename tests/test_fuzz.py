@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ade_client.client import AdeClient
-from benchmarks.malformed import malformed_requests
 from tests.service import RunningService
+
+malformed_requests = pytest.importorskip("benchmarks.malformed").malformed_requests
 
 
 def test_malformed_requests_are_a_function_of_the_seed() -> None:

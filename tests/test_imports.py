@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ade_base.extensions import added
 from ade_cli.main import VERBS, _requirement, main
 from tests.helpers import PRETRAINED, ROOT
 
@@ -84,6 +85,7 @@ def ade(*words: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess[st
 
 def test_help_needs_no_extra() -> None:
     script = f"""{without(*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")}
+from ade_base.extensions import added
 from ade_cli.main import VERBS, main
 for verb in VERBS:
     try:
@@ -118,7 +120,10 @@ def packages_of(extras: list[str]) -> set[str]:
         (["serve", "x"], "onnxruntime", "serve"),
         (["serve", "x", "--engine", "process"], "uvicorn", "process"),
         (["serve", "x", "--engine", "process"], "python_multipart", "process"),
-        (["serve", "x", "--engine=ray"], "python_multipart", "ray"),
+        *(
+            (["serve", "x", f"--engine={name}"], "python_multipart", engine.extra)
+            for name, engine in added("engines").items()
+        ),
         (["serve", "x", "--backend", "torchscript"], "torch", "serve,train"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],

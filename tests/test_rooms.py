@@ -15,6 +15,7 @@ from tests.house import (
     imports,
     module_of,
     product_files,
+    python_files,
     read_record,
     room_of,
     wrong_imports,
@@ -33,6 +34,12 @@ def test_imports_between_rooms_are_right_or_on_the_list() -> None:
     new = [f"{a} ({room_of(a)}) imports {b} ({room_of(b)})" for a, b in sorted(found - listed)]
     assert not new, f"{new}: tests/house.py says which rooms may import which"
     assert not listed - found, f"{sorted(listed - found)} is gone: python -m tests.house --record"
+
+
+def test_tests_of_the_core_import_no_extension() -> None:
+    """Not even inside a function: they run after an extension is deleted."""
+    found = imports(paths=[*python_files("tests"), ROOT / "conftest.py"])
+    assert not [(a, b) for a, b in found if b.startswith("extensions.")]
 
 
 def test_modules_that_have_moved_are_off_the_list() -> None:

@@ -50,10 +50,10 @@ from extensions.codec.lifting import COEFFICIENT_BITS, factorize
 from extensions.codec.pictures import Picture, read_picture
 from extensions.codec.sources import ArraySource, open_source
 from extensions.codec.stack import Stack
-from serving.engine.bundle import Bundle, open_bundle, write_manifest
+from serving.engine.bundle import Bundle, open_bundle, verify_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import inputs_of
-from tests.helpers import PRETRAINED, ROOT, make_model, make_traps, narrow
+from tests.helpers import PRETRAINED, ROOT, make_folder, make_model, make_traps, narrow
 from training.recipes import recipe_names
 
 BLOCKS = {"widths": (8, 8), "latent_channels": (3, 2), "decoder_blocks": (1, 1)}
@@ -1382,3 +1382,28 @@ def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_
         subprocess.run(command, cwd=ROOT, check=True)
     decompress.decompress(out, tmp_path / "back.npy", bundle)
     assert np.array_equal(np.load(tmp_path / "back.npy"), images)
+
+
+def test_a_bundle_with_a_codec_has_no_other_files(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    (copy / "features.onnx").write_bytes(b"not listed")
+    monkeypatch.setattr("extensions.codec.graphs.write_codec", lambda model, folder: None)
+    add_graphs(copy, tmp_path / "new", ["codec"], ValueError)
+    assert verify_bundle(tmp_path / "new").manifest == open_bundle(copy).manifest
+
+
+def test_images_are_not_decoded_for_a_model_without_a_codec(
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    folder = make_folder(tmp_path / "images", small_images[:10])
+    config = narrow("av-ade-iaf-rd")
+    save_model(ADEModel(config.model), tmp_path, {"recipe": config.recipe})
+    words = ["export", str(tmp_path), str(tmp_path / "out"), "--data", str(folder)]
+    assert main([*words, "--with-codec"]) == 2
+    assert "its posteriors are autoregressive" in capsys.readouterr().err

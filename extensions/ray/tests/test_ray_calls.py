@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ade_cli.main import main
 from extensions.ray.serve import reporter
 from extensions.ray.serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
 from extensions.ray.serve.reporter import MetricsReplica
@@ -264,3 +266,10 @@ def test_gauges_end_with_the_replica_that_set_them_last(
         assert f"{VERSION.name}{{" not in text and f"{IMAGES.name}{{" in text
 
     asyncio.run(check())
+
+
+def test_recorded_kernels_need_another_engine(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tiny_bundle), "--engine", "ray", "--cuda-graphs"]) == 2
+    assert "cannot be used with --engine" in capsys.readouterr().err
