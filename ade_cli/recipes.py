@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from training.recipes import SIZES, recipe, recipe_names
+from training.config import SIZES
+from training.recipes import recipe, recipe_names
 from training.weights import count_weights
 
 

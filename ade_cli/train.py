@@ -19,12 +19,12 @@ from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_same_data, size_checked
 from ade_model.config import ModelConfig
+from training.config import SIZES, DiscriminatorConfig, TrainConfig
 from training.data import CHANNELS
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
-from training.discriminator import DiscriminatorConfig
 from training.loop import train
-from training.recipes import GUIDE_WEIGHT, SIZES, TrainConfig, recipe, recipe_names
+from training.recipes import GUIDE_WEIGHT, recipe, recipe_names
 from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
 from training.run_start import check_folder, check_start, last_options, read_started
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json

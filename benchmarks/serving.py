@@ -34,8 +34,9 @@ import psutil
 
 from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES
-from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import save_model
+from ade_model.config import ModelConfig
+from ade_model.model import ADEModel
 from benchmarks.traffic import new_session, pictures_of
 from export.write import export_bundle
 from serving.engine.engine import MAX_ROWS, InferenceEngine

@@ -22,10 +22,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from training.config import SIZES
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.loop import make_fabric
-from training.recipes import SIZES, recipe
+from training.recipes import recipe
 from training.step import Trainer
 
 STEPS = 5

@@ -10,9 +10,10 @@ from typing import Any
 
 from ade_base.errors import UserError
 from fitting.survey import LARGEST
+from training.config import TrainConfig
 from training.data import CHANNELS
 from training.flagship import choose
-from training.recipes import TrainConfig, recipe
+from training.recipes import recipe
 
 REST_SHARE = 0.2  # of the budget, for reading, exporting, calibrating and the report
 MIN_REST_MINUTES = 0.5
@@ -38,7 +39,7 @@ class Plan:
         budget: minutes for the whole fitting.
         minutes: of training.
         recipe: what is trained, of :mod:`training.recipes`.
-        size: of the networks, one of :data:`training.recipes.SIZES`.
+        size: of the networks, one of :data:`training.config.SIZES`.
         changes: to the recipe, as :func:`training.flagship.choose` returns them.
         licence: of the weights, for the bundle; plans that differ in it alone are equal.
         images: number of image files.

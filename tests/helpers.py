@@ -26,12 +26,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ade_model import ADEModel, ModelConfig
+from ade_model.config import ModelConfig
+from ade_model.model import ADEModel
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
 from serving.verdict.calibration_file import Calibrations
 
 if TYPE_CHECKING:
-    from training.recipes import TrainConfig
+    from training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from ade_base.errors import ConfigError
 from ade_base.system import cpu_session
 from ade_cli.main import main
-from ade_model import ModelConfig
 from ade_model.checkpoint import load_model, read_config
+from ade_model.config import ModelConfig
 from export.copying import copy_bundle
 from export.parity import ParityError, check_parity
 from export.to_onnx import traced

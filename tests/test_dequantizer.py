@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ade_model import ADEModel, ConfigError
+from ade_base.errors import ConfigError
 from ade_model.checkpoint import load_model, save_model
 from ade_model.dequantizer import Dequantizer
+from ade_model.model import ADEModel
 from ade_model.quantization import quantize
 from export.graphs import Graphs
 from export.parity import make_inputs

@@ -18,13 +18,14 @@ import torch
 from ade_cli.main import main
 from tests.helpers import encoder_file, make_folder, narrow
 from training import moments
+from training.config import TrainConfig
 from training.datasets import load_dataset
 from training.guide import Guide, load_guide
 from training.loop import train
 from training.metrics.features import FeatureError
 from training.metrics.frechet import frechet_distance
 from training.moments import MomentMatching
-from training.recipes import TrainConfig, saw_efficientnet
+from training.recipes import saw_efficientnet
 from training.run_options import RunOptions
 from training.runs import RunError, latest_checkpoint
 from training.step import Trainer

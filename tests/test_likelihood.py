@@ -12,9 +12,11 @@ from torch import nn
 
 import ade_model.likelihood
 import ade_model.quantization
-from ade_model import ADEModel, ModelConfig, ShapeError
+from ade_model.config import ModelConfig
 from ade_model.distributions import DiagonalGaussian, sum_dims
+from ade_model.errors import ShapeError
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
+from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Draw
 from serving.engine.manifest import MANIFEST, check_types

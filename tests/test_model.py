@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ade_model import ADEModel, ConfigError, ModelConfig, ShapeError
+from ade_base.errors import ConfigError
 from ade_model.checkpoint import MIN_HALF, WEIGHTS_NAME, load_model, round_to_half, save_model
-from ade_model.config import LATER_FIELDS
+from ade_model.config import LATER_FIELDS, ModelConfig
+from ade_model.errors import ShapeError
+from ade_model.model import ADEModel
 from tests.helpers import TINY, make_model
 
 

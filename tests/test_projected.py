@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from ade_model import ConfigError
+from ade_base.errors import ConfigError
 from tests.helpers import make_folder, narrow
 from training.augment import NUMBERS, augment
+from training.config import DiscriminatorConfig, TrainConfig
 from training.data import ImageSet
 from training.datasets import load_dataset
-from training.discriminator import DiscriminatorConfig, make_discriminator
+from training.discriminator import make_discriminator
 from training.loop import train
 from training.losses import discriminator_loss, hinge_discriminator_loss
 from training.projected import ProjectedDiscriminator
-from training.recipes import TrainConfig, recipe, saw_efficientnet
+from training.recipes import recipe, saw_efficientnet
 from training.run_options import RunOptions
 from training.runs import (
     Progress,

@@ -23,10 +23,11 @@ from serving.engine.bundle import BundleError
 from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
 from tests.helpers import ROOT, make_folder, narrow
+from training.config import TrainConfig
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
-from training.recipes import TrainConfig, recipe_names
+from training.recipes import recipe_names
 from training.run_options import RunOptions
 from training.runs import latest_checkpoint, save_checkpoint
 

@@ -26,17 +26,19 @@ import pytest
 import torch
 from PIL import Image
 
+from ade_base.errors import ConfigError
 from ade_base.files import LOCK
 from ade_base.ports import free_ports
 from ade_cli.data_options import dataset_of, dataset_of_run
 from ade_cli.evaluate import _store
 from ade_cli.main import VERBS, main
 from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
-from ade_model import ADEModel, ConfigError, ModelConfig
 from ade_model.bijections import CheckerboardCoupling
 from ade_model.checkpoint import load_model, read_config, save_model
+from ade_model.config import ModelConfig
 from ade_model.layers import ResidualBlock
 from ade_model.likelihood import ElboTerms
+from ade_model.model import ADEModel
 from export.write import ExportError, evaluation_of, export_bundle
 from serving.engine.bundle import verify_bundle
 from tests.helpers import (
@@ -50,11 +52,12 @@ from tests.helpers import (
     shake,
 )
 from tests.test_docs import ade_commands
+from training.config import SIZES, DiscriminatorConfig, TrainConfig
 from training.data import DataError, Dataset, ImageSet
 from training.datasets import load_dataset
 from training.datasets.files import part_of
 from training.device import choose_device
-from training.discriminator import Discriminator, DiscriminatorConfig
+from training.discriminator import Discriminator
 from training.loop import _check_alike, _with_others, train
 from training.losses import (
     coverage_loss,
@@ -64,7 +67,7 @@ from training.losses import (
     quality_loss,
 )
 from training.measure import EFFICIENTNET
-from training.recipes import SIZES, TrainConfig, recipe, recipe_names
+from training.recipes import recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
 from training.run_start import (
     WRITTEN,

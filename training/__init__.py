@@ -2,8 +2,9 @@
 
 Modules in an order for reading:
 
-* a run: :mod:`~training.recipes` (the systems), :mod:`~training.loop`, :mod:`~training.budget`,
-  :mod:`~training.step`, :mod:`~training.losses`, :mod:`~training.evaluate`
+* a run: :mod:`~training.recipes` (the systems), :mod:`~training.config`, :mod:`~training.loop`,
+  :mod:`~training.budget`, :mod:`~training.step`, :mod:`~training.losses`,
+  :mod:`~training.evaluate`
 * adversarial parts: :mod:`~training.discriminator`, :mod:`~training.projected`,
   :mod:`~training.augment`
 * matching of features: :mod:`~training.guide`, :mod:`~training.moments`

@@ -47,7 +47,7 @@ TRAINING: dict[str, Any] = {
 
 
 def training_of(size: str) -> dict[str, Any]:
-    """Fields of :class:`training.recipes.TrainConfig` at a size of the networks."""
+    """Fields of :class:`training.config.TrainConfig` at a size of the networks."""
     first, batch_size = BATCH_SIZES[size]
     return {**TRAINING, "likelihood_batch_size": first, "batch_size": batch_size}
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from ade_base.system import signals_held
 from ade_model.checkpoint import read_config
+from training.config import TrainConfig
 from training.data import Dataset
 from training.datasets.sketch import KEY, VERSION, record_of, sketch_in, version_of
 from training.device import bfloat16_is_faster, choose_device
-from training.recipes import TrainConfig
 from training.report import write_report
 from training.run_log import RunLog
 from training.run_options import RunOptions

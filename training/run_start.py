@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ade_base.files import replacing
+from training.config import TrainConfig
 from training.data import Dataset
 from training.guide import NAME as GUIDE_NAME
 from training.guide import Guide, load_guide
-from training.recipes import TrainConfig
 from training.run_options import RunOptions
 from training.runs import (
     RunError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from training.recipes import TrainConfig
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)

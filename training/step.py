@@ -18,6 +18,7 @@ from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
 from ade_model.vae import Decoder
 from training.augment import NUMBERS, augment
+from training.config import TrainConfig
 from training.discriminator import make_discriminator
 from training.guide import ClassifierGuide, Guide
 from training.losses import (
@@ -30,7 +31,6 @@ from training.losses import (
 )
 from training.moments import MomentMatching
 from training.muon import Muon
-from training.recipes import TrainConfig
 
 logger = logging.getLogger(__name__)
 # A step is skipped if its gradient's norm is SPIKE times the running mean: one outlier among the

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ade_model.model import ADEModel
+from training.config import TrainConfig
 from training.discriminator import make_discriminator
-from training.recipes import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from ade_base.pictures.decoders import DecoderError
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from ade_cli.main import main
-from ade_model import ADEModel, ModelConfig
 from ade_model.checkpoint import load_model, save_model
+from ade_model.config import ModelConfig
+from ade_model.model import ADEModel
 from export.graphs import Graphs
 from export.parity import make_inputs
 from export.to_onnx import export_onnx

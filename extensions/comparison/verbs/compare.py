@@ -21,10 +21,11 @@ from ade_cli.paths import given_path
 from ade_cli.run_checks import check_one_process, check_same_data, size_checked
 from extensions.comparison.compare import Job, compare, read_rows, recorded_data
 from extensions.comparison.report import write_comparison
+from training.config import SIZES
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
 from training.measure import Measurer, check_networks, check_options
-from training.recipes import SIZES, recipe, recipe_names
+from training.recipes import recipe, recipe_names
 from training.run_options import RunOptions
 from training.runs import RunError
 
