@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pickle
 import time
 import tracemalloc
 from pathlib import Path
@@ -17,9 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ade_client.client import AdeClient, AdeError
 from ade_client.contract import ScoreParameters
-from handlers.front.admission import Limits
 from serving.api.operations.registry import OPERATIONS
 from serving.api.operations.sample import Sample, SampleRequest
 from serving.api.responses import error_response
@@ -120,82 +116,14 @@ def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
     assert parsed.parameters.samples == 2 and parsed.parameters.alpha == 0.5
 
 
-def test_a_bad_image_keeps_its_place() -> None:
-    parsed = read_images(
-        "score", as_json(images=[b64(png()), b64(b"junk"), "&&&", 7, b64(png())]), SHAPE
-    )
-    kinds = [
-        (i.status, i.code, i.index) if isinstance(i, ApiError) else "image" for i in parsed.images
-    ]
-    assert kinds == [
-        "image",
-        (415, "not_an_image", 1),
-        (400, "malformed_request", 2),
-        (400, "malformed_request", 3),
-        "image",
-    ]
-
-
+# Besides those of the recorded contract (contract.py), which have their messages there.
 BAD_IMAGE_REQUESTS = {
-    "empty body": (body(b""), 400, "the request is empty"),
-    "no images": (as_json(), 400, "images must be a list of base64 files"),
-    "empty list": (as_json(images=[]), 400, "holds no image"),
-    "images of another kind": (
-        as_json(images="abc"),
-        400,
-        "images must be a list of base64 files, got str",
-    ),
-    "JSON list": (RawRequest("application/json", [1, 2]), 400, "must be a JSON object, got list"),
-    "broken JSON": (RawRequest("application/json", b'{"images": ['), 400, "not JSON"),
-    "nested JSON": (RawRequest("application/json", b"[" * 100_000), 400, "not JSON"),
-    "repeated key": (
-        RawRequest("application/json", b'{"images": ["AA=="], "alpha": 0.01, "alpha": 1}'),
-        400,
-        "the body has the key 'alpha' more than once",
-    ),
-    "form without an image": (form(samples="1"), 400, "holds no image"),
-    "unknown parameter": (
-        as_json(images=[b64(png())], sample=2),
-        422,
-        "score has no parameter 'sample'",
-    ),
-    "many images": (
-        as_json(images=[b64(png())] * 257),
-        413,
-        "at most 256 images per request, got 257",
-    ),
-    "many draws": (
-        as_json(images=[b64(png())] * 17, samples=64),
-        413,
-        "images x samples may be at most 1024, got 17 x 64",
-    ),
-    "objects": (
-        body(npy(np.array([[None]], object), allow_pickle=True)),
-        422,
-        "holds Python objects",
-    ),
     "float array": (
         body(npy(np.zeros((1, 8, 8, 3), np.float32))),
         422,
         "must be uint8, got float32",
     ),
-    "NaN": (
-        body(npy(np.full((1, 8, 8, 3), np.nan))),
-        422,
-        "got float64 with 192 values that are not finite",
-    ),
-    "three axes": (body(npy(PIXELS)), 422, r"must be \(N, H, W, C\), got shape \(8, 8, 3\)"),
     "no images in the array": (body(npy(np.zeros((0, 8, 8, 3), np.uint8))), 400, "holds no image"),
-    "many images in the array": (
-        body(npy(np.zeros((300, 1, 1, 3), np.uint8))),
-        413,
-        "at most 256 images",
-    ),
-    "cut array": (
-        body(npy(PIXELS[None])[:-5]),
-        400,
-        "damaged: shape .* needs 192 bytes, 187 are there",
-    ),
     "cut header": (body(b"\x93NUMPY\x01\x00\x76\x00{'descr'"), 400, r"\.npy file is damaged"),
     "open bracket": (
         body(npy(PIXELS[None]).replace(b"(1, 8, 8, 3)", b"(1, 8, 8, 3 ")),
@@ -233,7 +161,6 @@ BAD_IMAGE_REQUESTS = {
         400,
         "must be text or a file, got int",
     ),
-    "large body": (body(b"x" * (16 * 2**20 + 1)), 413, "may have at most 16777216 bytes"),
 }
 
 
@@ -246,84 +173,21 @@ def test_bad_requests(name: str) -> None:
     assert caught.value.status == status and "0x" not in caught.value.message
 
 
-@pytest.mark.parametrize(
-    "value, status, message",
-    [
-        (png(np.zeros((9, 8, 3), np.uint8)), 422, "images must be 8 x 8 pixels, got 8 x 9"),
-        (png(np.zeros((1, 1, 3), np.uint8)), 422, "got 1 x 1"),
-        (b"text", 415, "not an image"),
-        (png()[:50], 415, "damaged"),
-        (png()[:29] + bytes(9), 415, "damaged"),
-    ],
-)
-def test_one_bad_image(value: bytes, status: int, message: str) -> None:
-    (image,) = read_images("encode", body(value), SHAPE).images
-    assert (
-        isinstance(image, ApiError)
-        and image.status == status
-        and message in image.message
-        and image.index == 0
-    )
-    assert "0x" not in image.message  # an address of an object
-
-
-def test_channels_must_agree() -> None:
-    (image,) = read_images("score", body(npy(np.zeros((1, 8, 8, 1), np.uint8))), SHAPE).images
-    assert isinstance(image, ApiError) and "must have 3 channels, got 1" in image.message
-    (grey,) = read_images("score", body(png()), (8, 8, 1)).images
-    assert isinstance(grey, Picture) and grey.pixels.shape == (8, 8, 1)
-
-
-def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path: Path) -> None:
-    """Nothing listens on port 1: an attempt to send would be another error."""
-    good, large = tmp_path / "good.png", tmp_path / "large.png"
-    good.write_bytes(png())
-    os.mkfifo(tmp_path / "pipe.png")
-    with open(large, "wb") as file:
-        file.truncate(2**40)
-    with AdeClient("http://127.0.0.1:1") as client:
-        for name in ("gone.png", "pipe.png", "large.png"):
-            for call in (client.score, client.score_group, client.encode, client.reconstruct):
-                with pytest.raises(OSError, match=name) as raised:
-                    call([good, tmp_path / name])
-                assert raised.value.filename == str(tmp_path / name)
-
-
-def test_images_are_resized_only_on_request_and_with_a_note() -> None:
-    large = np.zeros((40, 20, 3), np.uint8)
-    parsed = read_images("score", as_json(images=[b64(png(large))], resize="fit"), SHAPE)
-    (image,) = parsed.images
-    assert isinstance(image, Picture) and image.pixels.shape == SHAPE and image.resized
-    assert "resized from 20 x 40 to 8 x 8" in image.notes[-1]
-
-
+# Besides those of the recorded contract.
 BAD_PARAMETERS = [
-    ({"n": 0}, "n must be from 1 to 256, got 0"),
-    ({"n": 257}, "got 257"),
     ({"n": 10**400}, "an integer of 1329 bits"),
     ({"n": 1.5}, "n must be a whole number"),
     ({"n": True}, "n must be a whole number"),
     ({"n": "x"}, "n must be a whole number"),
     ({"n": [1]}, "n must be a whole number"),
-    ({"seed": -1}, "seed must be from 0"),
-    ({"seed": 1.5}, "seed must be a whole number"),
     ({"seed": 2**63}, "seed must be from 0"),
-    ({"index": -1}, "index must be from 0"),
-    ({"index": 2**63 - 1, "n": 2}, "index [+] n - 1 must be at most"),
-    ({"temperature": 0}, "temperature must be above 0"),
     ({"temperature": float("nan")}, "temperature must be above 0"),
     ({"temperature": float("inf")}, "temperature"),
     ({"temperature": "hot"}, "temperature must be a number"),
     ({"temperature": "0_0.5"}, "temperature must be a number"),
     ({"temperature": "٠.٥"}, "temperature must be a number"),
     ({"temperature": 10**400}, "temperature must be above 0"),
-    ({"kind": "best"}, "kind must be one of mean, density, got 'best'"),
     ({"kind": ["mean"]}, "kind must be one of"),
-    ({"format": "jpeg"}, "format must be one of png, npy, json"),
-    ({"zeed": 1}, "sample has no parameter 'zeed'"),
-    ({"latents": []}, "latents must be a list with an entry"),
-    ({"latents": 3}, "latents must be a list"),
-    ({"latents": [[1]]}, "must have 2 levels per image, got 1"),
     (
         {"latents": [{"levels": [{"z": [1]}, {"z": [2]}]}]},
         r"z of level 0 must have shape \(3, 2, 2\)",
@@ -357,13 +221,19 @@ BAD_PARAMETERS = [
         },
         "z in all levels of all images, or eps in all",
     ),
-    (
-        {"latents": [[np.full((3, 2, 2), 1e30).tolist(), np.zeros((2, 4, 4)).tolist()]]},
-        "must be finite",
-    ),
-    ({"latents": [[1, 2]], "n": 3}, "n and latents exclude each other"),
-    ({"latents": [[1, 2]], "temperature": 0.5}, "temperature and latents exclude each other"),
 ]
+
+
+@pytest.mark.parametrize("cut", [50, 29])
+def test_a_damaged_image_is_described_without_addresses(cut: int) -> None:
+    (image,) = read_images("encode", body(png()[:cut].ljust(cut + 9, b"\0")), SHAPE).images
+    assert isinstance(image, ApiError) and (image.status, image.index) == (415, 0)
+    assert "damaged" in image.message and "0x" not in image.message
+
+
+def test_a_colour_picture_becomes_grey_for_a_grey_model() -> None:
+    (grey,) = read_images("score", body(png()), (8, 8, 1)).images
+    assert isinstance(grey, Picture) and grey.pixels.shape == (8, 8, 1)
 
 
 @pytest.mark.parametrize("values, message", BAD_PARAMETERS)
@@ -639,23 +509,3 @@ def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], dtype: 
     )
     error = refused(parse_images, "score", body(out.getvalue()))
     assert error.status in (400, 422) and len(error.message) < 200
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ApiError(404, "unreadable", "no such file", 3, may_pass=True),
-        AdeError(415, "not_an_image", "it is text", 2),
-    ],
-)
-def test_errors_come_back_from_other_processes(error: Exception) -> None:
-    """They stand among the results of a list, which a pool of processes sends."""
-    back = pickle.loads(pickle.dumps(error))
-    assert vars(back) == vars(error) and str(back) == str(error)
-
-
-def test_the_client_waits_as_long_as_the_service() -> None:
-    """Otherwise it never sees the answer that it may repeat, nor one that came late."""
-    limits = Limits()
-    with AdeClient() as client:
-        assert client._http.timeout.read > limits.waiting_s + limits.upstream_s

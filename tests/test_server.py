@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +15,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from http.client import parse_headers
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,20 +24,19 @@ import pytest
 from PIL import Image
 
 from ade_base.pictures.show import write_png
-from ade_base.ports import VARIABLES, Ports, free_ports
+from ade_base.ports import VARIABLES, free_ports
 from ade_base.system import available_cores
 from ade_cli.main import main
-from ade_client.client import MAX_WAIT_S, AdeClient, AdeError, ScoreResult, asked_to_wait
+from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_model.checkpoint import save_model
 from handlers.launch.options import ServingOptions
 from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.processes.run_folder import RunFolder
 from handlers.torchserve.configuration import BROADCAST, write_configuration
-from handlers.torchserve.status import describe_models, read_status
+from handlers.torchserve.status import describe_models
 from tests.helpers import (
     PRETRAINED,
     ROOT,
-    b64,
     encode,
     large_data,
     make_model,
@@ -241,35 +236,6 @@ def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
         assert head.headers["content-length"] == got.headers["content-length"]
 
 
-def test_pipelined_requests_on_many_connections(
-    service: RunningService, client: AdeClient, real_images: np.ndarray
-) -> None:
-    """They are answered in order, and nobody else waits for connections that do not read."""
-    pictures = [encode(Image.fromarray(image), "PNG") for image in real_images[:4]]
-    alike = [("encode", picture) for picture in pictures]
-    mixed = list(zip(("score", "encode", "reconstruct", "score"), pictures, strict=True))
-    expected = {sent: post(service, *sent).content for sent in {*alike, *mixed}}
-    with ExitStack() as stack:
-        streams = []
-        for requests in [alike] * 8 + [mixed]:
-            address = ("127.0.0.1", service.ports["inference"])
-            connection = stack.enter_context(socket.create_connection(address, 60))
-            for operation, picture in requests:
-                head = f"POST /predictions/{operation} HTTP/1.1\r\nHost: localhost\r\n"
-                length = f"Content-Length: {len(picture)}\r\n\r\n"
-                connection.sendall((head + length).encode() + picture)
-            streams.append((stack.enter_context(connection.makefile("rb")), requests))
-        assert len(client.score(real_images[:1])) == 1
-        ids = []
-        for stream, requests in streams:
-            for sent in requests:
-                assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
-                headers = parse_headers(stream)
-                assert stream.read(int(headers["content-length"])) == expected[sent]
-                ids.append(headers["x-request-id"])
-    assert len(set(ids)) == len(ids) == 36
-
-
 def test_telemetry_of_what_was_scored(
     service: RunningService, client: AdeClient, real_images: np.ndarray
 ) -> None:
@@ -405,263 +371,6 @@ def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
         "127.0.0.1",
         f"::ffff:{BROADCAST}",
     }
-
-
-@pytest.mark.parametrize(
-    "asked, seconds",
-    [
-        ("1", 1.0),
-        ("86400", MAX_WAIT_S),
-        ("Wed, 25 Nov 2026 15:00:00 GMT", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_the_client_waits_as_advised_within_reason(
-    asked: str | None, seconds: float | None
-) -> None:
-    assert (
-        asked_to_wait(httpx.Response(503, headers={} if asked is None else {"Retry-After": asked}))
-        == seconds
-    )
-
-
-@contextmanager
-def other_program(status: int, body: bytes, **headers: str) -> Iterator[str]:
-    """The address of a server with one answer to everything."""
-
-    class Other(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            for header, value in headers.items():
-                self.send_header(header.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Other) as server:
-        # Polls often, because shutdown waits for the next poll.
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    "status, body", [(502, b'{"error": null}'), (502, b"<html>"), (200, b"<html>")]
-)
-def test_answers_of_another_program_are_errors_of_the_client(status: int, body: bytes) -> None:
-    with other_program(status, body) as url, AdeClient(url, retries=0) as client:
-        assert not client.is_ready()
-        with pytest.raises(AdeError) as caught:
-            client.sample(1)
-    assert (caught.value.status, caught.value.code) == (status, "server_error")
-
-
-def test_an_answer_that_cannot_be_decoded_is_none() -> None:
-    with other_program(200, b"junk", Content_Encoding="gzip") as url, AdeClient(url) as client:
-        assert not client.is_ready()
-        with pytest.raises(httpx.TransportError, match="the answer cannot be decoded"):
-            client.sample(1)
-
-
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]", b"null", b'{"results": []}', b"PK\3\4"])
-def test_answers_that_are_not_the_apis(body: bytes) -> None:
-    """In particular one with fewer results than images, which callers pair with their files."""
-    image = np.zeros((32, 32, 3), np.uint8)
-    with other_program(200, body) as url, AdeClient(url) as client:
-        for call in (
-            lambda: client.sample(1),
-            lambda: client.sample_png(n=1),
-            lambda: client.encode(image),
-            lambda: client.reconstruct(image),
-            lambda: client.score(image),
-            lambda: client.score_group(image[None]),
-        ):
-            with pytest.raises(AdeError, match="the answer is not this API's") as caught:
-                call()
-            assert (caught.value.status, caught.value.code) == (200, "server_error")
-
-
-def test_arrays_that_are_not_the_apis() -> None:
-    image = np.zeros((32, 32, 3), np.uint8)
-    for save, array in ((np.savez, image[None]), (np.save, np.zeros(1)), (np.save, image)):
-        body = io.BytesIO()
-        save(body, array)
-        with other_program(200, body.getvalue()) as url, AdeClient(url) as client:
-            for call in (lambda: client.sample(1), lambda: client.encode(image)):
-                with pytest.raises(AdeError, match="the answer is not this API's"):
-                    call()
-
-
-def test_an_error_of_one_image_has_the_status_that_it_would_have_alone() -> None:
-    problem = {"error": {"code": "not_an_image", "message": "the data is not an image"}}
-    about = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
-    body = json.dumps({**about, "results": [problem, problem]}).encode()
-    with other_program(200, body) as url, AdeClient(url) as client:
-        found = client.score(np.zeros((2, 32, 32, 3), np.uint8))
-    assert [str(error) for error in found] == ["the data is not an image (415 not_an_image)"] * 2
-
-
-def test_an_empty_identity_does_not_mean_any_model() -> None:
-    with pytest.raises(ValueError, match="identity must name a model"):
-        AdeClient(identity="")
-
-
-def test_an_answer_has_a_row_for_each_image() -> None:
-    image, latents, samples = np.zeros((32, 32, 3), np.uint8), io.BytesIO(), io.BytesIO()
-    np.savez(
-        latents, **{f"{name}_0": np.zeros((1, 1, 2, 2)) for name in ("mean", "log_scale", "z")}
-    )
-    np.save(samples, image[None])
-    for body, call in (
-        (latents, lambda client: client.encode([image, image])),
-        (samples, lambda client: client.decode([np.zeros((2, 1, 2, 2), np.float32)])),
-    ):
-        with (
-            other_program(200, body.getvalue()) as url,
-            AdeClient(url) as client,
-            pytest.raises(AdeError, match="it has 1 results of 2 images"),
-        ):
-            call(client)
-
-
-def test_status_of_another_program() -> None:
-    with other_program(200, b"<html>") as url:
-        port = int(url.rpartition(":")[2])
-        found = read_status(Ports(inference=port, metrics=port, ui=port))
-    assert not found["ready"]
-
-
-@pytest.mark.parametrize(
-    "status, body, is_ready",
-    [
-        (503, b'{"error": {"code": "overloaded", "message": "later"}}', True),
-        (422, b'{"error": {"code": "not_available", "message": "no score"}}', True),
-        (503, b'{"error": {"code": "unavailable", "message": "died"}}', False),
-        (503, b"<html>", False),  # a proxy's, which has no service
-        (200, b"", True),
-    ],
-)
-def test_an_overloaded_service_is_ready(status: int, body: bytes, is_ready: bool) -> None:
-    """Otherwise overload would take every replica out of service. No request is repeated."""
-    asked: list[str] = []
-
-    class Service(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(self.path)
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status if len(asked) == 1 else 200)
-            self.send_header("X-Ade-Model", "x@1")
-            self.end_headers()
-            self.wfile.write(body)
-            time.sleep(0.1)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Service) as server:
-        # Polls often, because shutdown waits for the next poll.
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with AdeClient(f"http://127.0.0.1:{server.server_port}") as client:
-            assert client.is_ready() == is_ready
-            assert len(asked) == (4 if is_ready else 1)
-            assert not client.is_ready(timeout=0.25)  # for all four together
-        server.shutdown()
-
-
-Outcomes = list[httpx.Response | httpx.TransportError]
-
-
-@contextmanager
-def client_of(
-    outcomes: Outcomes, retries: int = 5
-) -> Iterator[tuple[AdeClient, list[httpx.Request]]]:
-    """A client with these outcomes of its requests, and the requests that it has sent."""
-    sent: list[httpx.Request] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        sent.append(request)
-        if isinstance(outcome := outcomes.pop(0), httpx.TransportError):
-            raise outcome
-        return outcome
-
-    with AdeClient("http://127.0.0.1:1", retries=retries) as client:
-        client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
-        yield client, sent
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of clients, which do not last."""
-    found: list[float] = []
-    monkeypatch.setattr("ade_client.client.time.sleep", found.append)
-    return found
-
-
-def a_picture() -> httpx.Response:
-    headers = {"X-Ade-Seed": "1", "X-Ade-Model": "x@1"}
-    return httpx.Response(200, headers=headers, content=b"a picture")
-
-
-def test_the_client_repeats_what_may_succeed_later(pauses: list[float]) -> None:
-    """With growing pauses, or those that the answer asks for."""
-    advised = httpx.Response(507, headers={"Retry-After": "7"})
-    outcomes: Outcomes = [httpx.Response(429), advised, httpx.Response(503), a_picture()]
-    with client_of(outcomes) as (client, _):
-        assert client.sample_png() == (b"a picture", 1)
-    assert not outcomes and pauses == [0.1, 7.0, 0.4]
-    outcomes = [httpx.Response(503), httpx.Response(503), a_picture()]
-    with client_of(outcomes, retries=1) as (client, _), pytest.raises(AdeError):
-        client.sample_png()
-    assert len(outcomes) == 1
-
-
-@pytest.mark.parametrize(
-    "outcome",
-    [
-        httpx.ConnectError("refused"),
-        httpx.ReadError("reset"),
-        httpx.WriteError("reset"),
-        httpx.RemoteProtocolError("disconnected"),
-        httpx.Response(500, text="a proxy of Ray"),
-        httpx.Response(502, text="<html>"),
-    ],
-    ids=lambda outcome: getattr(outcome, "status_code", type(outcome).__name__),
-)
-def test_the_client_repeats_dropped_requests_and_errors_of_proxies(
-    outcome: httpx.Response | httpx.TransportError, pauses: list[float]
-) -> None:
-    with client_of([outcome, outcome, a_picture()]) as (client, _):
-        assert client.sample_png() == (b"a picture", 1)
-    assert pauses == [0.1, 0.2]
-    with client_of([outcome] * 2, retries=1) as (client, sent):
-        with pytest.raises((AdeError, httpx.TransportError)):
-            client.sample_png()
-        assert len(sent) == 2
-
-
-def test_the_client_does_not_repeat_what_would_fail_again(pauses: list[float]) -> None:
-    """And sends the whole body each time before."""
-    fault = {"error": {"code": "internal_error", "message": "the server failed"}}
-    dropped = httpx.RemoteProtocolError("disconnected")
-    with client_of([dropped, httpx.Response(500, json=fault), a_picture()]) as (client, sent):
-        with pytest.raises(AdeError, match="500 internal_error"):
-            client.score(EXAMPLE)
-        first, second = (json.loads(request.content)["images"] for request in sent)
-    assert first == second == [b64(EXAMPLE.read_bytes())]
-    for late, error in (
-        (httpx.ReadTimeout("late"), httpx.ReadTimeout),
-        (httpx.Response(504, text="<html>"), AdeError),
-    ):
-        with client_of([late, a_picture()]) as (client, _), pytest.raises(error):
-            client.sample_png()
-    assert pauses == [0.1]
 
 
 def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
