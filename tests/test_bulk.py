@@ -107,14 +107,10 @@ def test_every_file_has_its_row_in_every_format(
     images = np.stack([np.asarray(Image.open(folder / row["path"])) for row in good])
     for row, direct in zip(good, engine.score(images), strict=True):
         assert row["bpd"] == direct.bpd and row["p_value"] == direct.verdict.p_value
-        assert (
-            row["ood"] == (direct.verdict.p_value <= 0.1)
-            and row["distortion"] == direct.parts["distortion"]
-        )
-        assert (
-            row["decision"] == ("reject" if row["ood"] else "accept")
-            and row["decision_reason"] is None
-        )
+        assert row["ood"] == (direct.verdict.p_value <= 0.1)
+        assert row["distortion"] == direct.parts["distortion"]
+        assert row["decision"] == ("reject" if row["ood"] else "accept")
+        assert row["decision_reason"] is None
     assert sum(row["ood"] or False for row in rows) == summary.rejected > 0
     assert summary.accepted == 300 - summary.rejected and summary.no_verdict == 0
     assert by_path["wide.png"]["decision"] == "no_verdict"
@@ -253,21 +249,14 @@ def test_resized_images_without_their_calibration_have_no_verdict(
     ]
     assert main([*arguments, "--out", str(tmp_path / "a.jsonl")]) == NO_VERDICT
     said = capsys.readouterr()
-    assert (
-        "1 without a verdict, 0 rejected, 0 accepted" in said.out
-        and "would be rejected" not in said.out
-    )
+    assert "1 without a verdict, 0 rejected, 0 accepted" in said.out
+    assert "would be rejected" not in said.out
     assert "warning: no image got a verdict, so none is accepted" in said.err
     (row,) = read(tmp_path / "a.jsonl")
-    assert (
-        row["bpd"] > 0
-        and row["iwae_gap"] <= 0
-        and row["p_value"] is None
-        and "resized from 40 x 20" in row["notes"]
-    )
-    assert row["decision"] == "no_verdict" and row["decision_reason"].startswith(
-        "resized_not_calibrated: "
-    )
+    assert row["bpd"] > 0 and row["iwae_gap"] <= 0 and row["p_value"] is None
+    assert "resized from 40 x 20" in row["notes"]
+    assert row["decision"] == "no_verdict"
+    assert row["decision_reason"].startswith("resized_not_calibrated: ")
     assert main([*arguments[:1], str(tmp_path / "one" / "wide.webp"), *arguments[2:]]) == NO_VERDICT
     assert "resized_not_calibrated" in capsys.readouterr().err
 
@@ -278,9 +267,8 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     larger = [np.repeat(image, 2, 0).repeat(2, 1) for image in small_images]
     calibrate_bundle(tiny_bundle, tmp_path / "any", larger[:100], larger[100:200], "corners")
     manifest = open_bundle(tmp_path / "any").manifest["calibration"]
-    assert (
-        manifest["resize"] == manifest["resized"]["resize"] == "fit" and manifest["images"] == 100
-    )
+    assert manifest["resize"] == manifest["resized"]["resize"] == "fit"
+    assert manifest["images"] == 100
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "wide.png")
     arguments = [
         "score",
@@ -292,10 +280,8 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     ]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert (
-        "warning: this bundle was calibrated on images of any size" in said.err
-        and "wrong_size" in said.out
-    )
+    assert "warning: this bundle was calibrated on images of any size" in said.err
+    assert "wrong_size" in said.out
     assert main([*arguments, "--resize", "fit"]) == 0
     said = capsys.readouterr()
     assert "warning" not in said.err and 0 < json.loads(said.out)["p_value"] <= 1
@@ -531,10 +517,8 @@ def test_a_kill_leaves_a_resumable_file_and_no_process(
     (folder / "class0" / "0003.png").write_bytes(b"not an image any more")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (
-        "0 without a verdict, " in done.stdout
-        and "at alpha 0.01; 3 could not be scored" in done.stdout
-    )
+    assert "0 without a verdict, " in done.stdout
+    assert "at alpha 0.01; 3 could not be scored" in done.stdout
     rows = {row["path"]: row for row in read(out)}
     assert list(rows) == list(image_paths(folder))
     assert float(rows["class0/0003.png"]["bpd"]) == json.loads(written)["bpd"]
@@ -626,11 +610,8 @@ def test_files_one_by_one(
     files = [str(folder / path) for path in list(image_paths(folder))[3:6]]
     assert main(["score", *files, str(folder / "wide.png"), *bundle]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (
-        len(rows) == 4
-        and all("bpd" in row for row in rows[:3])
-        and rows[3]["error"] == "wrong_size"
-    )
+    assert len(rows) == 4 and all("bpd" in row for row in rows[:3])
+    assert rows[3]["error"] == "wrong_size"
     assert (
         main(["sample", *bundle, "--n", "4", "--seed", "7", "--out", str(tmp_path / "s.npy")]) == 0
     )
@@ -642,10 +623,8 @@ def test_files_one_by_one(
     assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
     pixels = np.stack([np.asarray(Image.open(file)) for file in files])
     with np.load(tmp_path / "z.npz") as arrays:
-        assert (
-            np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
-            and arrays["path"].tolist() == files
-        )
+        assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
+        assert arrays["path"].tolist() == files
     assert (
         main(
             [
@@ -661,10 +640,8 @@ def test_files_one_by_one(
     )
     with np.load(tmp_path / "all.npz") as arrays:
         inside = [str(folder / "class0" / path) for path in image_paths(folder / "class0")]
-        assert (
-            arrays["path"].tolist() == [files[0], *inside]
-            and len(arrays["z_0"]) == 1 + len(inside) > 2
-        )
+        assert arrays["path"].tolist() == [files[0], *inside]
+        assert len(arrays["z_0"]) == 1 + len(inside) > 2
     assert main(["reconstruct", *files, *bundle, "--out", str(tmp_path / "made")]) == 0
     made = [np.asarray(Image.open(tmp_path / "made" / f"{Path(file).stem}.png")) for file in files]
     assert np.array_equal(made, engine.reconstruct(pixels))

@@ -140,11 +140,8 @@ def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np
     assert errors == sorted(errors, reverse=True) and errors[0] > 1.2 * errors[-1]
     mixed = engine.encode(images, eps=[False, True] * 6)
     for one, both in zip(mixed, levels, strict=True):
-        assert (
-            np.array_equal(one.eps[1::2], both.eps[1::2])
-            and not one.eps[0::2].any()
-            and np.array_equal(one.z, both.z)
-        )
+        assert np.array_equal(one.eps[1::2], both.eps[1::2]) and not one.eps[0::2].any()
+        assert np.array_equal(one.z, both.z)
 
 
 def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
@@ -260,9 +257,8 @@ def test_bound_buffers_give_the_same_bytes_and_keep_nothing(
         }
         kept.append((bound.run(inputs, names), engine.backend.run("encode", inputs)))
     for found, expected in kept:
-        assert found.keys() == expected.keys() and all(
-            np.array_equal(found[name], expected[name]) for name in names
-        )
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], expected[name]) for name in names)
     assert set(bound.run(inputs, names[:1])) == {names[0]}
 
 
@@ -318,10 +314,8 @@ def test_a_failure_of_one_computation_fails_that_request_alone(
         ]
     )
     assert [a.status for a in answers] == [200, 500]
-    assert (
-        json.loads(answers[1].body)["error"]["code"] == "internal_error"
-        and b"secret" not in answers[1].body
-    )
+    assert json.loads(answers[1].body)["error"]["code"] == "internal_error"
+    assert b"secret" not in answers[1].body
 
 
 def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) -> None:
@@ -333,14 +327,11 @@ def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) 
     large = np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3))
     (answer,) = Service("score", exact).answer([as_json(images=[file(large)], resize="fit")])
     (result,) = json.loads(answer.body)["results"]
-    assert (
-        result["p_value"] is result["ood"] is result["ood_score"] is None
-        and "resized" in result["notes"][0]
-    )
+    assert result["p_value"] is result["ood"] is result["ood_score"] is None
+    assert "resized" in result["notes"][0]
     assert "no verdict" in result["notes"][1] and "explain" not in result
-    assert result["decision"] == "no_verdict" and result["decision_reason"].startswith(
-        "resized_not_calibrated: "
-    )
+    assert result["decision"] == "no_verdict"
+    assert result["decision_reason"].startswith("resized_not_calibrated: ")
     assert list(result)[-3:] == ["notes", "decision", "decision_reason"]
 
 
@@ -363,11 +354,8 @@ def test_each_path_has_its_own_verdict(
     assert made.exact is not None and made.resized is not None
     assert len(made.exact.scores) == 100 and len(made.resized.scores) == 170
     about = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
-    assert (
-        about["images"] == 100
-        and about["resized"]["images"] == 170
-        and about["resized"]["resized_and_back"] == 160
-    )
+    assert about["images"] == 100 and about["resized"]["images"] == 170
+    assert about["resized"]["resized_and_back"] == 160
     assert any("left out 1 image: image 90: not an image" in line for line in told)
     assert not any(line.startswith("images of the model's size: ") for line in told)
     calibrate_bundle(
@@ -535,11 +523,8 @@ def test_statistics_that_are_not_finite_are_that_image_s_error(
         )
     assert good == expected and isinstance(bad, NotFinite)
     results = json.loads(answer.body)["results"]
-    assert (
-        answer.status == 200
-        and results[0]["bpd"] == expected.bpd
-        and results[1]["error"]["code"] == "not_finite"
-    )
+    assert answer.status == 200 and results[0]["bpd"] == expected.bpd
+    assert results[1]["error"]["code"] == "not_finite"
 
 
 @pytest.mark.parametrize("samples", [1, 3])

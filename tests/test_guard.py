@@ -61,9 +61,8 @@ def outcome(*headers: tuple[str, str], **options: Any) -> tuple[int, str]:
     if start["status"] == 200:
         return 200, text.decode()
     fields = dict(start["headers"])
-    assert fields[b"content-type"] == b"application/json" and int(fields[b"content-length"]) == len(
-        text
-    )
+    assert fields[b"content-type"] == b"application/json"
+    assert int(fields[b"content-length"]) == len(text)
     error = json.loads(text)["error"]
     assert set(error) == {"code", "message"}
     return start["status"], error["code"]
@@ -281,15 +280,10 @@ def test_the_application_of_a_lifespan_is_reached() -> None:
 
 
 def test_parts() -> None:
-    assert split_authority("Ade.Example:80") == ("ade.example", 80) and split_authority(
-        "[::1]"
-    ) == ("[::1]", None)
+    assert split_authority("Ade.Example:80") == ("ade.example", 80)
+    assert split_authority("[::1]") == ("[::1]", None)
     with pytest.raises(ValueError, match="expected HOST or HOST:PORT, got 'a b'"):
         split_authority("a b")
-    assert (
-        is_address("[::1]")
-        and is_address("10.0.0.1")
-        and not is_address("::1")
-        and not is_address("010.0.0.1")
-    )
+    assert is_address("[::1]") and is_address("10.0.0.1") and not is_address("::1")
+    assert not is_address("010.0.0.1")
     assert is_same_origin("http://a:80", "a") and not is_same_origin("http://a", "b")

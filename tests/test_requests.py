@@ -293,11 +293,8 @@ def test_latents_in_the_structure_of_encode() -> None:
         {"model": "m", "results": [{"levels": levels}]},
     ):
         parsed = parse_sample(as_json(latents=latents), LATENTS)
-        assert (
-            parsed.count == 1
-            and parsed.latents is not None
-            and parsed.latents[1].shape == (1, 2, 4, 4)
-        )
+        assert parsed.count == 1 and parsed.latents is not None
+        assert parsed.latents[1].shape == (1, 2, 4, 4)
 
 
 JSON_VALUES = st.recursive(
@@ -341,11 +338,8 @@ def check(operation: str, request_: RawRequest) -> None:
         )
     except ApiError as error:
         assert error.status in (400, 413, 415, 422)
-        assert (
-            set(error.body()["error"]) <= {"code", "message", "index"}
-            and error.code
-            and error.message
-        )
+        assert set(error.body()["error"]) <= {"code", "message", "index"} and error.code
+        assert error.message
         json.dumps(error.body())
     else:
         if isinstance(parsed, ImagesRequest):
@@ -416,7 +410,8 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     assert (raised.value.status, raised.value.code) == (
         413,
         "request_too_large",
-    ) and what in raised.value.message
+    )
+    assert what in raised.value.message
     assert time.process_time() - started < 1
 
 

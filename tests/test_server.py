@@ -166,9 +166,8 @@ def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarr
     assert isinstance(scores[1], AdeError) and scores[1].index == 1
     assert [scores[0], scores[2]] == client.score(real_images[:2])
     made = client.reconstruct(images)
-    assert (
-        isinstance(made[1], AdeError) and made[0].image.shape == (32, 32, 3) and made[0].psnr > 10
-    )
+    assert isinstance(made[1], AdeError) and made[0].image.shape == (32, 32, 3)
+    assert made[0].psnr > 10
     with pytest.raises(AdeError) as caught:
         client.encode(images)
     assert caught.value.status == 415 and caught.value.index == 1
@@ -324,11 +323,8 @@ def test_status(
         for m in found["models"].values()
         for w in m["workers"]
     )
-    assert (
-        found["requests"]["2xx"] > 0
-        and found["requests"]["4xx"] > 0
-        and found["versions"]["torchserve"]
-    )
+    assert found["requests"]["2xx"] > 0 and found["requests"]["4xx"] > 0
+    assert found["versions"]["torchserve"]
     assert "error       20" in text and "sample 422 bad_parameter: n must be from 1 to 256" in text
     assert {"time", "id", "ms", "batch"} <= set(found["last_errors"][-1])
     assert main(["status", "--host", "::1"]) == 2
@@ -348,10 +344,8 @@ def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
     images = np.concatenate([real_images[:9], noise])
     group = client.score_group(images, fdr=0.1)
     assert group.p_value is not None and group.p_value < 0.05
-    assert (
-        group.discoveries == sum(r.discovery for r in group.results) >= 1
-        and group.results[-1].discovery
-    )
+    assert group.discoveries == sum(r.discovery for r in group.results) >= 1
+    assert group.results[-1].discovery
     at_half = client.score_group(images, alpha=0.5)
     assert at_half.rejected == sum(r.p_value <= 0.5 for r in group.results) > group.rejected
 

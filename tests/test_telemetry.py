@@ -132,16 +132,11 @@ def test_requests_and_where_their_time_goes() -> None:
         [(200, ""), (200, ""), (415, "not_an_image")], 3, {"parse": 0.01, "compute": 0.05}
     )
     found = values(telemetry)
-    assert (
-        found[REQUESTS, "200", "none"] == 2
-        and found[REQUESTS, "415", "not_an_image"] == 1
-        and found[IMAGES,] == 3
-    )
+    assert found[REQUESTS, "200", "none"] == 2 and found[REQUESTS, "415", "not_an_image"] == 1
+    assert found[IMAGES,] == 3
     assert found[STAGE_SECONDS, "compute"] == pytest.approx(0.15)
-    assert (
-        found[SECONDS.bucket, "0.1"] == found[SECONDS.count,] == 3
-        and found[SECONDS.bucket, "0.05"] == 0
-    )
+    assert found[SECONDS.bucket, "0.1"] == found[SECONDS.count,] == 3
+    assert found[SECONDS.bucket, "0.05"] == 0
     assert found[BATCH.bucket, "4"] == 1 and found[BATCH.sum,] == 3
     assert telemetry.collect() == []
     telemetry.observe_batch([(200, "")], 1, {"compute": 0.2})
