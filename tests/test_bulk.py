@@ -28,22 +28,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ade_cli.serve
 from ade_base.files import image_paths, only_writer
 from ade_base.pictures.decoders import DecoderError
 from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_base.pictures.show import write_png
 from ade_cli.commands import command
 from ade_cli.data_options import say
-from ade_cli.main import main, parse
-from ade_cli.score import NO_VERDICT, _report, resumed
+from ade_cli.main import main
+from ade_cli.score import NO_VERDICT, resumed
 from export.gate.calibrate import calibrate_bundle
 from export.gate.images import readable
-from handlers.launch import serve
 from serving import bulk
 from serving.api.score_table import columns
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
-from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
 from serving.page.files import write_file
@@ -192,16 +189,8 @@ def test_only_regular_files_are_read(
     assert rows.pop("good.png")["bpd"] > 0
     assert {path: row["notes"] for path, row in rows.items()} == reasons
     assert {row["error"] for row in rows.values()} == {"unreadable", "too_large"}
-    for verb in (
-        ["score"],
-        ["encode", "--out", str(tmp_path / "z.npz")],
-        ["reconstruct", "--out", str(tmp_path / "made")],
-    ):
-        assert (
-            main([verb[0], str(folder / "pipe.png"), "--bundle", str(tiny_bundle), *verb[1:]]) == 2
-        )
-        captured = capsys.readouterr()
-        assert "not a regular file" in captured.out + captured.err
+    assert main(["score", str(folder / "pipe.png"), "--bundle", str(tiny_bundle)]) == 2
+    assert "not a regular file" in capsys.readouterr().out
     # From ade calibrate.
     assert list(readable(sorted(folder.iterdir()), say)) == [(folder / "good.png").read_bytes()]
     said = capsys.readouterr().err
@@ -225,28 +214,14 @@ def test_a_few_of_the_files_that_cannot_be_read_are_named(
         [*readable([tmp_path / f"{i}.png" for i in range(6)], lines.append)]
 
 
-def test_few_expected_false_alarms_are_not_none(capsys: pytest.CaptureFixture) -> None:
-    for accepted, expected in ((8, "0.08"), (400, "4"), (123_456, "1,235")):
-        _report(argparse.Namespace(out="t.csv", alpha=0.01), bulk.Summary(0, 0, accepted, 0))
-        assert f"images, about {expected} would be rejected" in capsys.readouterr().out
-
-
 def test_resized_images_without_their_calibration_have_no_verdict(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
-    arguments = [
-        "score",
-        str(tmp_path / "one"),
-        "--bundle",
-        str(tmp_path / "exact"),
-        "--resize",
-        "fit",
-        "--samples",
-        "3",
-    ]
+    arguments = ["score", str(tmp_path / "one"), "--bundle", str(tmp_path / "exact")]
+    arguments += ["--resize", "fit", "--samples", "3"]
     assert main([*arguments, "--out", str(tmp_path / "a.jsonl")]) == NO_VERDICT
     said = capsys.readouterr()
     assert "1 without a verdict, 0 rejected, 0 accepted" in said.out
@@ -270,14 +245,8 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
     assert manifest["resize"] == manifest["resized"]["resize"] == "fit"
     assert manifest["images"] == 100
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "wide.png")
-    arguments = [
-        "score",
-        str(tmp_path / "wide.png"),
-        "--bundle",
-        str(tmp_path / "any"),
-        "--alpha",
-        "0.1",
-    ]
+    arguments = ["score", str(tmp_path / "wide.png"), "--bundle", str(tmp_path / "any")]
+    arguments += ["--alpha", "0.1"]
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert "warning: this bundle was calibrated on images of any size" in said.err
@@ -478,19 +447,8 @@ def test_a_kill_leaves_a_resumable_file_and_no_process(
 ) -> None:
     folder = Path(shutil.copytree(folder, tmp_path / "images"))
     out = tmp_path / "scores.csv"
-    command = [
-        sys.executable,
-        "-m",
-        "ade_cli.main",
-        "score",
-        str(folder),
-        "--bundle",
-        str(tiny_bundle),
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-    ]
+    words = ["score", folder, "--bundle", tiny_bundle, "--out", out, "--workers", 2]
+    command = [sys.executable, "-m", "ade_cli.main", *map(str, words)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     part = tmp_path / "scores.csv.part"
     try:
@@ -569,19 +527,6 @@ def test_the_cause_of_a_failing_worker_is_reported(
         score_folder(before, folder, tmp_path / "scores.csv", 1, lambda done, total: None)
 
 
-def test_a_worker_that_cannot_read_is_reported(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(bulk, "open_bundle", refuse)
-    monkeypatch.setattr(bulk, "_end_with", lambda parent: None)
-    bulk._start_worker(tiny_bundle, tmp_path, BulkOptions(), "1", 0)
-    with pytest.raises(BulkError, match="Permission denied: .*"):
-        bulk._score_chunk([])
-
-
 def test_without_room_for_a_decoder_a_command_ends_with_one_line(
     tiny_bundle: Path,
     tmp_path: Path,
@@ -606,45 +551,33 @@ def test_without_room_for_a_decoder_a_command_ends_with_one_line(
 def test_files_one_by_one(
     tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    bundle = ["--bundle", str(tiny_bundle)]
-    files = [str(folder / path) for path in list(image_paths(folder))[3:6]]
-    assert main(["score", *files, str(folder / "wide.png"), *bundle]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 4 and all("bpd" in row for row in rows[:3])
-    assert rows[3]["error"] == "wrong_size"
-    assert (
-        main(["sample", *bundle, "--n", "4", "--seed", "7", "--out", str(tmp_path / "s.npy")]) == 0
-    )
-    assert main(["sample", *bundle, "--n", "4", "--out", str(tmp_path / "s.png")]) == 0
-    engine = InferenceEngine(tiny_bundle, device="cpu")
-    assert np.array_equal(np.load(tmp_path / "s.npy"), engine.sample([7] * 4, range(4)))
-    with Image.open(tmp_path / "s.png") as grid:
+    engine, files = InferenceEngine(tiny_bundle, device="cpu"), list(image_paths(folder))[3:6]
+    given = [str(folder / file) for file in files]
+    pixels = np.stack([np.asarray(Image.open(file)) for file in given])
+
+    def ade(*words: str, out: str | None = None) -> Path:
+        where = [] if out is None else ["--out", str(tmp_path / out)]
+        assert main([*words, "--bundle", str(tiny_bundle), *where]) == 0
+        return tmp_path / str(out)
+
+    ade("score", *given, str(folder / "wide.png"))
+    *rows, wide = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert len(rows) == 3 and all("bpd" in row for row in rows) and wide["error"] == "wrong_size"
+    samples = np.load(ade("sample", "--n", "4", "--seed", "7", out="s.npy"))
+    assert np.array_equal(samples, engine.sample([7] * 4, range(4)))
+    with Image.open(ade("sample", "--n", "4", out="s.png")) as grid:
         assert grid.info["ade:n"] == "4"
-    assert main(["encode", *files, *bundle, "--out", str(tmp_path / "z.npz")]) == 0
-    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
-    with np.load(tmp_path / "z.npz") as arrays:
+    with np.load(ade("encode", *given, out="z.npz")) as arrays:
         assert np.array_equal(arrays["z_0"], engine.encode(pixels)[0].z)
-        assert arrays["path"].tolist() == files
-    assert (
-        main(
-            [
-                "encode",
-                files[0],
-                str(folder / "class0"),
-                *bundle,
-                "--out",
-                str(tmp_path / "all.npz"),
-            ]
-        )
-        == 0
-    )
-    with np.load(tmp_path / "all.npz") as arrays:
-        inside = [str(folder / "class0" / path) for path in image_paths(folder / "class0")]
-        assert arrays["path"].tolist() == [files[0], *inside]
+        assert arrays["path"].tolist() == given
+    class0 = folder / "class0"
+    with np.load(ade("encode", given[0], str(class0), out="all.npz")) as arrays:
+        inside = [str(class0 / path) for path in image_paths(class0)]
+        assert arrays["path"].tolist() == [given[0], *inside]
         assert len(arrays["z_0"]) == 1 + len(inside) > 2
-    assert main(["reconstruct", *files, *bundle, "--out", str(tmp_path / "made")]) == 0
-    made = [np.asarray(Image.open(tmp_path / "made" / f"{Path(file).stem}.png")) for file in files]
-    assert np.array_equal(made, engine.reconstruct(pixels))
+    made = ade("reconstruct", *given, out="made")
+    found = [np.asarray(Image.open(made / f"{Path(file).stem}.png")) for file in files]
+    assert np.array_equal(found, engine.reconstruct(pixels))
     assert "dB" in capsys.readouterr().out
 
 
@@ -778,13 +711,6 @@ def test_errors_name_the_cause(
     assert not list(tmp_path.glob("x*")) and not (folder / "out").exists()
 
 
-def test_without_a_gpu_there_are_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "SIGNS_OF_A_GPU", ())
-    monkeypatch.setattr(serve, "run", lambda args: serve._gpu_for(args.device, args.backend))
-    with pytest.raises(BackendError, match="--device cuda: PyTorch finds no CUDA device"):
-        ade_cli.serve.run(parse(["serve", "BUNDLE", "--cuda-graphs"]))
-
-
 @pytest.mark.parametrize("suffix", bulk.FORMATS)
 def test_no_table_is_left_if_nothing_could_be_scored(
     suffix: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -826,36 +752,28 @@ def test_pictures_of_a_folder_keep_its_subfolders(
 def test_originals_are_never_overwritten(
     tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    mine = tmp_path / "a.png"
-    mine.write_bytes((folder / "class0" / "0000.png").read_bytes())
-    before = mine.read_bytes()
-    assert (
-        main(["reconstruct", str(mine), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
-    )
-    assert "would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
-    elsewhere = shutil.copy(mine, tmp_path / "b.png")  # no folder of the given images
-    (tmp_path / "other").mkdir()
-    shutil.copy(mine, tmp_path / "other" / "b.png")
-    words = [str(tmp_path / "other" / "b.png"), "--bundle", str(tiny_bundle), "--out"]
-    assert main(["reconstruct", *words, str(tmp_path)]) == 2
-    assert "b.png would be overwritten" in capsys.readouterr().err
-    assert Path(elsewhere).read_bytes() == before
-    (tmp_path / "arrays.npz").write_bytes(b"mine")
-    assert main(["encode", *words, str(tmp_path / "arrays.npz")]) == 2
-    assert "arrays.npz exists already" in capsys.readouterr().err
-    assert (tmp_path / "arrays.npz").read_bytes() == b"mine"
-    classes = tmp_path / "sorted" / tmp_path.name
-    classes.mkdir(parents=True)
-    (classes / "a.png").write_bytes(before)
-    words = [str(classes.parent), str(mine), "--bundle", str(tiny_bundle)]
-    assert main(["reconstruct", *words, "--out", str(tmp_path.parent)]) == 2
-    assert "a.png would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
-    other = tmp_path / "a.bmp"  # its picture would be named like the one above
-    Image.open(mine).save(other)
-    assert (
-        main(["reconstruct", str(other), "--bundle", str(tiny_bundle), "--out", str(tmp_path)]) == 2
-    )
-    assert "a.png would be overwritten" in capsys.readouterr().err and mine.read_bytes() == before
+    """Neither those of the command, nor others of their names where its files would go."""
+    content = (folder / "class0" / "0000.png").read_bytes()
+    inside = f"sorted/{tmp_path.name}/a.png"  # of a folder whose names would lead back here
+    mine, *_ = paths = [
+        tmp_path / one for one in ("a.png", "b.png", "other/b.png", inside, "z.npz")
+    ]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    Image.open(mine).save(tmp_path / "a.bmp")  # its picture would be named like the one above
+    for verb, given, out, said in (
+        ("reconstruct", ["a.png"], ".", "a.png would be overwritten"),
+        ("reconstruct", ["other/b.png"], ".", "b.png would be overwritten"),
+        ("encode", ["other/b.png"], "z.npz", "z.npz exists already"),
+        ("reconstruct", ["sorted", "a.png"], "..", "a.png would be overwritten"),
+        ("reconstruct", ["a.bmp"], ".", "a.png would be overwritten"),
+    ):
+        files = [str(tmp_path / one) for one in given]
+        to = str((tmp_path / out).resolve())
+        assert main([verb, *files, "--bundle", str(tiny_bundle), "--out", to]) == 2
+        assert said in capsys.readouterr().err
+    assert {path.read_bytes() for path in paths} == {content}
 
 
 def test_a_process_that_ended_before_it_got_more_is_named() -> None:
