@@ -64,7 +64,7 @@ def export_bundle(
         out: the bundle's folder; must not exist.
         name: of the model, in answers and manifests.
         images: uint8 ``(N, H, W, C)``, held-out images for the parity test, preferably 40 or more.
-        evaluation: figures of ``ade evaluate``, for the manifest.
+        evaluation: figures of ``ade evaluate`` by part, for the manifest.
         report: called with each line of progress.
         licence: of the weights, for the manifest.
         further: graphs of extensions to add, by name, such as ``codec``.
@@ -220,5 +220,5 @@ def evaluation_of(folder: Path) -> dict[str, Any] | None:
             if not isinstance(values, dict):
                 raise ExportError(f"{folder / name} is damaged: it is not a JSON object")
             found: dict[str, Any] | None = values if key is None else values.get(key)
-            return found
+            return None if found is None or "data" in found else found  # of version 0.2
     return None

@@ -13,7 +13,8 @@ import numpy as np
 
 from ade_base.brand import percent, verdict_card
 from ade_base.files import write_text
-from ade_base.pictures.show import psnr, tile, write_png
+from ade_base.panel import panel_rows
+from ade_base.pictures.show import tile, write_png
 from ade_base.reports import render
 from fitting.plan import Plan
 from fitting.survey import Survey
@@ -178,8 +179,6 @@ def false_alarms(
 
 def write_report(findings: Findings, path: Path) -> None:
     """Write the page."""
-    ratios = map(psnr, findings.held_out, findings.rebuilt)
-    inexact = [ratio for ratio in ratios if ratio is not None]
     both = np.concatenate([findings.held_out, findings.rebuilt])
     page = render(
         f"Gate for {findings.plan.name}: report of ade fit",
@@ -189,8 +188,7 @@ def write_report(findings: Findings, path: Path) -> None:
         filters={"number": "{:,}".format, "percent": percent, "png": _png},
         **vars(findings),
         folder=shlex.quote(str(findings.bundle.folder)),
-        elbo=findings.bundle.manifest["evaluation"]["elbo"],
-        psnr_db=np.mean(inexact) if inexact else None,
+        panel=panel_rows(findings.bundle.manifest["evaluation"]["test"]["figures"]),
         alphas=ALPHAS,
         alpha=_alpha_of(findings.calibrated),
         shown=SHOWN,

@@ -88,9 +88,6 @@ MOVES = {
     "handlers.launch": (
         "handlers.process.launcher handlers.processes.one_process handlers.torchserve.status"
     ),
-    "extensions.comparison": (
-        "training.metrics.inception training.metrics.inception_score training.metrics.kid"
-    ),
 }
 MOVING = {module: room for room, modules in MOVES.items() for module in modules.split()}
 

@@ -443,7 +443,7 @@ def findings(tiny_bundle: Path, small_images: np.ndarray) -> Findings:
     alarms = false_alarms({False: list((np.arange(40) + 0.5) / 40), True: []}, calibrations)
     calibration = bundle.manifest["calibration"]
     changes = {
-        "evaluation": {"elbo": {"bpd": 3.0, "standard_error": 0.1}},
+        "evaluation": {"test": {"figures": {"bpd": {"value": 3.0, "error": 0.1}}}},
         "training": {"images_seen": 1000, "started_from": {"images_seen": 2500}},
         "calibration": {
             **calibration,
@@ -909,7 +909,7 @@ def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
     assert bundle.name == "my-images" and bundle.image_shape == (24, 24, 3)
     calibration = bundle.manifest["calibration"]
     assert calibration["images"] > 40 and calibration["resized"]["resized_and_back"] > 60
-    assert bundle.manifest["evaluation"]["elbo"]["bpd"] < 20
+    assert bundle.manifest["evaluation"]["test"]["figures"]["bpd"]["value"] < 20
     noise = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), np.uint8)
     scores = InferenceEngine(bundle, device="cpu").score(noise)
     assert np.mean([score.verdict.p_value for score in scores]) < 0.1

@@ -224,7 +224,7 @@ def test_about(page: Page, service: RunningService) -> None:
     panel = ui.show(page, "About")
     about = open_bundle(PRETRAINED).manifest
     for words in (
-        f"{about['evaluation']['elbo']['bpd']:.3f}",
+        f"{about['evaluation']['test']['figures']['bpd']['value']:.3f}",
         f"{about['calibration']['images']:,} images",
         "What it is good for",
         "45,000 images to train",

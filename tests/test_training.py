@@ -66,7 +66,6 @@ from training.losses import (
     latent_surcharge,
     quality_loss,
 )
-from training.measure import EFFICIENTNET
 from training.recipes import recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
 from training.run_start import (
@@ -1404,7 +1403,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
         ("run.json", RunError, last_options),
         ("run.json", RunError, read_started),
         ("state.json", RunError, read_state),
-        ("evaluation.json", RunError, lambda run: _store({}, run / "evaluation.json")),
+        ("evaluation.json", RunError, lambda run: _store({}, run / "evaluation.json", "test")),
         ("evaluation.json", ExportError, evaluation_of),
         ("data.json", DataError, lambda run: dataset_of(nothing, run)),
     ):
@@ -1571,9 +1570,7 @@ def test_images_to_bundle_and_back(
     (bound,) = (its for name, its in result.items() if name.startswith("iwae-"))
     assert result["part"] == "test" and bound["bpd"] < result["elbo"]["bpd"] + 0.05
     assert bound["elbo"] == result["elbo"]["bpd"]  # of the same images
-    assert (
-        json.loads((bundle / "manifest.json").read_text())["evaluation"]["elbo"] == result["elbo"]
-    )
+    assert json.loads((bundle / "manifest.json").read_text())["evaluation"] == result
     named = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
     make_folder(named, small_images)  # those that it was trained on, and too few others
     words = ["calibrate", str(bundle), str(tmp_path / "calibrated"), "--data", str(named)]
@@ -1587,7 +1584,7 @@ def test_images_to_bundle_and_back(
     assert re.search(r"with 1[67]\d calibration images", said), said
     assert "left out" in said and "  alpha 0.05: " in said
     at_home = sorted(path.name for path in bundle.iterdir())
-    assert main(["evaluate", str(bundle), "--data", str(named), "--draws", "1"]) == 0
+    assert main(["evaluate", str(bundle), "--data", str(named)]) == 0
     # The given-away bundle has no cache of decoded images.
     assert sorted(path.name for path in bundle.iterdir()) == at_home
     again = ["train", "av-ade", "--data", str(folder), *TRAIN, *NARROW]
@@ -1899,11 +1896,11 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
     run = Path(shutil.copytree(made_before / "old", tmp_path / "run"))
     checkpoint = latest_checkpoint(run)
     for place, count, kept in ((checkpoint, 6, 6), (run, 4, 6), (checkpoint, 7, 7)):
-        given = ["--images", str(count), "--draws", "1", "--device", "cpu"]
+        given = ["--final", "--images", str(count), "--device", "cpu"]
         assert main(["evaluate", str(place), *given]) == 0
         printed = capsys.readouterr()
-        assert json.loads(printed.out)["images"] == count
-        assert json.loads((checkpoint / "evaluation.json").read_text())["images"] == kept
+        assert json.loads(printed.out)["test"]["images"] == count
+        assert json.loads((checkpoint / "evaluation.json").read_text())["test"]["images"] == kept
         assert ("evaluation.json is kept" in printed.err) == (count < kept)
     assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
 
@@ -1923,10 +1920,10 @@ def test_figures_of_a_checkpoint_that_was_replaced_are_printed(
         return dataset_of_run(*given)
 
     monkeypatch.setattr("ade_cli.evaluate.dataset_of_run", replace)
-    given = ["evaluate", str(run), "--images", "4", "--draws", "1", "--device", "cpu"]
+    given = ["evaluate", str(run), "--images", "4", "--final", "--device", "cpu"]
     assert main(given) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["images"] == 4 and not checkpoint.exists()
+    assert json.loads(printed.out)["test"]["images"] == 4 and not checkpoint.exists()
     assert f"{checkpoint} was replaced by a newer checkpoint meanwhile" in printed.err
 
 
@@ -1939,14 +1936,12 @@ def test_copies_of_training_images_are_counted(
     for file in [file for file in files if part_of(file.name) == "test"][:2]:
         shutil.copy(trained, file)
     run = trained_on(folder, tmp_path / "run")
-    for part, is_said in (("test", True), ("train", False)):
-        assert main(["evaluate", str(run), "--part", part, "--draws", "1", "--device", "cpu"]) == 0
-        said = capsys.readouterr().err
-        assert (" images are copies of training images" in said) == is_said
-        assert not is_said or "\n2 of " in said
+    assert main(["evaluate", str(run), "--final", "--device", "cpu"]) == 0
+    assert "\n2 of " in (said := capsys.readouterr().err)
+    assert " images are copies of training images" in said
 
 
-def test_stored_figures_are_of_the_test_part_and_are_not_lost(
+def test_figures_are_stored_by_part_and_are_not_lost(
     folder: Path,
     made_before: Path,
     tmp_path: Path,
@@ -1955,38 +1950,30 @@ def test_stored_figures_are_of_the_test_part_and_are_not_lost(
 ) -> None:
     run = Path(shutil.copytree(made_before / "old", tmp_path / "run"))
     path = latest_checkpoint(run) / "evaluation.json"
-    given = ["evaluate", str(run), "--device", "cpu", "--draws"]
-    assert main([*given, "2", "--data", str(folder)]) == 0
-    stored = json.loads(path.read_text())
-    stored["distances"] = {"mean": {EFFICIENTNET: {"frechet": 1.0, "rank_deficient": True}}}
-    path.write_text(json.dumps(stored))
-    old = {key: value for key, value in stored.items() if key != "kl"}  # as version 0.1 wrote it
+    given = ["evaluate", str(run), "--device", "cpu"]
+    old = {"data": "x", "part": "test", "images": 1000}  # as version 0.2 wrote it
     path.write_text(json.dumps(old))
-    assert evaluation_of(path.parent) == old
-    assert main([*given, "1"]) == 0  # fewer figures of the same images
-    assert json.loads(path.read_text()) == stored
-    assert main([*given, "2", "--bound-images", "3"]) == 0  # the bound of fewer images
-    assert json.loads(path.read_text()) == stored
-    assert main([*given, "1", "--seed", "1"]) == 0
-    assert f"{path} is kept: its figures are of seed 0, not 1" in capsys.readouterr().err
-    assert json.loads(path.read_text()) == stored
+    assert evaluation_of(path.parent) is None
+    assert main([*given, "--final", "--data", str(folder)]) == 0
+    stored = json.loads(path.read_text())
+    assert stored.keys() == {"test"} and "excess Fréchet distance" in capsys.readouterr().err
+    assert main([*given, "--final", "--seed", "1"]) == 0
+    assert "its figures of test are of seed 0, not 1" in capsys.readouterr().err
     other = shutil.copytree(folder, tmp_path / "other")
-    for elsewhere in (["--part", "train"], ["--data", str(other)]):
-        assert main([*given, "1", *elsewhere]) == 0
-        assert "it is for the part test of the run's own data set" in capsys.readouterr().err
-        assert json.loads(path.read_text()) == stored
-    path.write_text(json.dumps({**stored, "part": "train", "images": 1000}))  # by version 0.1
-    assert main([*given, "1"]) == 0
-    assert json.loads(path.read_text())["part"] == "test"
+    assert main([*given, "--final", "--data", str(other)]) == 0
+    assert "it is for the run's own data set" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == stored
+    assert main(given) == 0
+    both = json.loads(path.read_text())
+    assert both.keys() == {"select", "test"} and both["test"] == stored["test"]
     # `ade export` takes what `ade evaluate` stores.
-    path.write_text(json.dumps(stored))
     exported: list[Any] = []
     monkeypatch.setattr(
         "ade_cli.export.export_bundle",
         lambda folder, out, name, images, evaluation, **_: exported.append(evaluation),
     )
     assert main(["export", str(run), str(tmp_path / "bundle")]) == 0
-    assert exported == [stored]
+    assert exported == [both]
 
 
 @pytest.mark.parametrize(

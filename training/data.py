@@ -88,6 +88,11 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[first:last]
         return ImageSet(self.images[first:last], labels)
 
+    def take(self, rows: list[int]) -> ImageSet:
+        """The images of some rows, which are copied."""
+        labels = None if self.labels is None else self.labels[rows]
+        return ImageSet(self.images[rows], labels)
+
     def digests(self) -> Iterator[bytes]:
         """SHA-256 of each image's pixels, by which copies are found."""
         for row in range(len(self)):

@@ -19,7 +19,7 @@ from training.data import DataError, ImageSet
 from training.metrics.efficientnet import (
     SIZE,
     EfficientNetFeatures,
-    EfficientNetLite0,
+    EfficientNetLite,
     load_efficientnet,
 )
 
@@ -66,7 +66,7 @@ class ImageNetEncoder(nn.Module):
     spread: Tensor
 
     def __init__(
-        self, network: EfficientNetLite0, spread: Tensor, classifier: nn.Linear | None
+        self, network: EfficientNetLite, spread: Tensor, classifier: nn.Linear | None
     ) -> None:
         super().__init__()
         self.network = network
@@ -106,12 +106,12 @@ def make_encoder(images: ImageSet) -> TrainedEncoder:
     classifier = None
     if classes:
         labels = torch.from_numpy(numbers[rows])
-        classifier = _classifier(torch.from_numpy(features / spread), labels, classes)
+        classifier = linear_classifier(torch.from_numpy(features / spread), labels, classes)
     encoder = ImageNetEncoder(load_efficientnet(), torch.from_numpy(spread), classifier)
     return TrainedEncoder(encoder.eval().requires_grad_(False), len(rows), classes)
 
 
-def _classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+def linear_classifier(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     """A linear classifier of features ``(N, F)``, trained by cross-entropy."""
     draws = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():

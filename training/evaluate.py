@@ -104,49 +104,32 @@ def bpd_of(
     return _bpd_and_kl_of(model, images, device, samples, seed)[0]
 
 
-def evaluate(
-    model: ADEModel,
-    images: np.ndarray,
-    device: torch.device,
-    samples: int,
-    seed: int = 0,
-    bound_images: int | None = None,
+def likelihood_figures(
+    model: ADEModel, images: np.ndarray, device: torch.device, seed: int = 0
 ) -> dict[str, Any]:
-    """Mean bits per dimension by ELBO and IWAE-K, with standard errors over images, and the KL.
+    """Mean bits per dimension by the ELBO and its part that is the KL, for :mod:`ade_base.panel`.
 
     Args:
         model: in evaluation mode, float32.
-        images: uint8 ``(N, H, W, C)``.
+        images: uint8 ``(N, H, W, C)``, two or more.
         device: of the model.
-        samples: K of IWAE-K.
         seed: of the noise.
-        bound_images: number of images for IWAE-K, the first ones; ``None`` for all.
 
     Returns:
-        By ``elbo`` and ``iwae-K``: ``bpd``, ``standard_error`` and ``images``; for ``iwae-K`` also
-        ``elbo``, the bits per dimension of the same images by the ELBO. By ``kl``, unless the model
-        has no latents, the part of the ELBO that is the KL, in bits per dimension: ``kl_0``,
-        ``kl_1``, ..., coarsest first, their ``sum`` and ``images``.
+        The figures ``bpd``, with the standard error over images, and ``kl``, with its ``levels``,
+        coarsest first.
     """
-    elbos, kls = _bpd_and_kl_of(model, images, device, 1, seed)
-    result: dict[str, Any] = {"elbo": _mean(elbos)}
-    if model.config.widths:  # a flow alone has no latents: its ``kl_0`` is the code length of ``y``
-        levels = kls.mean(1).tolist()
-        named = {f"kl_{level}": kl for level, kl in enumerate(levels)}
-        result["kl"] = {**named, "sum": sum(levels), "images": len(images)}
-    if samples > 1:
-        bounds = bpd_of(model, images[:bound_images], device, samples, seed)
-        same = float(elbos[: len(bounds)].mean())
-        result[f"iwae-{samples}"] = {**_mean(bounds), "elbo": same}
-    return result
-
-
-def _mean(bpd: np.ndarray) -> dict[str, Any]:
-    return {
-        "bpd": float(bpd.mean()),
-        "standard_error": float(bpd.std(ddof=1) / np.sqrt(len(bpd))),
-        "images": len(bpd),
+    bpd, kl = _bpd_and_kl_of(model, images, device, 1, seed)
+    error = float(bpd.std(ddof=1) / np.sqrt(len(bpd)))
+    figures: dict[str, Any] = {
+        "bpd": {"value": float(bpd.mean()), "error": error, "images": len(images)}
     }
+    if model.config.widths:
+        levels = kl.mean(1).tolist()
+        figures["kl"] = {"value": sum(levels), "levels": levels, "images": len(images)}
+    else:  # its "KL" would be the code length of ``y``
+        figures["kl"] = {"value": None, "note": "the model has no latents"}
+    return figures
 
 
 def sample_kinds(model: ADEModel, operations: Sequence[str]) -> tuple[str, ...]:

@@ -1,150 +1,70 @@
-"""Measurement of a model: its likelihood, reconstructions and samples."""
+"""Measurement of a model by the panel of :mod:`ade_base.panel`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ade_base.panel import LITE2, RANDOM, RELATIVE
 from ade_base.pictures.show import psnr
 from ade_model.model import ADEModel
-from training.data import DataError, Dataset
-from training.evaluate import evaluate, reconstructions, sample_images, sample_kinds
-from training.metrics.efficientnet import EfficientNetFeatures, efficientnet_weights
-from training.metrics.features import ResNet20, features_of
-from training.metrics.frechet import frechet_distance, is_rank_deficient
-from training.metrics.gan_train import GAN_TEST, gan_train_accuracy
-from training.metrics.inception import inception_features, verified_inception
-from training.metrics.inception_score import inception_score
-from training.metrics.kid import kernel_distance
-from training.metrics.precision_recall import improved_precision_recall, prd_f_scores
+from training.data import DataError, Dataset, ImageSet
+from training.evaluate import likelihood_figures, reconstructions, sample_images, sample_kinds
+from training.metrics.efficientnet import EfficientNetFeatures
+from training.metrics.features import FeatureError, RandomConvolutions
+from training.metrics.frechet import frechet_distance
+from training.metrics.gan_train import gan_train_accuracy, label_samples
+from training.metrics.precision_recall import improved_precision_recall
 from training.recipes import saw_efficientnet
 
-MIN_HELD_OUT = 20  # for distances between sets of features
-FID_COUNTS = (5_000, 10_000, 50_000)
-NOT_INDEPENDENT = "not independent: the model was trained against these features"
-RESNET20, EFFICIENTNET, INCEPTION = "resnet20-cifar10", "efficientnet-lite0", "inception-v3"
+SELECT, FINAL = "select", "test"
+SETS = 2000  # images in each set between which distances are measured, and reconstructed ones
+LEAST = 100  # images in such a set
+LABELLED = 10_000  # samples, and real images, that GAN-train learns from
+PER_TESTED = 5  # of these for each image that tests it, at most
+
+Features = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class MeasureOptions:
-    """What to measure, and on how many images.
-
-    Attributes:
-        part: held-out part of the data set.
-        images: number of its images to use, the first ones; ``None`` for all.
-        draws: K of the importance-weighted bound.
-        bound_images: number of images for that bound, the first ones; ``None`` for all.
-        resnet20: weights of a CIFAR-10 ResNet-20, for its feature space and GAN-train.
-        efficientnet: whether to use the feature space of EfficientNet-Lite0.
-        inception: weights of the FID's Inception, or ``download``.
-        samples: number of samples for ResNet-20.
-        efficientnet_samples: number of samples for EfficientNet-Lite0.
-        seed: of the noise.
-    """
-
-    part: str = "test"
-    images: int | None = None
-    draws: int = 8
-    bound_images: int | None = None
-    resnet20: Path | None = None
-    efficientnet: bool = False
-    inception: str | None = None
-    samples: int = 10_000
-    efficientnet_samples: int = 5_000
-    seed: int = 0
-
-
-def check_options(dataset: Dataset, options: MeasureOptions) -> None:
-    """Check that everything can be measured, which is best known before days of training.
-
-    Raises:
-        DataError: there are too few held-out images.
-        FeatureError: the weights of a network are missing or wrong.
-    """
-    found = len(dataset.parts[options.part])
-    if options.images is not None:
-        found = min(found, options.images)
-    least = MIN_HELD_OUT if options.resnet20 or options.efficientnet or options.inception else 2
-    if found < least:
-        raise DataError(
-            f"the part {options.part} of {dataset.name} has {found} images "
-            f"({dataset.splits[options.part]}); these measurements need at least {least}: choose "
-            "another part, or give more images"
-        )
-    check_networks(options)
-
-
-def check_networks(options: MeasureOptions) -> None:
-    """Check the networks that measure, for which no images need to be read.
-
-    Raises:
-        FeatureError: the weights of a network are missing or wrong.
-    """
-    if options.resnet20 is not None:
-        ResNet20(options.resnet20)
-    if options.efficientnet:
-        efficientnet_weights()
-    if options.inception is not None:
-        verified_inception(options.inception)
-
-
-@dataclass
-class _Space:
-    """A feature space, with the held-out images in it."""
-
-    samples: int
-    features: Callable[[np.ndarray], np.ndarray]
-    real: np.ndarray
-    logits: Callable[[np.ndarray], np.ndarray] | None = None
-
-
-@dataclass
+@dataclass(eq=False)
 class Measurer:
     """Measures models against the same held-out images, whose features it computes once.
 
+    Attributes:
+        dataset: of the model.
+        device: of the model.
+        part: held-out part of the data set.
+        images: number of its images to use, the first ones; ``None`` for all.
+        seed: of the noise.
+        report: called with each line of progress.
+
     Raises:
         DataError: there are too few held-out images.
-        FeatureError: the weights of a network are missing or wrong.
     """
 
     dataset: Dataset
     device: torch.device
-    options: MeasureOptions
+    part: str = SELECT
+    images: int | None = None
+    seed: int = 0
     report: Callable[[str], None] = lambda line: None
-    images: np.ndarray = field(init=False)
-    _spaces: dict[str, _Space] = field(init=False, default_factory=dict)
-    _real_accuracy: float | None = field(init=False, default=None)
-    _fid_real: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+    held_out: ImageSet = field(init=False)
+    _sets: int = field(init=False)
 
     def __post_init__(self) -> None:
-        options = self.options
-        check_options(self.dataset, options)
-        self.images = np.asarray(self.dataset.parts[options.part].images[: options.images])
-        if options.resnet20 is not None:
-            network = ResNet20(options.resnet20).to(self.device)
-            self._add(
-                RESNET20,
-                options.samples,
-                lambda images: features_of(network, images, self.device),
-                network.logits,
+        part = self.dataset.parts[self.part]
+        self.held_out = part.slice(0, len(part) if self.images is None else self.images)
+        if len(self.held_out) < 2:
+            raise DataError(
+                f"the part {self.part} of {self.dataset.name} has {len(part)} images "
+                f"({self.dataset.splits[self.part]}); measuring needs at least 2"
             )
-        if options.efficientnet:
-            self._add(EFFICIENTNET, options.efficientnet_samples, EfficientNetFeatures())
-
-    def _add(
-        self,
-        name: str,
-        samples: int,
-        features: Callable[[np.ndarray], np.ndarray],
-        logits: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        self.report(f"{name}: features of held-out images")
-        self._spaces[name] = _Space(samples, features, features(self.images[:samples]), logits)
+        self._sets = min(SETS, len(self.held_out), len(self.dataset.parts["train"]))
 
     def measure(self, model: ADEModel, about: Mapping[str, Any]) -> dict[str, Any]:
         """Measure one model.
@@ -155,130 +75,125 @@ class Measurer:
                 can only sample until its inference network is trained) and its recipe.
 
         Returns:
-            Plain values for JSON; each figure has its number of samples and its reference.
+            Plain values for JSON: what was measured on, and the ``figures`` of the panel.
         """
-        options = self.options
         operations = about.get("operations", model.config.operations)
-        result: dict[str, Any] = {
+        figures = self._likelihood(model) if "score" in operations else {}
+        for name in {"bpd", "kl", "psnr"} - figures.keys():
+            figures[name] = _absent("the model has no likelihood")
+        self._samples(model, operations, figures)
+        if saw_efficientnet(about):
+            for name in (LITE2, "density_lite2", "precision", "recall", "gan_train"):
+                figures[name].setdefault("note", RELATIVE)
+        return {
             "data": self.dataset.name,
-            "part": options.part,
-            "split": self.dataset.splits[options.part],
-            "images": len(self.images),
-            "seed": options.seed,
+            "split": self.dataset.splits[self.part],
+            "images": len(self.held_out),
+            "seed": self.seed,
+            "figures": figures,
         }
-        if "score" in operations:
-            self.report("bits per dimension")
-            result |= evaluate(
-                model, self.images, self.device, options.draws, options.seed, options.bound_images
-            )
-            self.report("reconstructions")
-            made = reconstructions(model, self.images[: options.bound_images], self.device)
-            decibels = map(psnr, self.images[: len(made)], made)
-            inexact = [value for value in decibels if value is not None]
-            result["psnr"] = {
-                "mean_db": float(np.mean(inexact)) if inexact else None,
-                "exact": len(made) - len(inexact),
-                "images": len(made),
-            }
-        for kind in sample_kinds(model, operations) if self._spaces else ():
-            self._samples(result, model, kind)
-        if saw_efficientnet(about) and EFFICIENTNET in self._spaces:
-            result["distances"]["mean"][EFFICIENTNET]["independent"] = NOT_INDEPENDENT
-        if options.inception is not None:
-            self._inception(result, model)
-        return result
 
-    def _samples(self, result: dict[str, Any], model: ADEModel, kind: str) -> None:
-        """Distances of samples in each space; EfficientNet's is for mean samples alone."""
-        with_noise = kind == "density"
-        spaces = {k: v for k, v in self._spaces.items() if not (with_noise and k == EFFICIENTNET)}
-        if not spaces:
-            return
-        count = max(space.samples for space in spaces.values())
-        self.report(f"{count} {kind} samples")
-        samples = sample_images(model, count, self.device, with_noise, self.options.seed)
-        found: dict[str, Any] = {}
-        for name, space in spaces.items():
-            self.report(f"{name}: {kind} samples")
-            generated = space.features(samples[: space.samples])
-            reference = f"{len(space.real)} images of {self.dataset.splits[self.options.part]}"
-            values: dict[str, Any] = {
-                "samples": len(generated),
-                "reference": reference,
-                "frechet": frechet_distance(space.real, generated),
-            }
-            if is_rank_deficient(space.real, generated):
-                values["rank_deficient"] = True
-            if kind == "mean":
-                values |= {
-                    "kernel": kernel_distance(generated, space.real),
-                    "neighbours": improved_precision_recall(generated, space.real),
-                    "prd": prd_f_scores(generated, space.real),
-                }
-            if space.logits is not None:
-                logits = space.logits(generated)
-                values["class_score"] = inception_score(logits)
-                if kind == "mean":
-                    self._gan_train(result, samples[: space.samples], logits.argmax(1))
-            found[name] = values
-        result.setdefault("distances", {})[kind] = found
+    def _likelihood(self, model: ADEModel) -> dict[str, Any]:
+        self.report("bits per dimension")
+        images = np.asarray(self.held_out.images[:])
+        figures = likelihood_figures(model, images, self.device, self.seed)
+        self.report("reconstructions")
+        made = reconstructions(model, images[:SETS], self.device)
+        decibels = [psnr(a, b) for a, b in zip(images, made, strict=False)]
+        inexact = [value for value in decibels if value is not None]
+        figures["psnr"] = {
+            "value": float(np.mean(inexact)) if inexact else None,
+            "images": len(made),
+        }
+        if len(inexact) < len(made):
+            figures["psnr"]["note"] = f"{len(made) - len(inexact):,} reconstructions are exact"
+        return figures
 
-    def _gan_train(self, result: dict[str, Any], samples: np.ndarray, classes: np.ndarray) -> None:
-        labels = self.dataset.parts[self.options.part].labels
-        if labels is None or self.dataset.name != "cifar10":  # the classifier knows CIFAR-10
+    def _samples(self, model: ADEModel, operations: Any, figures: dict[str, Any]) -> None:
+        """The figures of samples, or why there are none."""
+        names = ("precision", "recall", LITE2, RANDOM, "density_lite2", "density_random")
+        if self._sets < LEAST:
+            why = f"needs {LEAST} held-out and training images, has {self._sets}"
+            figures |= {name: _absent(why) for name in (*names, "gan_train")}
             return
-        self.report("GAN-train")
-        labels = labels[: len(self.images)]
+        kinds = sample_kinds(model, operations)
+        count = max(self._sets, self._to_label)
+        self.report(f"{count:,} mean samples")
+        samples = sample_images(model, count, self.device, False, self.seed)
+        density = None
+        if "density" in kinds:
+            self.report(f"{self._sets:,} density samples")
+            density = sample_images(model, self._sets, self.device, True, self.seed)
+        for space in (LITE2, RANDOM):
+            try:
+                features, scale, real, known = self._space(space)
+            except FeatureError as error:
+                lacking = _absent(str(error))
+                figures |= dict.fromkeys((space, f"density_{space}"), lacking)
+                if space == LITE2:
+                    figures |= dict.fromkeys(("precision", "recall", "gan_train"), lacking)
+                continue
+            base = frechet_distance(known[: self._sets], real)
+            for name, drawn in ((space, samples), (f"density_{space}", density)):
+                if drawn is None:
+                    figures[name] = _absent("the model has no density samples")
+                    continue
+                self.report(f"{name}: features of samples")
+                generated = features(drawn if name == LITE2 else drawn[: self._sets]) / scale
+                ours = frechet_distance(generated[: self._sets], real)
+                distances = {"distance": ours, "distance_of_real": base}
+                figures[name] = {"value": ours - base, "images": self._sets, **distances}
+                if name == LITE2:
+                    found = improved_precision_recall(generated[: self._sets], real)
+                    for kind, value in zip(("precision", "recall"), found, strict=True):
+                        figures[kind] = {"value": value, "images": self._sets}
+                    figures["gan_train"] = self._gan_train(samples, generated, known)
+
+    @functools.cached_property
+    def _to_label(self) -> int:
+        """Number of samples, and of training images, that GAN-train learns from; 0 without it."""
         train = self.dataset.parts["train"]
-        if self._real_accuracy is None and train.labels is not None:
-            count = min(len(samples), len(train))
-            self._real_accuracy = gan_train_accuracy(
-                np.asarray(train.images[:count]),
-                train.labels[:count],
-                self.images,
-                labels,
-                self.device,
-            )
-        result["gan_train"] = {
-            "accuracy": gan_train_accuracy(samples, classes, self.images, labels, self.device),
-            "accuracy_of_real": self._real_accuracy,
-            "samples": len(samples),
-            "classes": int(len(np.unique(classes))),
-        }
-        result["gan_test"] = GAN_TEST
+        if train.labels is None or self.held_out.labels is None:
+            return 0
+        return min(LABELLED, len(train), PER_TESTED * len(self.held_out))
 
-    def _inception(self, result: dict[str, Any], model: ADEModel) -> None:
-        """FID, KID and Inception score.
+    @functools.cache  # noqa: B019
+    def _space(self, name: str) -> tuple[Features, np.ndarray, np.ndarray, np.ndarray]:
+        """A feature space, by what to divide it, and the held-out and training images in it."""
+        self.report(f"{name}: features of real images")
+        features: Features
+        if name == LITE2:
+            features = EfficientNetFeatures(version=2, mode="bicubic")
+        else:
+            features = RandomConvolutions(self.device)
+        real = features(np.asarray(self.held_out.images[: self._sets]))
+        spread = real.std(0)
+        scale = np.ones_like(spread) if name == LITE2 else np.where(spread > 0, spread, 1)
+        count = max(self._sets, self._to_label) if name == LITE2 else self._sets
+        known = features(np.asarray(self.dataset.parts["train"].images[:count]))
+        return features, scale, real / scale, known / scale
 
-        The FID of 5,000 and of 10,000 samples is against the held-out part; that of 50,000 samples
-        is against the training images. Of the held-out part at most ``options.images`` are used.
-        """
-        assert self.options.inception is not None
-        self.report("Inception: samples")
-        samples = sample_images(
-            model, FID_COUNTS[-1], self.device, with_noise=False, seed=self.options.seed
+    def _gan_train(
+        self, samples: np.ndarray, generated: np.ndarray, known: np.ndarray
+    ) -> dict[str, Any]:
+        count = self._to_label
+        train = self.dataset.parts["train"]
+        if not count or train.labels is None or self.held_out.labels is None:
+            return _absent("the images have no classes")
+        classes, labels = np.unique(train.labels, return_inverse=True)
+        if len(classes) < 2:
+            return _absent("the images are of one class")
+        self.report("GAN-train")
+        tested = np.isin(self.held_out.labels, classes)
+        images = np.asarray(self.held_out.images[:])[tested]
+        truth = np.searchsorted(classes, self.held_out.labels[tested])
+        made = label_samples(known[:count], labels[:count], generated[:count])
+        ours, real = (
+            gan_train_accuracy(seen[:count], its, images, truth, self.device)
+            for seen, its in ((samples, made), (np.asarray(train.images[:count]), labels[:count]))
         )
-        generated, logits = inception_features(self.options.inception, samples, self.device)
-        if not self._fid_real:
-            few, more, most = FID_COUNTS
-            held_out, train = (
-                inception_features(self.options.inception, np.asarray(images), self.device)[0]
-                for images in (self.images[:more], self.dataset.parts["train"].images[:most])
-            )
-            self._fid_real = {few: held_out, more: held_out, most: train}
-        fid: dict[str, Any] = {}
-        for count in FID_COUNTS:
-            part = "train" if count == FID_COUNTS[-1] else self.options.part
-            real = self._fid_real[count]
-            fid[str(count)] = {
-                "fid": frechet_distance(real, generated[:count]),
-                "reference": f"{len(real)} images of {self.dataset.splits[part]}",
-            }
-            if is_rank_deficient(real, generated[:count]):
-                fid[str(count)]["rank_deficient"] = True
-        real = self._fid_real[FID_COUNTS[1]]
-        result["inception"] = {
-            "fid": fid,
-            "kid": kernel_distance(generated[: len(real)], real),
-            "is": {**inception_score(logits), "samples": len(logits)},
-        }
+        return {"value": ours, "real": real, "images": len(images), "samples": count}
+
+
+def _absent(why: str) -> dict[str, Any]:
+    return {"value": None, "note": why}

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 
 from ade_base.files import write_text
+from ade_base.panel import panel_rows
 from ade_base.pictures.show import write_png
 from ade_model.checkpoint import read_config
 from ade_model.model import ADEModel
 from training.data import Dataset
-from training.evaluate import evaluate, reconstruction_grid, sample_grid, sample_kinds
+from training.evaluate import likelihood_figures, reconstruction_grid, sample_grid, sample_kinds
 from training.runs import read_state
 
 REPORT_IMAGES = 2000
-REPORT_SAMPLES = 8
-BOUND_IMAGES = 200  # for which as many draws are used
 HEADINGS = {
     "mean": "Mean samples, f⁻¹(μ(z))",
     "density": "Density samples, f⁻¹(μ(z) + σε)",
@@ -47,20 +46,11 @@ def write_report(
     ]
     held_out = dataset.parts["select"].images[:REPORT_IMAGES]
     if len(held_out) > 1 and "score" in about["operations"]:
-        found = evaluate(model, held_out, device, REPORT_SAMPLES, bound_images=BOUND_IMAGES)
-        kl = found.pop("kl", None)
+        found = likelihood_figures(model, np.asarray(held_out), device)
         lines += [
-            f"- bits per dimension ({name}, {value['images']} held-out images of the part "
-            f"`select`): {value['bpd']:.4f} ± {value['standard_error']:.4f}"
-            + (f"; the ELBO of the same: {value['elbo']:.4f}" if "elbo" in value else "")
-            for name, value in found.items()
+            f"- {title}, on the part `select`: {text} {about}".rstrip()
+            for title, text, about in panel_rows(found)
         ]
-        if kl is not None:
-            levels = ", ".join(f"{v:.4f}" for name, v in kl.items() if name.startswith("kl_"))
-            lines.append(
-                f"- of the ELBO {kl['sum']:.4f} bits per dimension are the KL; by level, coarsest "
-                f"first: {levels}"
-            )
         grid = reconstruction_grid(model, np.asarray(held_out[:16]), device)
         (pictures / "reconstructions.png").write_bytes(write_png(grid))
         lines += [

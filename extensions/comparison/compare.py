@@ -26,11 +26,11 @@ from filelock import Timeout
 
 from ade_base.files import LOCK, locked, write_text
 from ade_model.checkpoint import load_model, read_config
+from extensions.comparison.measure import MeasureOptions, Measurer
+from extensions.comparison.resnet20 import ResNet20
 from training.config import TrainConfig
 from training.data import Dataset
 from training.loop import train
-from training.measure import MeasureOptions, Measurer
-from training.metrics.features import ResNet20
 from training.run_options import RunOptions
 from training.run_start import check_budget, different_fields, open_run, read_started
 from training.runs import (

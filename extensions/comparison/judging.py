@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from extensions.comparison.measure import INCEPTION
 from extensions.comparison.paper import BPD_ERROR, Finding, claims
 from extensions.comparison.rows import (
     SPACES,
@@ -15,7 +16,6 @@ from extensions.comparison.rows import (
     number_text,
     used_spaces,
 )
-from training.measure import INCEPTION
 
 SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 

@@ -14,6 +14,7 @@ from ade_base.files import write_text
 from ade_base.reports import from_markdown, markdown_table, render
 from extensions.comparison.compare import SMOOTHING, keep_rows
 from extensions.comparison.judging import judge_claims
+from extensions.comparison.measure import EFFICIENTNET, INCEPTION, RESNET20
 from extensions.comparison.paper import (
     CITED,
     PAPER,
@@ -32,7 +33,6 @@ from extensions.comparison.rows import (
     row_label,
     used_spaces,
 )
-from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe_names
 from training.runs import RunError
 from training.weights import count_weights

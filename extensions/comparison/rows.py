@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from training.measure import EFFICIENTNET, INCEPTION, RESNET20
+from extensions.comparison.measure import EFFICIENTNET, INCEPTION, RESNET20
 
 SPACES = {RESNET20: "Fréchet ResNet-20", EFFICIENTNET: "Fréchet EfficientNet", INCEPTION: "FID 50k"}
 

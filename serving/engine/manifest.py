@@ -45,14 +45,16 @@ _STARTED_FROM: dict[str, Expected] = {
 }
 _STARTED_FROM["started_from"] = _or_null(_STARTED_FROM)
 _STARTED_FROM["flow_from"] = _or_null(_STARTED_FROM)  # if the flow is that of another model
-# What ade evaluate reports: numbers, and these.
-_FIGURES: dict[str | EllipsisType, Expected] = {
-    "reference": str,
-    "gan_test": str,
-    "independent": str,
-    "rank_deficient": bool,
+# A figure of ade_base/panel.py, and what it was measured on.
+_FIGURE: dict[str | EllipsisType, Expected] = {"value": _or_null(float), "note": str}
+_FIGURE |= {"images": int, "samples": int, "levels": [float], ...: float}
+_MEASURED: dict[str, Expected] = {
+    "data": str,
+    "split": str,
+    "images": int,
+    "seed": int,
+    "figures": {...: _FIGURE},
 }
-_FIGURES[...] = Either((float, _FIGURES, None))
 _CALIBRATION: dict[str, Expected] = {
     "statistic": str,
     "estimator": str,
@@ -87,17 +89,8 @@ MANIFEST: dict[str, Expected] = {
         "flow_from": _or_null(_STARTED_FROM),
         "guided": bool,
     },
-    "evaluation": _or_null(
-        {
-            "data": str,
-            "part": str,
-            "split": str,
-            "images": int,
-            "seed": int,
-            "elbo": {"bpd": float, "standard_error": float, ...: float},
-            **_FIGURES,
-        }
-    ),
+    # By the part of the data; before version 0.3 the figures of one part, which are not shown.
+    "evaluation": _or_null({"select": _MEASURED, "test": _MEASURED}),
     "calibration": _or_null(_CALIBRATION),
     "calibrations": _or_null({...: _CALIBRATION}),
     "features": _or_null(

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ade_base.brand import percent
+from ade_base.panel import panel_rows
 from ade_client.client import AdeError
 from serving.api.openapi import openapi_document
 from serving.page import charts
@@ -28,11 +29,7 @@ RECIPES = {
     "av-ade": "a variational autoencoder whose decoder works in the feature space of a Real-NVP, "
     "trained by likelihood and by an adversarial loss",
 }
-# The networks whose features `ade evaluate` compares, for people; the first one measured is shown.
-NETWORKS = {
-    "resnet20-cifar10": "a small network",
-    "efficientnet-lite0": "a network trained on ImageNet",
-}
+RECIPES["flagship"] = RECIPES["av-ade"]
 PAPER = "https://arxiv.org/abs/1901.01091"
 SAMPLES = 16
 SEED = 7
@@ -41,7 +38,7 @@ PARTS = {  # what the parts of the data are for
     "train": "to train",
     "select": "to choose between training states",
     "calibrate": "to calibrate the verdict",
-    "test": "held out, for the figures above",
+    "test": "held out, for final figures",
 }
 PART = re.compile(r"\w+\[(\d+):(\d+)\]")
 ALPHA = 0.01
@@ -121,6 +118,8 @@ def card(models: Models, model: str) -> str:
     shares = {} if exact is None else exact.caught(ALPHA)
     splits = manifest["data"].get("splits") or {}
     parity = manifest.get("parity") or []
+    training = manifest.get("training") or {}
+    is_projected, is_guided = _helpers(training, recipe)
     return _render(
         "card.html",
         bundle=bundle,
@@ -128,7 +127,9 @@ def card(models: Models, model: str) -> str:
         width=width,
         channels=channels,
         kind=kinds[0] if kinds else f"a generative model of the recipe {recipe}",
-        training=manifest.get("training") or {},
+        training=training,
+        is_projected=is_projected,
+        is_guided=is_guided,
         exact=exact,
         known=known,
         caught=[name for name, share in shares.items() if share >= ALWAYS],
@@ -160,36 +161,10 @@ def _figures(
     manifest: dict[str, Any], calibrations: Calibrations, data: str
 ) -> Iterator[tuple[str, str]]:
     """The main figures, each with its meaning; ``data`` calibrated the verdict."""
-    evaluation = manifest.get("evaluation") or {}
-    if evaluation.get("part") == "train":  # not held out
-        evaluation = {}
-    if "elbo" in evaluation:
-        elbo = evaluation["elbo"]
-        yield (
-            f"{elbo['bpd']:.3f} ± {elbo['standard_error']:.3f}",
-            f"bits per dimension on {evaluation['images']:,} held-out images; lower is "
-            "better, and uncompressed pixels have 8",
-        )
-    if "psnr" in evaluation:
-        decibels, images = evaluation["psnr"]["mean_db"], f"{evaluation['psnr']['images']:,}"
-        if decibels is None:
-            yield "Exact", f"all {images} reconstructions of held-out images equal them"
-        else:
-            yield (
-                f"{decibels:.1f} dB",
-                f"PSNR of reconstructions of {images} held-out images, on average; higher is "
-                "better",
-            )
-    distances = (evaluation.get("distances") or {}).get("mean") or {}
-    for space, network in NETWORKS.items():
-        one = distances.get(space) or {}
-        if "frechet" in one and not (one.get("independent") or one.get("rank_deficient")):
-            yield (
-                f"{one['frechet']:.1f}",
-                f"Fréchet distance of {one['samples']:,} clean samples to held-out images, in the "
-                f"features of {network}; 0 is equal; it is not the FID",
-            )
-            break
+    part, measured = _measured(manifest)
+    for title, value, remark in panel_rows(measured.get("figures") or {}):
+        if value != "–":
+            yield value, f"{title}{f'; {remark}' if remark else ''}; part {part}"
     if calibrations.exact is None:
         yield "No verdict", "the bundle is not calibrated"
     else:
@@ -198,6 +173,24 @@ def _figures(
             f"of {data} calibrated the verdict; no p-value is below "
             f"{calibrations.exact.smallest_p_value:.2g}",
         )
+
+
+def _measured(manifest: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The part of the data to show figures of, the final one if it was measured, and these."""
+    evaluation = manifest.get("evaluation") or {}
+    part = next((part for part in ("test", "select") if part in evaluation), "")
+    return part, evaluation.get(part) or {}
+
+
+def _helpers(training: dict[str, Any], recipe: str) -> tuple[bool, bool]:
+    """Whether a projected discriminator and guides took part in a training, or in one before it."""
+    stages, is_projected, is_guided = [training | {"recipe": recipe}], False, False
+    while stages:
+        stage = stages.pop()
+        is_guided |= bool(stage.get("guided"))
+        is_projected |= str(stage.get("recipe")).endswith("-pd") or stage["recipe"] == "flagship"
+        stages += [stage[k] for k in ("started_from", "flow_from") if stage.get(k)]
+    return is_projected, is_guided
 
 
 def reference(models: Models) -> str:

