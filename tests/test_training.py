@@ -423,6 +423,22 @@ def test_reconstructions_train_the_whole_model(small_images: np.ndarray) -> None
     )
 
 
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_share_the_reconstructions_of_one(processes: int) -> None:
+    """The first images of the whole batch are reconstructed, whoever has them."""
+    config = dataclasses.replace(SMALL, reconstruction_weight=1.0)
+    features, x = torch.randn(12, 3, 8, 8), torch.rand(12, 3, 8, 8)
+
+    def error(rank: int, processes: int) -> torch.Tensor:
+        it = trainer(config)
+        it.rank, it.processes = rank, processes
+        shares = (values.chunk(processes)[rank] for values in (features, x))
+        return it._reconstruction_error(*shares)
+
+    every = torch.stack([error(rank, processes) for rank in range(processes)])
+    assert every.mean().item() == pytest.approx(error(0, 1).item(), rel=1e-5)
+
+
 def test_the_kl_is_reported_by_level_and_its_weight_grows(small_images: np.ndarray) -> None:
     config = dataclasses.replace(SMALL, discriminator=None, kl_warmup=2 * SMALL.batch_size)
     trained, plain = (
