@@ -95,5 +95,7 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
         FigureCanvasAgg(figure).print_figure(pictures / f"curve-{name}.png", dpi=110)
+        if hinged:
+            caption += ". Logits of a hinge loss do not estimate the paper's KL"
         written.append((f"curve-{name}.png", caption))
     return written

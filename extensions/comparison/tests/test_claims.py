@@ -34,6 +34,12 @@ def test_bits_are_judged_by_the_spread_of_seeds(
     assert claim.judge([{"bpd": better}, {"bpd": worse}]) is finding
 
 
+def test_systems_are_comparable_unless_one_is_worse() -> None:
+    claim = Claim("", ("a", "b"), ("bpd",), is_equality=True)
+    for ours, finding in ((3.80, HOLDS), (3.92, HOLDS), (3.93, FAILS)):
+        assert claim.judge([{"bpd": ours}, {"bpd": 3.90}]) is finding
+
+
 def test_bits_must_differ_by_more_than_two_standard_errors() -> None:
     claim = Claim("", ("a", "b"), ("bpd",))
     better, worse = {"bpd": 3.90, "bpd_error": 0.03}, {"bpd": 3.98, "bpd_error": 0.04}
