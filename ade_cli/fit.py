@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Turn a folder of images into a bundle that can be served: survey the images, choose what "
         "to train, train, measure, export and calibrate it, and write a report. It needs about 800 "
-        "images or more; files of more than 16 million pixels or 16 MiB are left out. The same "
-        "command resumes an interrupted run."
+        "images or more; files of more than 16 million pixels (JPEG and HEIC: 51 million) or 16 "
+        "MiB are left out. The same command resumes an interrupted run."
     )
     parser.add_argument(
         "folder", type=given_path, metavar="DIR", help="folder of images, searched recursively"

@@ -15,12 +15,9 @@ from ade_base.messages import visible
 OTHER_PICTURES = frozenset(
     [
         ".arw",
-        ".avif",
         ".cr2",
         ".cr3",
         ".dng",
-        ".heic",
-        ".heif",
         ".jfif",
         ".jp2",
         ".jxl",

@@ -18,7 +18,9 @@ if __name__ == "__main__":
         ANSWER.pack(True, 2**31, 4, 4),  # too much text
         ANSWER.pack(True, 4, 4, 4) + b"{}[]" + bytes(48),  # no JSON
         ANSWER.pack(False, 4, 0, 0) + json.dumps("no").encode(),  # not an error
-        ANSWER.pack(True, 2, 4, 4) + b"[]" + bytes(20),  # too few pixels
+        ANSWER.pack(True, 2, 4, 4) + b"[]" + bytes(48),  # no size
+        ANSWER.pack(True, 10, 4, 4) + b"[[],[5,4]]" + bytes(48),  # another size
+        ANSWER.pack(True, 10, 4, 4) + b"[[],[4,4]]" + bytes(20),  # too few pixels
         b"",
     ]
     if last >= len(

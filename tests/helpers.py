@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import io
 import os
 import resource
@@ -202,8 +203,13 @@ def make_traps(folder: Path) -> dict[str, str]:
     }
 
 
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+
+
 def encode(image: Image.Image, format: str, **options) -> bytes:
     out = io.BytesIO()
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
     image.save(out, format, **options)
     return out.getvalue()
 

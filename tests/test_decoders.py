@@ -35,28 +35,13 @@ from fitting.survey import size_of
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
-from tests.bombs import BOMBS, HARMLESS, tiff_of_tiles
-from tests.helpers import ROOT, encode, suspended
+from tests.bomb_files import tiff_of_tiles
+from tests.bombs import BOMBS, HARMLESS, REASONS
+from tests.helpers import HAS_HEIF, ROOT, encode, suspended
 from tests.service import RunningService
 
+MODERN = ("AVIF", "HEIF") if HAS_HEIF else ("AVIF",)
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
-# Bombs that were measured on the service without limits, and the limit that must refuse each.
-REASONS = {
-    "bmp-rle-delta": "must be uncompressed",
-    "tiff-tags": "tags in a directory",
-    "png-exif-tags": "tags in a directory",
-    "webp-exif-tags": "tags in a directory",
-    "jpeg-exif-tags": "tags in a directory",
-    "gif-comment": "bytes of comments",
-    "jpeg-scans": "100 scans",
-    "tiff-tile": "tiles not larger than the image",
-    "tiff-tiles-beyond": "pixels in tiles",
-    "tiff-strips": "strips or tiles",
-    "tiff-strips-of-1x64K": "strips or tiles",
-    "png-iccps": "colour profiles",
-    "webp-codes": "bytes of lossless pixels",
-    "png-ztxt": "used in text chunks",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -134,21 +119,25 @@ def test_a_tiff_in_usual_tiles_is_decoded(sizes: tuple[int, int, int, int]) -> N
 def test_pictures_of_the_largest_size_are_decoded() -> None:
     measured = _measured(sorted(HARMLESS))
     assert measured.keys() == set(HARMLESS)
-    for row in measured.values():
+    for name, row in measured.items():
         assert row["outcome"].startswith("decoded"), row
-        assert row["cpu_seconds"] < 2 and row["header_cpu_seconds"] < 0.2 and row["MiB"] < 400, row
+        assert (
+            row["cpu_seconds"] < (6 if "8192x6144" in name else 2)
+            and row["header_cpu_seconds"] < 0.2
+            and row["MiB"] < 400
+        ), row
 
 
 def _files(real_images: np.ndarray) -> dict[str, bytes]:
     """Good files of many kinds, those included that are decoded in this process."""
     picture = Image.fromarray(real_images[0]).resize((40, 30))
     files = {}
-    for orientation in (0, 1, 3, 6, 9):
+    for orientation in (0, 1, 3, 6, 9):  # in an AVIF or HEIC, it becomes a property
         exif = Image.Exif()
         exif[0x0112] = orientation
         files |= {
             f"{format} turned {orientation}": encode(picture, format, exif=exif)
-            for format in ("PNG", "JPEG", "WEBP", "TIFF")
+            for format in ("PNG", "JPEG", "WEBP", "TIFF", *MODERN)
         }
     alpha = picture.copy()
     alpha.putalpha(picture.convert("L"))
@@ -161,11 +150,11 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
         "I;16": sixteen,
         **{mode: picture.convert(mode) for mode in ("L", "1", "CMYK", "YCbCr")},
     }
-    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *MODERN):
         for mode, image in by_mode.items():
             try:
                 files[f"{format} {mode}"] = encode(image, format)
-            except (OSError, ValueError):  # the format has no such mode
+            except (OSError, ValueError, KeyError):  # the format has no such mode
                 continue
     del files["TIFF YCbCr"]  # Pillow cannot read what it writes
     files |= {
@@ -176,7 +165,7 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
     files["JPEG profile"] = encode(picture, "JPEG", icc_profile=bytes(100_000), comment=b"hello")
     files["PNG text"] = encode(picture, "PNG", icc_profile=bytes(1000))
     files["PNG palette"] = encode(picture.quantize(16), "PNG", transparency=3)
-    for format in ("PNG", "WEBP", "GIF", "TIFF"):
+    for format in ("PNG", "WEBP", "GIF", "TIFF", *MODERN):
         files[f"{format} frames"] = encode(
             picture, format, save_all=True, append_images=[alpha.convert("RGB").rotate(90)]
         )
@@ -186,7 +175,8 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
 
 def test_good_files_are_decoded_alike_in_both_places(real_images: np.ndarray) -> None:
     plain = 0
-    for name, data in _files(real_images).items():
+    files = _files(real_images)
+    for name, data in files.items():
         structure = read_structure(data)
         here, there = decode(data, structure), decode_apart(data, structure)
         assert np.array_equal(here.pixels, there.pixels) and here.notes == there.notes, name
@@ -196,7 +186,7 @@ def test_good_files_are_decoded_alike_in_both_places(real_images: np.ndarray) ->
             if image.mode in ("RGB", "L", "CMYK", "YCbCr", "1"):
                 expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
                 assert np.array_equal(here.pixels, expected), name
-    assert 20 < plain < 60
+    assert 20 < plain < 60 and len(files) > 70
     assert len(decoders._idle) == 1
 
 
@@ -299,7 +289,7 @@ def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", range(9))
+@pytest.mark.parametrize("kind", range(11))
 def test_an_invalid_answer_is_an_error_of_its_image(
     monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
 ) -> None:
@@ -384,15 +374,18 @@ def _seeds() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "a camera"
-    made = [encode(picture, format) for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")]
-    made += [encode(picture, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF")]
+    formats = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *MODERN)
+    made = [encode(picture, format) for format in formats]
+    made += [
+        encode(picture, format, exif=exif) for format in ("PNG", "JPEG", "WEBP", "TIFF", *MODERN)
+    ]
     made += [
         encode(picture, "TIFF", compression=name)
         for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")
     ]
     made += [
         encode(picture, format, save_all=True, append_images=[picture.rotate(180)])
-        for format in ("PNG", "WEBP", "GIF", "TIFF", "MPO")
+        for format in ("PNG", "WEBP", "GIF", "TIFF", "MPO", *MODERN)
     ]
     return [
         *made,

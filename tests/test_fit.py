@@ -342,7 +342,7 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
                 "of 64 files (unusable: 2, such as broken.png: ",
                 "the part select gets 1",
                 "links to folders are not followed: FEW/linked\n",
-                "to PNG or JPEG first: 2 .heic, 1 .avif\n",
+                "to PNG or JPEG first: 2 .dng, 1 .jxl\n",
                 "no classes: copy.png lies outside the 3 folders\n",
             ],
         ),
@@ -372,7 +372,7 @@ def test_folders_that_cannot_be_fitted(
     make_folder(tmp_path / "few", small_images[:60])
     shutil.copy(tmp_path / "few" / "class0" / "0000.png", tmp_path / "few" / "copy.png")
     (tmp_path / "few" / "linked").symlink_to(tmp_path / "few" / "class0")
-    for name in ("class0/a.HEIC", "class1/b.heic", "c.avif"):
+    for name in ("class0/a.DNG", "class1/b.dng", "c.jxl"):
         (tmp_path / "few" / name).write_bytes(b"")
     for name in ("huge", "cifar10"):
         (tmp_path / name).mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import weakref
@@ -10,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import ade_base.pictures.read
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import resize_centre, tile, write_png
 from ade_client.client import image_file
+from serving.ingest.errors import ApiError
 from serving.ingest.picture import Picture, prepare_image
-from tests.helpers import encode, png_header
+from tests.bomb_files import jpeg_of_stated_size
+from tests.helpers import HAS_HEIF, encode, png_header
+
+MODERN = ("AVIF", "HEIF") if HAS_HEIF else ("AVIF",)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_lossless_formats_give_the_pixels(picture: Image.Image, format: str, opt
     assert np.array_equal(decoded.pixels, np.asarray(picture)) and decoded.notes == []
 
 
-@pytest.mark.parametrize("format", ["JPEG", "GIF"])
+@pytest.mark.parametrize("format", ["JPEG", "GIF", *MODERN])
 def test_lossy_formats_decode(picture: Image.Image, format: str) -> None:
     assert read_image(encode(picture, format)).pixels.shape == (32, 32, 3)
 
@@ -84,6 +89,97 @@ def test_exif_orientation_is_applied(picture: Image.Image) -> None:
     for unturned in (encode(picture, "PNG", exif=exif), encode(picture, "TIFF", tiffinfo=exif)):
         decoded = read_image(unturned)
         assert np.array_equal(decoded.pixels, np.asarray(picture)) and not decoded.notes
+
+
+@pytest.mark.parametrize("format", MODERN)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_and_heic_are_upright(format: str, orientation: int) -> None:
+    picture = Image.linear_gradient("L").resize((41, 31)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.info["exif"] = exif.tobytes()
+    decoded = read_image(encode(picture, format, quality=95, exif=exif.tobytes()))
+    expected = np.asarray(ImageOps.exif_transpose(picture))
+    assert decoded.pixels.shape == expected.shape and decoded.size == expected.shape[1::-1]
+    assert np.abs(decoded.pixels - expected.astype(float)).max() < 12
+
+
+@pytest.mark.parametrize("format", MODERN)
+def test_avif_and_heic_of_other_modes(picture: Image.Image, format: str) -> None:
+    alpha = picture.copy()
+    alpha.putalpha(0)
+    decoded = read_image(encode(alpha, format))
+    assert (decoded.pixels > 252).all() and decoded.notes == ["alpha composited on white"]
+    red, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "blue"))
+    decoded = read_image(encode(red, format, save_all=True, append_images=[blue]))
+    assert decoded.notes == ["first of several frames taken"]
+    assert (decoded.pixels[..., 0] > 200).all() and (decoded.pixels[..., 2] < 60).all()
+
+
+def test_heic_of_more_than_eight_bits() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8).repeat(8, 0).repeat(8, 1) * 1024
+    for mode, values, note in (
+        ("I;16", levels, "converted from 16-bit greyscale to 8 bits"),
+        ("RGB;16", np.stack([levels] * 3, 2), "converted from 10-bit colour to 8 bits"),
+    ):
+        out = io.BytesIO()
+        pillow_heif.from_bytes(mode, (64, 64), values.tobytes()).save(out, quality=-1, chroma=444)
+        decoded = read_image(out.getvalue())
+        assert decoded.notes == [note]
+        assert np.abs(decoded.pixels[..., 1] - (levels >> 8).astype(float)).max() <= 1
+
+
+def test_heic_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    error = prepare_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", (32, 32, 3), True)
+    assert isinstance(error, ApiError) and (error.status, error.code) == (415, "not_an_image")
+    assert str(error) == (
+        "this is a HEIC file; without the package pillow-heif only PNG, JPEG, WEBP, BMP, GIF, "
+        "TIFF, AVIF are accepted. To install it: pip install 'pillow-heif>=1.8.1,<2'"
+    )
+
+
+@pytest.mark.parametrize(
+    "size, scaled",
+    [
+        ((2047, 3000), (2047, 3000)),
+        ((2048, 2051), (1024, 1026)),
+        ((4096, 4100), (1024, 1025)),
+        ((8200, 2600), (4100, 1300)),
+    ],
+)
+@pytest.mark.parametrize("mode, orientation", [("RGB", 1), ("CMYK", 6), ("L", 3), ("RGB", 8)])
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(
+    size: tuple[int, int], scaled: tuple[int, int], mode: str, orientation: int
+) -> None:
+    """What is seen of them hardly differs; their own size is kept, upright."""
+    noise = np.random.default_rng(0).integers(0, 256, (25, 35, 3), np.uint8)
+    picture, exif = Image.fromarray(noise).resize(size).convert(mode), Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, "JPEG", quality=90, exif=exif)
+    decoded = read_image(data)
+    whole = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    turned = 1 if orientation < 5 else -1
+    assert decoded.size == size[::turned] == whole.shape[1::-1]
+    assert decoded.pixels.shape[1::-1] == scaled[::turned]
+    if size == scaled:
+        assert np.array_equal(decoded.pixels, whole)
+    for side in (32, 224):
+        seen, expected = (resize_centre(its, side, side) for its in (decoded.pixels, whole))
+        difference = np.abs(seen - expected.astype(float))
+        assert difference.mean() < 1.5 and difference.max() <= 8
+    with pytest.raises(ImageError, match="damaged"):
+        read_image(data[: len(data) // 2])
+
+
+def test_a_large_heic_is_decoded_at_a_fraction_of_its_size() -> None:
+    picture = Image.linear_gradient("L").resize((2050, 2101)).convert("RGBA")
+    picture.putalpha(255)
+    decoded = read_image(encode(picture, "HEIF", tile_size=0))
+    assert (decoded.size, decoded.pixels.shape) == ((2050, 2101), (1051, 1025, 3))
+    seen, expected = (resize_centre(its, 32, 32) for its in (decoded.pixels, np.asarray(picture)))
+    assert np.abs(seen - expected[..., :3].astype(float)).max() <= 3
 
 
 def test_alpha_goes_on_white(picture: Image.Image) -> None:
@@ -221,6 +317,9 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         (png_header(60000, 60000), "too_large"),
         (png_header(5000, 5000), "too_large"),
         (png_header(100, 100), "not_an_image"),
+        (jpeg_of_stated_size(16_000, 12_500), "too_large"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "not_an_image"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0mif1avif", "not_an_image"),
         (b"%PDF-1.4", "not_an_image"),
         (b"GIF89a", "not_an_image"),
     ],
@@ -240,7 +339,7 @@ def test_a_palette_image_without_a_palette() -> None:
 
 def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
     """Unless what is cut off has nothing of the picture, such as the end mark of a PNG."""
-    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+    for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *MODERN):
         data = encode(picture, format)
         whole = read_image(data).pixels
         for cut in range(0, len(data) - 1, max(1, len(data) // 40)):

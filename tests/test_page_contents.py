@@ -24,7 +24,7 @@ from serving.page.contents import batches, contents
 from serving.page.history import remember
 from serving.page.inputs import made_here
 from serving.page.reproduce import read_text
-from tests.bombs import chunk
+from tests.bomb_files import chunk
 from tests.running_page import (
     MODEL,
     RunningPage,

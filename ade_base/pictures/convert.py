@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from ade_base.messages import words_of
-from ade_base.pictures.limits import ImageError, Structure
+from ade_base.pictures.limits import MIN_SCALED_SIDE, ImageError, Structure
+from ade_base.pictures.structure_heif import without_exif
 from ade_base.pictures.structure_tiff import check_exif
 
 _BLOCK_PIXELS = 2**20  # converted at a time
@@ -32,10 +33,18 @@ _TRANSPOSITIONS = {
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Pixels of a file, uint8 ``(H, W, 3)``, and notes about conversions."""
+    """A file's image, upright.
+
+    Attributes:
+        pixels: uint8 ``(H, W, 3)``; of a large image fewer than it has.
+        notes: about conversions.
+        size: width and height of the image in the file, turned like the pixels. Pixel ``(x, y)`` of
+            the result lies at ``(x * size[0] / W, y * size[1] / H)`` there.
+    """
 
     pixels: np.ndarray
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+    size: tuple[int, int]
 
 
 def decode(data: bytes, structure: Structure) -> DecodedImage:
@@ -53,6 +62,14 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
     if _PILLOWS_WARNINGS not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOWS_WARNINGS[3].pattern)
     try:
+        if structure.format == "HEIF":
+            from pillow_heif import register_heif_opener  # an extra, which other files do not need
+
+            register_heif_opener(
+                decode_threads=1, thumbnails=False, depth_images=False, aux_images=False
+            )
+        if structure.format in ("AVIF", "HEIF"):
+            data = without_exif(data)
         image: Image.Image = Image.open(io.BytesIO(data), formats=(structure.format,))
         if image.size != (structure.width, structure.height):
             raise ImageError(
@@ -62,26 +79,32 @@ def decode(data: bytes, structure: Structure) -> DecodedImage:
             )
         stored = str(getattr(image, "tile", [])[:1])
         _scale_key(image, stored)
-        if image.mode[0] in "IF":
-            _check_bits(image.mode, stored)
-        elif ";16" in stored:
-            notes.append("converted from 16-bit colour to 8 bits")
+        if image.mode[0] in "IF":  # pillow-heif gives all greyscale above 8 bits as 16
+            _check_bits(image.mode, stored if structure.format != "HEIF" else ";16")
+        elif ";16" in stored or structure.bits > 8:
+            notes.append(f"converted from {structure.bits or 16}-bit colour to 8 bits")
         check_tiff(image)
         if getattr(image, "is_animated", False):  # n_frames would be slow
             notes.append("first of several frames taken")
-            image.seek(0)
+            image.seek(image.tell())  # of a HEIC, the one to show
         # Pillow turns a TIFF as it is loaded.
         is_turned = structure.format == "TIFF" and image.getexif().get(0x0112) in _TRANSPOSITIONS
+        if structure.format == "JPEG":
+            image.draft(None, (MIN_SCALED_SIDE, MIN_SCALED_SIDE))
         image.load()
+        size = structure.width, structure.height
         # Pillow also finds EXIF in the text chunks of a PNG.
         if "exif" not in image.info and "Raw profile type exif" in image.info:
             check_exif(bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:])))
         orientation = image.getexif().get(0x0112)
         if orientation in _TRANSPOSITIONS:
             image = image.transpose(_TRANSPOSITIONS[orientation])
+            size = size if orientation < 5 else size[::-1]
         if orientation in _TRANSPOSITIONS or is_turned:
             notes.append("EXIF orientation applied")
-        return DecodedImage(_rgb(image, notes), notes)
+        return DecodedImage(
+            _rgb(image, notes, 1 if structure.format == "JPEG" else structure.scale), notes, size
+        )
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise struct.error, SyntaxError, KeyError, …
@@ -162,21 +185,28 @@ def scaled_key(image: Image.Image) -> Image.Image:
     return changed
 
 
-def _rgb(image: Image.Image, notes: list[str]) -> np.ndarray:
-    """Convert to RGB block by block: some modes need several copies of the pixels."""
+def _rgb(image: Image.Image, notes: list[str], scale: int) -> np.ndarray:
+    """Convert to RGB block by block: some modes need several copies of the pixels.
+
+    Args:
+        image: any.
+        notes: to which those on its mode are added.
+        scale: by what both sides are divided; an image that is reduced must be narrower than a
+            block.
+    """
     columns = min(image.width, _BLOCK_PIXELS)
-    rows = min(image.height, max(1, _BLOCK_PIXELS // columns))
-    if (columns, rows) == image.size:
+    rows = max(1, _BLOCK_PIXELS // columns // scale * scale)
+    if scale == 1 and image.height <= rows and image.width == columns:
         return np.asarray(_to_rgb(image, notes))
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    pixels = np.empty((-(-image.height // scale), -(-image.width // scale), 3), np.uint8)
     said: list[str] = []
     for top in range(0, image.height, rows):
         for left in range(0, image.width, columns):
             said = []
-            block = image.crop(
-                (left, top, min(left + columns, image.width), min(top + rows, image.height))
-            )
-            pixels[top : top + rows, left : left + columns] = np.asarray(_to_rgb(block, said))
+            right, bottom = min(left + columns, image.width), min(top + rows, image.height)
+            block = _to_rgb(image.crop((left, top, right, bottom)), said).reduce(scale)
+            end = top // scale + block.height
+            pixels[top // scale : end, left : left + columns] = np.asarray(block)
     notes += said
     return pixels
 

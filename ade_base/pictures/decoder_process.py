@@ -10,6 +10,8 @@ answers with an :data:`ANSWER`, the notes or the error as JSON, and the pixels.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import signal
 import socket
@@ -18,7 +20,7 @@ import sys
 import time
 
 import numpy as np
-from PIL import PngImagePlugin
+from PIL import AvifImagePlugin, PngImagePlugin
 
 from ade_base.pictures.convert import decode
 from ade_base.pictures.limits import MAX_METADATA_BYTES, ImageError
@@ -61,7 +63,8 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
     Args:
         memory_bytes: memory limit, in addition to what the program itself takes. A lower limit that
             the process has already remains.
-        cpu_seconds: processor time per file, after which the process is killed.
+        cpu_seconds: processor time per file, after which the process is killed; larger images
+            than 16 million pixels have more in proportion.
         idle_seconds: how long to wait for a file.
     """
     import resource  # Windows, where clients import this module, has none
@@ -71,6 +74,10 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     connection = socket.socket(fileno=sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(
+        ImportError
+    ):  # an extra, whose libraries would count against the limit
+        importlib.import_module("pillow_heif")
     if sys.platform == "linux":
         with open("/proc/self/statm") as sizes:
             used = int(sizes.read().split()[0]) * resource.getpagesize()
@@ -80,6 +87,7 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
     # Unpacked texts of a PNG. Pillow's own limit is 64 MiB, and a request may have many files.
     PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more would count against the limits
     connection.settimeout(idle_seconds)
     try:
         connection.sendall(READY)
@@ -87,7 +95,7 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
             (length,) = REQUEST.unpack(receive(connection, REQUEST.size))
             data = bytes(receive(connection, length))
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # the signal ends the process
-            head, pixels = _answer(data, memory_bytes)
+            head, pixels = _answer(data, memory_bytes, cpu_seconds)
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.sendall(head)
             connection.sendall(pixels)
@@ -96,15 +104,17 @@ def main(memory_bytes: int, cpu_seconds: float, idle_seconds: float) -> None:
         pass
 
 
-def _answer(data: bytes, memory_bytes: int) -> tuple[bytes, memoryview]:
+def _answer(data: bytes, memory_bytes: int, cpu_seconds: float) -> tuple[bytes, memoryview]:
     try:
-        decoded = decode(data, read_structure(data))
+        structure = read_structure(data)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds * structure.effort)
+        decoded = decode(data, structure)
     except MemoryError:
         said = ["too_large", f"the image takes more than {memory_bytes >> 20} MiB to decode"]
     except ImageError as error:
         said = [error.code, str(error)]
     else:
-        text = json.dumps(decoded.notes).encode()
+        text = json.dumps([decoded.notes, decoded.size]).encode()
         height, width = decoded.pixels.shape[:2]
         return ANSWER.pack(True, len(text), height, width) + text, np.ascontiguousarray(
             decoded.pixels

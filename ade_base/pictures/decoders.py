@@ -21,8 +21,8 @@ from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.decoder_process import ANSWER, READY, REQUEST, fill, receive
 from ade_base.pictures.limits import ImageError, Structure
 
-MEMORY_BYTES = 384 * 2**20  # an image of 16 million pixels takes up to 340 MiB
-CPU_SECONDS = 2.0  # an image of 16 million pixels takes up to one second
+MEMORY_BYTES = 384 * 2**20  # an image of 16 million pixels takes up to 340 MiB, a HEIC of 51 375
+CPU_SECONDS = 2.0  # per 16 million pixels, which take up to one second
 WALL_SECONDS = 10.0  # on a busy machine, processor time alone would be no limit
 START_SECONDS = 30.0
 END_SECONDS = 5.0  # to wait for the exit code of a process that has closed its connection
@@ -102,20 +102,20 @@ class _Decoder:
             self._connection.sendall(data)
             head = receive(self._connection, ANSWER.size, deadline)
             is_image, length, height, width = ANSWER.unpack(head)
-            if (
-                length > MAX_TEXT_BYTES
-                or height * width != is_image * structure.width * structure.height
-            ):
+            if length > MAX_TEXT_BYTES or height * width != is_image * structure.scaled_pixels:
                 raise ValueError(f"an answer of {length} bytes and {height} x {width} pixels")
             said = json.loads(receive(self._connection, length, deadline))
             if not is_image:
                 code, message = said
                 self.is_used = True
                 raise ImageError(str(code), str(message))
+            notes, (columns, rows) = said
+            if {columns, rows} != {structure.width, structure.height}:
+                raise ValueError(f"an image of another size, {columns} x {rows}")
             pixels = np.empty((height, width, 3), np.uint8)
             fill(self._connection, pixels.data.cast("B"), deadline)
             self.is_used = True
-            return DecodedImage(pixels, [str(note) for note in said])
+            return DecodedImage(pixels, [str(note) for note in notes], (columns, rows))
         except ImageError:
             raise
         except (OSError, EOFError, ValueError, TypeError) as error:
@@ -161,7 +161,9 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
                 continue
             if code == -signal.SIGPROF:
                 raise ImageError(
-                    "too_large", f"the image takes more than {CPU_SECONDS:g} seconds to decode"
+                    "too_large",
+                    f"the image takes more than {CPU_SECONDS * structure.effort:.2g} seconds to "
+                    "decode",
                 ) from None
             # Not a code to try again after: each time, the file would keep a process busy.
             if isinstance(died.__cause__, TimeoutError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+SCALED = ("JPEG", "HEIF")  # formats whose large images are decoded at a reduced size
+MIN_SCALED_SIDE = 1024  # that both sides keep; encoders look at 224 to 896 pixels per side
+USUAL_PIXELS = 16_000_000  # 48 MB decoded; cost limits of larger images grow in proportion
 MAX_METADATA_BYTES = 4 * 2**20  # profiles, XMP and thumbnails; some photographs have megabytes
 MAX_PARTS = 10_000  # chunks or segments: 16 MiB in PNG chunks of 8 KiB are 2,048
 MAX_GIF_BLOCKS = 2**17  # 16 MiB in blocks of 255 bytes are 65,793
@@ -19,6 +22,8 @@ UNCOMPRESSED_STRIPS, PIXELS_A_STRIP = 4096, 256
 MAX_TILE_PIXELS = 2**20  # of a TIFF whose image is smaller than its tiles
 MAX_EXIF_PREFIXES = 8  # Pillow strips them one by one, in quadratic time
 MAX_EXIF_SEGMENTS = 100  # of a JPEG, also joined in quadratic time; 4 MiB need 65
+MAX_CODED_PIXELS = 2**22  # of small AVIF and HEIC images, with the tiles that they consist of
+MAX_ITEM_DEPTH = 5  # a tone map of a grid of tiles has three levels
 MAX_DIRECTORIES = 8  # of a TIFF image: its own, Exif, GPS and interoperability
 # Limits of files that are decoded in this process: small images in simple formats, with little
 # metadata.
@@ -55,12 +60,30 @@ class Structure:
         height: in pixels.
         is_plain: whether the file is small and in a simple format whose decoding cost is bounded by
             the size.
+        bits: per value, if the file tells; 0 otherwise.
     """
 
     format: str
     width: int
     height: int
     is_plain: bool = False
+    bits: int = 0
+
+    @property
+    def scale(self) -> int:
+        """By what the sides are divided, rounded up: 1, 2, 4 or 8."""
+        most = min(self.width, self.height) // MIN_SCALED_SIDE if self.format in SCALED else 1
+        return next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
+
+    @property
+    def scaled_pixels(self) -> int:
+        """Number of pixels after decoding."""
+        return -(-self.width // self.scale) * -(-self.height // self.scale)
+
+    @property
+    def effort(self) -> float:
+        """By what the limits of processor time and scans are multiplied."""
+        return min(max(1.0, self.width * self.height / USUAL_PIXELS), 4.0)
 
 
 def too_large(what: str, count: int, limit: int) -> ImageError:

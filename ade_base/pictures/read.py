@@ -6,11 +6,15 @@ from pathlib import PurePosixPath
 
 from ade_base.pictures.convert import DecodedImage, decode
 from ade_base.pictures.decoders import decode_apart
-from ade_base.pictures.limits import ImageError
+from ade_base.pictures.limits import USUAL_PIXELS, ImageError
 from ade_base.pictures.structure import read_structure
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 16_000_000  # 48 MB decoded
+IMAGE_SUFFIXES = frozenset(
+    [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
+    + [".avif", ".heic", ".heif", ".hif"]
+)
+MAX_PIXELS = USUAL_PIXELS
+MAX_SCALED_PIXELS = 51_000_000  # of images that are decoded at a reduced size; 8192 x 6144
 MAX_FILE_BYTES = 16 * 2**20
 RESIZING = '"resize": "fit"'  # what a request says to have images resized
 
@@ -51,6 +55,9 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
     Applies the EXIF orientation, composites alpha on white, keeps the high byte of 16-bit samples
     and takes the first frame of an animation; each of these adds a note.
 
+    A large JPEG or HEIC is decoded at 1/2, 1/4 or 1/8 of its size, so that both sides keep at least
+    1024 pixels. ``size`` of the result is that of the file.
+
     The structure of the file is checked first. Small files in simple formats are decoded in this
     process, all others in a process with limits of memory and time.
 
@@ -74,10 +81,11 @@ def read_image(data: bytes, size: tuple[int, int] | None = None) -> DecodedImage
         )
     structure = read_structure(data)
     width, height = structure.width, structure.height
-    if width * height > MAX_PIXELS:
+    limit = MAX_SCALED_PIXELS if structure.scale > 1 else MAX_PIXELS
+    if width * height > limit:
         raise ImageError(
             "too_large",
-            f"an image may have at most {MAX_PIXELS} pixels, this one has {width} x {height}",
+            f"an image may have at most {limit} pixels, this one has {width} x {height}",
         )
     if size is not None and (width, height) not in (size, size[::-1]):
         raise ImageError(

@@ -29,6 +29,7 @@ from ade_base.pictures.limits import (
     is_plain,
     too_large,
 )
+from ade_base.pictures.structure_heif import read_heif
 from ade_base.pictures.structure_tiff import EXIF_PREFIX, check_exif, read_bmp, read_gif, read_tiff
 
 _PIXEL_CHUNKS = frozenset({b"IHDR", b"IDAT", b"fdAT", b"IEND"})
@@ -159,6 +160,9 @@ def _jpeg(data: bytes) -> Structure:
             "not_an_image", "the image is damaged: a JPEG without a frame or without a scan"
         )
     check_exif(exif)
+    structure = Structure("JPEG", width, height)
+    if scans.total * structure.effort > MAX_SCANS:
+        raise too_large("scans of its size", scans.total, int(MAX_SCANS / structure.effort))
     plain = plain and not exif and scans.total <= PLAIN_SCANS
     return Structure("JPEG", width, height, plain and is_plain(data, width, height, metadata.total))
 
@@ -202,5 +206,6 @@ _READERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], Structure]], ...] = (
     (re.compile(rb"RIFF....WEBPVP8[ LX]", re.DOTALL), _webp),
     (re.compile(rb"BM"), read_bmp),
     (re.compile(rb"GIF8[79]a"), read_gif),
+    (re.compile(rb"....ftyp(avi[fs]|mif1|msf1|he[iv][cxms])", re.DOTALL), read_heif),
     (re.compile(rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0"), read_tiff),
 )

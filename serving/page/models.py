@@ -27,7 +27,7 @@ OWN = "Images that calibrated the gate"
 RESIZE = "Resize other sizes to fit"
 PROBE_TIMEOUT_S = 20.0  # for all answers to /readyz together
 NOT_AN_IMAGE = (
-    "This file is not an image that the page can read. Use PNG, JPEG, WebP, BMP, GIF or TIFF."
+    "This file is not an image that the page can read. Use PNG, JPEG, WebP, AVIF, BMP, GIF or TIFF."
 )
 OTHER_MODEL = "The service now has another model. Reload the page."
 

@@ -104,10 +104,10 @@ def first_size(files: list[Path]) -> int:
     """
     for path in files:
         try:
-            height, width, _ = read_image(read_file(path)).pixels.shape
+            width, height = read_image(read_file(path)).size
         except (ImageError, OSError, MemoryError):
             continue
-        return int(min(height, width))
+        return min(width, height)
     if len(files) == 1:
         raise DataError(f"the only image file cannot be read: {files[0]}")
     raise DataError(f"none of {len(files)} image files can be read; the first is {files[0]}")

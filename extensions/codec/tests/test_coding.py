@@ -371,7 +371,7 @@ def test_files_that_cannot_be_read_are_named_and_left_out(
     kept.mkdir()
     shutil.copy(next(folder.glob("*.png")), kept)
     (kept / "labels.csv").touch()
-    for status, other in ((0, None), (3, "a.heic")):
+    for status, other in ((0, None), (3, "a.jxl")):
         if other is not None:
             (kept / other).touch()
         assert main(["compress", str(kept), str(tmp_path / f"{status}.ade"), *words]) == status

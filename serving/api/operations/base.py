@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine
 
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "image/tiff")
+IMAGE_TYPES = tuple(
+    f"image/{name}"
+    for name in ("png", "jpeg", "webp", "bmp", "gif", "tiff", "avif", "heic", "heif")
+)
 ParametersT = TypeVar("ParametersT")
 RequestT = TypeVar("RequestT")
 ComputedT = TypeVar("ComputedT")
