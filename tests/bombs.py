@@ -1,8 +1,8 @@
 """Small files that take gigabytes or minutes to decode without the limits.
 
 None has more than 16 MiB, and only those named after their pixels claim more of them than are
-allowed, so the simple limits do not reject them. :data:`HARMLESS` names those that are decoded, because they cost no more than other images of
-their size.
+allowed, so the simple limits do not reject them. :data:`HARMLESS` names those that are decoded,
+because they cost no more than other images of their size.
 
 ``python -m tests.bombs NAME…`` decodes each in a process of its own and prints its cost as JSON.
 """
