@@ -30,6 +30,7 @@ from serving.verdict.decision import images_needed
 from training.data import DataError
 from training.datasets import NAMES
 
+OWN = "bundle"  # of --features
 ALPHAS = (0.1, 0.05, 0.01)
 
 
@@ -64,9 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features",
         type=given_path,
         metavar="MODEL.onnx",
-        help="a network whose features tell things apart, such as your classifier, not trained on "
+        help=f"a network whose features tell things apart, such as your classifier, not trained on "
         "any of the images. Its features give the score another coordinate, its classes (if any) "
-        "a second one. It becomes part of the bundle (default: the network that the bundle has)",
+        f"a second one. It becomes part of the bundle. {OWN}: the networks that the bundle has "
+        "(default: for images larger than the model, an encoder that sees the whole originals; "
+        "otherwise the networks that the bundle has)",
     )
     parser.add_argument(
         "--features-output",
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         trained,
         args.keep_examples,
         args.name,
+        args.features == Path(OWN),
     )
     assert made.exact is not None
     _tell(made)
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _features(args: argparse.Namespace) -> FeatureSource | None:
-    if args.features is None:
+    if args.features in (None, Path(OWN)):
         if args.features_output or args.features_preprocess:
             raise FeaturesError("--features-output and --features-preprocess go with --features")
         return None

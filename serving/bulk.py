@@ -159,6 +159,7 @@ class FileScorer:
                 samples=[self.options.samples] * len(usable),
                 resized=[image.resized for image in usable],
                 calibrations=[self.calibrations] * len(usable),
+                views=[image.view for image in usable],
             )
             if usable
             else []
@@ -228,7 +229,9 @@ class FileScorer:
 
     def _read(self, path: str) -> Picture | ApiError:
         fit = self.options.resize == "fit"
-        return prepare_source(lambda: self._read_file(path), self._engine.image_shape, fit)
+        return prepare_source(
+            lambda: self._read_file(path), self._engine.image_shape, fit, self.calibrations.look_of
+        )
 
     def _row(self, path: str, image: Picture | ApiError, score: Any) -> dict[str, Any]:
         if isinstance(image, ApiError):

@@ -128,13 +128,14 @@ class Gate:
         for image in several(images):
             if latest is not None and time.monotonic() > latest:
                 raise TookTooLong(f"the images take more than {seconds:g} s to decode")
-            prepared.append(self._prepare(image))
+            prepared.append(self._prepare(image, judge))
         usable = [image for image in prepared if isinstance(image, Picture)]
         scores = iter(
             self._engine.score(
                 np.stack([image.pixels for image in usable]),
                 resized=[image.resized for image in usable],
                 calibrations=[judge] * len(usable),
+                views=[image.view for image in usable],
             )
             if usable
             else []
@@ -144,7 +145,7 @@ class Gate:
             for image in prepared
         ]
 
-    def _prepare(self, image: ImageLike) -> Picture | ApiError:
+    def _prepare(self, image: ImageLike, judge: Calibrations) -> Picture | ApiError:
         shape = self._engine.image_shape
 
         def read() -> bytes | np.ndarray:
@@ -166,7 +167,7 @@ class Gate:
             return file
 
         try:
-            return prepare_source(read, shape, True)
+            return prepare_source(read, shape, True, judge.look_of)
         except ValueError as error:
             if isinstance(image, np.ndarray):
                 raise

@@ -17,6 +17,7 @@ import ade_base.pictures.read
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import resize_centre, tile, write_png
+from ade_base.pictures.view import Look, View
 from ade_client.client import image_file
 from serving.ingest.errors import ApiError
 from serving.ingest.picture import Picture, prepare_image
@@ -395,23 +396,28 @@ def test_a_large_colour_profile_is_no_obstacle_to_a_picture() -> None:
     assert np.array_equal(read_image(file).pixels, read_image(out.getvalue()).pixels)
 
 
-def test_views_see_the_original_and_it_is_not_kept(real_images: np.ndarray) -> None:
-    """What else the model needs of a picture is made while the original is in memory."""
+def test_a_view_sees_the_original_which_is_not_kept(
+    real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an encoder needs of a picture is made while the original is in memory."""
     large = np.ascontiguousarray(real_images[0].repeat(3, 0).repeat(2, 1))
     originals: list[weakref.ref[np.ndarray]] = []
+    look = Look(64)
 
-    def corner(original: np.ndarray) -> np.ndarray:
+    def of(self: Look, original: np.ndarray) -> View:
         originals.append(weakref.ref(original))
-        return original[:2, -2:].copy()
+        return _of(self, original)
 
+    _of = Look.of
+    monkeypatch.setattr(Look, "of", of)
     for source, resize in ((write_png(large), True), (write_png(real_images[0]), False)):
         for shape in ((32, 32, 3), (32, 32, 1)):  # for a grey model, too, in colour
-            picture = prepare_image(source, shape, resize, {"corner": corner})
-            assert isinstance(picture, Picture)
-            expected = (large if resize else real_images[0])[:2, -2:]
-            assert np.array_equal(picture.views["corner"], expected)
+            picture = prepare_image(source, shape, resize, lambda resized: look)
+            assert isinstance(picture, Picture) and picture.view is not None
+            original = large if resize else real_images[0]
+            assert np.array_equal(picture.view.pixels, _of(look, original).pixels)
+            assert picture.view.original == original.shape[:2]
             assert (originals[-1]() is not None) == (not resize and shape[2] == 3)  # the pixels
-    assert prepare_image(write_png(large), (32, 32, 3), False, {"corner": corner}).code == (
-        "wrong_size"
-    )
-    assert len(originals) == 4  # a view sees only what can be used
+    refused = prepare_image(write_png(large), (32, 32, 3), False, lambda resized: look)
+    assert isinstance(refused, ApiError) and refused.code == "wrong_size"
+    assert len(originals) == 4  # only pictures that can be used are seen

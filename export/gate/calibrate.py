@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -24,11 +25,13 @@ from export.gate.density_fit import MIN_IMAGES
 from export.gate.examples import Examples
 from export.gate.images import Images, counting, prepared, usable
 from export.gate.network_checks import knows_classes, warn_if_seen
-from export.gate.pair import Parts, exact_calibration, resized_calibration
+from export.gate.pair import LOOKS, Parts, exact_calibration, resized_calibration
 from serving.engine.bundle import (
     CALIBRATION_NAME,
+    ENCODER_NAME,
     FEATURES_NAME,
     Bundle,
+    BundleError,
     calibration_file,
     check_path,
     open_bundle,
@@ -37,11 +40,14 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
-from serving.ingest.picture import Picture
+from serving.ingest.picture import Picture, no_look
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from training.data import REPEATS, Report
 
+# The repository's one copy.
+ENCODER_SHA256 = "53dabb1caa9b9c6f814f81cf0c2f29ad7cfa18106fc3d587822044e0a454db2e"
+SHIPPED_ENCODER = Path(__file__).parents[2] / "pretrained" / "cifar10" / ENCODER_NAME
 ENOUGH = MIN_IMAGES * 5 // 2  # images, of which ade calibrate takes two fifths for the density
 
 
@@ -57,6 +63,7 @@ def calibrate_bundle(
     trained: Images = (),
     keep_examples: bool = False,
     calibration: str = DEFAULT,
+    own_networks: bool = False,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -85,6 +92,8 @@ def calibrate_bundle(
             copies: these are left out too.
         keep_examples: keep a few of the images that calibrate in the bundle, small. Whoever can
             open the bundle or its page sees them.
+        own_networks: use the networks that the bundle has. Otherwise an encoder sees the whole
+            original of images that are larger than the model, unless ``features`` are given.
         calibration: the name of the calibration; requests that give none are judged by that of
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
@@ -98,7 +107,9 @@ def calibrate_bundle(
     file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
-    parts = _parts(bundle, fit, examples.passing(calibrate), trained, report)
+    encoder = None if features is not None else _encoder(bundle, own_networks)
+    parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, encoder is not None)
+    are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
     with new_folder(out, CalibrationError) as temporary:
         copy_bundle(bundle, temporary)
         for name in bundle.examples:  # of the former calibration
@@ -111,6 +122,13 @@ def calibrate_bundle(
             if sha256_of(temporary / FEATURES_NAME) != bundle.manifest["files"].get(FEATURES_NAME):
                 fields = _without_calibrations(temporary, fields, calibration, report)
             write_manifest(temporary, fields)
+        if encoder is not None and (are_large or bundle.has(ENCODER_NAME)):
+            if not bundle.has(ENCODER_NAME):
+                copied = shutil.copyfile(encoder, temporary / ENCODER_NAME)
+                if sha256_of(copied) != ENCODER_SHA256:
+                    raise BundleError(f"{encoder} is damaged: get it again, from the repository")
+                write_manifest(temporary, fields)
+            report(f"{ENCODER_NAME}: EfficientNet-Lite0 sees each image, whole")
         own = _own_calibration(bundle) if features is None else None
         made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
         content = made.to_bytes()
@@ -143,11 +161,13 @@ def _parts(
     calibrate: Images,
     trained: Images,
     report: Report,
+    is_seen: bool,
 ) -> Parts:
     bundle.check_has("score")
 
     def read(name: str, images: Images) -> list[Picture]:
-        found, _ = usable(name, images, bundle.image_shape, report, may_be_empty=True)
+        look_of = (lambda resized: LOOKS[1] if resized else None) if is_seen else no_look
+        found, _ = usable(name, images, bundle.image_shape, report, True, look_of)
         return found
 
     given = read("fitting", fit), read("calibration", calibrate)
@@ -197,6 +217,14 @@ def _parts(
     return parts
 
 
+def _encoder(bundle: Bundle, own_networks: bool) -> Path | None:
+    """The encoder's file; ``None`` if no encoder is to see these images."""
+    if bundle.has(ENCODER_NAME):
+        return bundle.file(ENCODER_NAME)
+    can_see = bundle.image_shape[2] in (1, 3) and SHIPPED_ENCODER.is_file()
+    return SHIPPED_ENCODER if can_see and not own_networks else None
+
+
 def _add_features(
     folder: Path, features: FeatureSource, parts: Parts, report: Report
 ) -> dict[str, Any]:
@@ -240,12 +268,13 @@ def _calibrate(
     # Without the former calibration, which is replaced and may have an older format.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     has_classes = knows_classes(own, engine, parts, report)
-    exact, about = exact_calibration(engine, parts, has_classes, report)
+    sees = LOOKS if bundle.has(ENCODER_NAME) else None
+    exact, about = exact_calibration(engine, parts, has_classes, report, sees)
     warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
         if all(image.resized for part in parts for image in part)
-        else resized_calibration(engine, parts, has_classes, report)
+        else resized_calibration(engine, parts, has_classes, report, sees)
     )
     for calibration in (exact, resized):
         calibration.check_values()

@@ -16,6 +16,7 @@ from sklearn.mixture import GaussianMixture
 
 from serving.verdict.calibration import ESTIMATOR, Calibration, CalibrationError
 from serving.verdict.density import FARTHEST, Mixture, NormalScores
+from serving.verdict.encoder import DISTANCES, OF_ENCODER, EncoderMemory
 from serving.verdict.semantic import FEATURES, OF_NETWORK, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 
@@ -31,6 +32,9 @@ SEMANTIC_WEIGHT = 1.5
 # Share of known images whose scores of the density count alike: less if the distance is in all
 # directions, because then it sees less.
 FLOOR, FLOOR_OUTSIDE_MAIN = 1 / 2, 3 / 4
+# Both for pictures whose patches an encoder sees: the likelihood of their few pixels says little.
+# Chosen on magnetic tiles: docs/explanation/trials.md#the-gate.
+PATCHES_WEIGHT, FLOOR_PATCHES = 6.0, 0.95
 FOLDS, IMAGES_OF_FOLDS = 10, 2000  # to find the floor and the spread of the density's score
 
 
@@ -38,6 +42,7 @@ def fit_calibration(
     fit: Mapping[str, np.ndarray],
     calibrate: Mapping[str, np.ndarray],
     resize: str | None = None,
+    encoder: EncoderMemory | None = None,
 ) -> Calibration:
     """Fit a density to the statistics of some images, and calibrate it on others.
 
@@ -46,6 +51,7 @@ def fit_calibration(
             set.
         calibrate: float32 ``(n,)`` by name.
         resize: ``fit`` if the images were resized so.
+        encoder: what it knows of the fitted images; both sets hold what it measured.
 
     Raises:
         CalibrationError: too few images, or statistics that are not finite or all alike.
@@ -66,9 +72,13 @@ def fit_calibration(
                 f"{name}: the statistics of {int(bad.sum())} images are not finite"
             )
     known, fit, calibrate = _semantic(fit, calibrate)
+    if encoder is not None:
+        fit = {**fit, **encoder.coordinates(fit, known=True)}
+        calibrate = {**calibrate, **encoder.coordinates(calibrate)}
+    inputs = (*OF_NETWORK, *OF_ENCODER)
     names = tuple(
         sorted(
-            (name for name, its in fit.items() if name not in OF_NETWORK and its.min() < its.max()),
+            (name for name, its in fit.items() if name not in inputs and its.min() < its.max()),
             key=lambda name: name.startswith(SEMANTIC_PREFIX),
         )
     )
@@ -79,13 +89,20 @@ def fit_calibration(
     scores = normal(rows)
     semantic = [name.startswith(SEMANTIC_PREFIX) for name in names]
     mixture = fit_mixture(scores[:, np.logical_not(semantic)])
-    if known is not None and any(semantic):
-        alike = FLOOR_OUTSIDE_MAIN if known.main.size else FLOOR
+    if any(semantic):
+        sees_patches = encoder is not None and encoder.patches is not None
+        outside = known is None or known.main.size
+        alike = FLOOR_PATCHES if sees_patches else FLOOR_OUTSIDE_MAIN if outside else FLOOR
         low, floor, high = np.quantile(
             _held_out_scores(scores[:, np.logical_not(semantic)]), [0.16, alike, 0.84]
         )
-        weight = float(SEMANTIC_WEIGHT * (high - low) / 2 / sum(semantic))
-        known = replace(known, weight=weight, floor=float(floor))
+        times = PATCHES_WEIGHT if sees_patches else SEMANTIC_WEIGHT
+        weight = float(times * (high - low) / 2 / sum(semantic))
+        if known is not None:
+            known = replace(known, weight=weight, floor=float(floor))
+        if encoder is not None:
+            pooled = replace(encoder.pooled, weight=weight, floor=float(floor))
+            encoder = replace(encoder, pooled=pooled).calibrated(calibrate.get(DISTANCES))
     pixels = [i for i, name in enumerate(names) if name.startswith(PIXEL_PREFIX)]
     reference = np.stack([calibrate[name] for name in names], axis=1)
     made = Calibration(
@@ -98,6 +115,7 @@ def fit_calibration(
         np.sort(reference, axis=0),
         fit_mixture(scores[:, pixels]),
         known,
+        encoder,
     )
     return replace(made, scores=np.sort(made.ood_scores(normal(reference))))
 

@@ -17,7 +17,7 @@ from ade_base.messages import commonest, counted
 from ade_base.system import available_cores
 from serving.engine.noise import short_digest
 from serving.ingest.errors import ApiError
-from serving.ingest.picture import Picture, prepare_source
+from serving.ingest.picture import LookOf, Picture, no_look, prepare_source
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from training.data import REPEATS, Report
@@ -71,13 +71,19 @@ def thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(available_cores(), MAX_THREADS))
 
 
-def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) -> Iterator[Prepared]:
+def prepared(
+    images: Images,
+    image_shape: tuple[int, int, int],
+    resize: bool,
+    look_of: LookOf = no_look,
+) -> Iterator[Prepared]:
     """Bring images to the model's shape as requests do, in order, on several cores.
 
     Args:
         images: those that are not a :class:`NamedFile` are named by their number.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of other sizes, or to return an error for them.
+        look_of: how an encoder sees them.
     """
 
     def prepare(item: tuple[int, bytes | np.ndarray | Picture]) -> Prepared:
@@ -85,7 +91,7 @@ def prepared(images: Images, image_shape: tuple[int, int, int], resize: bool) ->
         if isinstance(source, Picture):
             return f"image {index}", source
         name = source.name if isinstance(source, NamedFile) else f"image {index}"
-        return name, prepare_source(lambda: source, image_shape, resize)
+        return name, prepare_source(lambda: source, image_shape, resize, look_of)
 
     rest = enumerate(images)
     with thread_pool() as threads:
@@ -109,6 +115,7 @@ def usable(
     image_shape: tuple[int, int, int],
     report: Report,
     may_be_empty: bool = False,
+    look_of: LookOf = no_look,
 ) -> tuple[list[Picture], list[tuple[str, str]]]:
     """Images at the model's size, and why others could not be (by name); reports these.
 
@@ -118,13 +125,14 @@ def usable(
         image_shape: ``(H, W, C)`` of the model.
         report: called with a line if images are left out, and while reading takes long.
         may_be_empty: whether there may be no images.
+        look_of: how an encoder sees them.
 
     Raises:
         CalibrationError: no image can be used.
     """
     found: list[Picture] = []
     errors: list[tuple[str, str]] = []
-    for its, image in counting(name, prepared(images, image_shape, resize=True), report):
+    for its, image in counting(name, prepared(images, image_shape, True, look_of), report):
         if isinstance(image, Picture):
             found.append(image)
         else:

@@ -18,6 +18,7 @@ from export.gate.images import (
 )
 from serving.engine.engine import MAX_ROWS, InferenceEngine
 from serving.ingest.picture import Picture
+from serving.verdict.encoder import EncoderMemory
 from serving.verdict.statistics import finite_rows
 from training.data import Report
 
@@ -36,13 +37,19 @@ def statistics_of(
     images: Images,
     name: str,
     report: Report = lambda line: None,
+    memory: EncoderMemory | None = None,
 ) -> dict[str, np.ndarray]:
     """The statistics of images of the model's size, by name; see :func:`measured`."""
-    return measured(engine, prepared(images, engine.image_shape, False), name, report).statistics
+    them = prepared(images, engine.image_shape, False)
+    return measured(engine, them, name, report, memory).statistics
 
 
 def measured(
-    engine: InferenceEngine, images: Iterable[Prepared], name: str, report: Report
+    engine: InferenceEngine,
+    images: Iterable[Prepared],
+    name: str,
+    report: Report,
+    memory: EncoderMemory | None = None,
 ) -> Measured:
     """Compute the statistics of many images, a chunk at a time.
 
@@ -54,10 +61,17 @@ def measured(
         images: see :func:`export.gate.images.prepared`.
         name: of the images, for progress and errors.
         report: called with each line of progress.
+        memory: measures patches at once, which take much memory.
 
     Raises:
         CalibrationError: no image could be used.
     """
+
+    def statistics(batch: Sequence[Picture]) -> dict[str, np.ndarray]:
+        views = [image.view for image in batch if image.view is not None]
+        found = engine.statistics(np.stack([image.pixels for image in batch]), views)
+        return found if memory is None else memory.measured(found)
+
     chunks: list[dict[str, np.ndarray]] = []
     resized: list[bool] = []
     errors: list[tuple[str, str]] = []
@@ -67,9 +81,9 @@ def measured(
     def flush() -> None:
         nonlocal done
         if waiting:
-            pixels = np.stack([image.pixels for _, image in waiting])
-            batches = [pixels[i : i + MAX_ROWS] for i in range(0, len(pixels), MAX_ROWS)]
-            found = _joined(list(threads.map(engine.statistics, batches)))
+            them = [image for _, image in waiting]
+            batches = [them[i : i + MAX_ROWS] for i in range(0, len(them), MAX_ROWS)]
+            found = _joined(list(threads.map(statistics, batches)))
             finite = finite_rows(found)
             errors.extend(
                 (waiting[row][0], "its likelihood or another statistic is not a finite number")

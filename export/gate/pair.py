@@ -9,20 +9,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export.gate.corruptions import corrupted
+from ade_base.pictures.view import LARGE, SMALL, Look
 from export.gate.density_fit import MIN_IMAGES, fit_calibration
 from export.gate.measuring import statistics_of
+from export.gate.rejection import corruptions_of
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest, short_digest
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.semantic import FEATURES, without_classes
+from serving.verdict.encoder import EncoderMemory
+from serving.verdict.semantic import FEATURES, OF_NETWORK, without_classes
 from training.data import Report
 
 CORRUPTED = 200  # calibration images that are corrupted in each way, for the page's figures
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
+LOOKS = Look(SMALL), Look(LARGE)  # of images of the model's size, and of larger ones
 Parts = tuple[list[Picture], list[Picture]]  # that fit the density, that calibrate
 
 
@@ -37,7 +40,11 @@ def _of_kind(parts: Parts, resized: bool) -> Parts | None:
 
 
 def exact_calibration(
-    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
+    engine: InferenceEngine,
+    parts: Parts,
+    has_classes: bool,
+    report: Report,
+    sees: tuple[Look, Look] | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images of the model's size, and its entry in the manifest.
 
@@ -46,6 +53,7 @@ def exact_calibration(
         parts: the images.
         has_classes: whether the classes of the features' network are used.
         report: called with each line of progress.
+        sees: how the encoder sees images of the model's size, and larger ones.
 
     Raises:
         CalibrationError: scores that cannot be used.
@@ -57,65 +65,79 @@ def exact_calibration(
             f"images of the model's size: {own} are fewer than half of all, or too few, so larger "
             "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"
         )
-    pixels = [[image.pixels for image in part] for part in chosen or parts]
-    return _calibrated(engine, pixels, "" if chosen else "fit", "", has_classes, report)
+    look = None if sees is None else sees[chosen is None]
+    pictures = [[_seen(image, look) for image in part] for part in chosen or parts]
+    return _calibrated(engine, pictures, "" if chosen else "fit", "", has_classes, look, report)
 
 
 def resized_calibration(
-    engine: InferenceEngine, parts: Parts, has_classes: bool, report: Report
+    engine: InferenceEngine,
+    parts: Parts,
+    has_classes: bool,
+    report: Report,
+    sees: tuple[Look, Look] | None = None,
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images that requests resize, and its entry in the manifest.
 
     Arguments and errors are those of :func:`exact_calibration`.
     """
     chosen = _of_kind(parts, resized=True) or parts
-    pixels = [
-        [image.pixels if image.resized else resize_and_back(image.pixels) for image in part]
+    simulated = sum(not image.resized for part in chosen for image in part)
+    look = None if sees is None else sees[2 * simulated < sum(map(len, chosen))]
+    pictures = [
+        [
+            _seen(image if image.resized else resize_and_back(image.pixels, look), look)
+            for image in part
+        ]
         for part in chosen
     ]
-    simulated = sum(not image.resized for part in chosen for image in part)
     if simulated:
         report(
             f"resized images: {simulated} of them have the model's size and are enlarged first, "
             "because too few are larger. More than a share of alpha of resized requests may be "
             "rejected."
         )
-    calibration, about = _calibrated(engine, pixels, "fit", "resized ", has_classes, report)
+    calibration, about = _calibrated(engine, pictures, "fit", "resized ", has_classes, look, report)
     return calibration, {**about, "resized_and_back": simulated}
 
 
 def _calibrated(
     engine: InferenceEngine,
-    pixels: Sequence[Sequence[np.ndarray]],
+    pictures: Sequence[Sequence[Picture]],
     resize: str,
     kind: str,
     has_classes: bool,
+    look: Look | None,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and its entry in the manifest; ``kind`` is ``"resized "`` or empty."""
-    fitting, calibrating = (
-        statistics_of(engine, images, f"{part} of {kind}images" if kind else part, report=report)
-        for part, images in zip(("fitting", "calibration"), pixels, strict=True)
-    )
+    names = [f"{part} of {kind}images" if kind else part for part in ("fitting", "calibration")]
+    fitting = statistics_of(engine, pictures[0], names[0], report)
+    memory = None
+    if look is not None:
+        memory, fitting = EncoderMemory.of(fitting, look)
+    calibrating = statistics_of(engine, pictures[1], names[1], report, memory)
     known = fitting if has_classes else without_classes(fitting)
-    calibration = fit_calibration(known, calibrating, resize=resize or None)
+    if memory is not None and memory.patches is not None:  # it sees more than the bundle's own
+        known = {name: its for name, its in known.items() if name not in OF_NETWORK}
+    calibration = fit_calibration(known, calibrating, resize or None, memory)
     if FEATURES in known and not calibration.sees_content:
         report(
             f"WARNING: the features of features.onnx do not tell these {kind}images apart, so they "
             "do not count in the verdict. Is it the right network, and the right value of it "
             "(the option features-output)?"
         )
-    report(f"corrupting {len(pixels[1][:CORRUPTED])} {kind}images")
+    report(f"corrupting {len(pictures[1][:CORRUPTED])} {kind}images")
     caught = {}
-    for way, changed in corrupted(np.stack(pixels[1][:CORRUPTED])).items():
+    for way, changed in corruptions_of(pictures[1][:CORRUPTED]).items():
         try:
-            found = statistics_of(engine, changed, way)
+            found = statistics_of(engine, changed, way, memory=memory)
         except CalibrationError as error:  # none has a finite likelihood
             report(f"left out {error}")
         else:
             caught[way] = np.sort(calibration.scores_of(found))
     fitted_digests, digests = (
-        np.array([short_digest(image) for image in images], np.uint64) for images in pixels
+        np.array([short_digest(image.pixels) for image in images], np.uint64) for images in pictures
     )
     calibration = dataclasses.replace(
         calibration, corrupted=caught, digests=digests, fitted_digests=fitted_digests
@@ -123,7 +145,14 @@ def _calibrated(
     return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
 
 
-def resize_and_back(pixels: np.ndarray) -> np.ndarray:
+def _seen(image: Picture, look: Look | None) -> Picture:
+    """The image with the view that this look gives."""
+    if look is None or image.view is not None and len(image.view.pixels) == look.size:
+        return image if look is not None else dataclasses.replace(image, view=None)
+    return dataclasses.replace(image, view=look.of(image.pixels))
+
+
+def resize_and_back(pixels: np.ndarray, look: Look | None = None) -> Picture:
     """Simulate an image that a request resized to the model's size from a larger picture.
 
     The image is enlarged 1.25 to 8 times and resized as a request does it. The factor and the
@@ -131,6 +160,7 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
 
     Args:
         pixels: uint8 ``(H, W, C)``.
+        look: how an encoder sees the larger picture.
     """
     rng = np.random.default_rng(int.from_bytes(image_digest(pixels)))
     scale, kind = 2 ** rng.uniform(*LOG2_ENLARGED), FILTERS[rng.integers(len(FILTERS))]
@@ -139,6 +169,6 @@ def resize_and_back(pixels: np.ndarray) -> np.ndarray:
         np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
         for plane in pixels.transpose(2, 0, 1)
     ]
-    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True)
+    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True, lambda resized: look)
     assert isinstance(image, Picture)
-    return image.pixels
+    return image

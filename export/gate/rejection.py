@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ade_base.pictures.view import View
 from export.gate.corruptions import corrupted
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture
@@ -27,6 +28,7 @@ def p_values(
             np.stack([image.pixels for image in chunk]),
             resized=[image.resized for image in chunk],
             calibrations=[calibrations] * len(chunk),
+            views=[image.view for image in chunk],
         )
         found += [
             score.verdict.p_value if isinstance(score, Score) and score.verdict else np.nan
@@ -38,13 +40,22 @@ def p_values(
 def corruptions_of(images: Sequence[Picture]) -> dict[str, list[Picture]]:
     """The images corrupted in each way, by the name of the corruption; gross ones first."""
     made = corrupted(np.stack([image.pixels for image in images]))
+    views = [image.view for image in images if image.view is not None]
+    seen = corrupted(np.stack([view.pixels for view in views])) if views else {}
     return {
         name: [
-            dataclasses.replace(image, pixels=its)
-            for image, its in zip(images, changed, strict=True)
+            dataclasses.replace(image, pixels=its, view=_view(image, seen.get(name), row))
+            for row, (image, its) in enumerate(zip(images, changed, strict=True))
         ]
         for name, changed in made.items()
     }
+
+
+def _view(image: Picture, seen: np.ndarray | None, row: int) -> View | None:
+    """The view of a corrupted image."""
+    if image.view is None or seen is None:
+        return image.view
+    return dataclasses.replace(image.view, pixels=seen[row])
 
 
 def rejected(

@@ -16,6 +16,7 @@ from model_archiver.model_packaging import generate_model_archive
 from handlers.launch.options import ServingOptions, served_name
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
 from serving.engine.bundle import (
+    ENCODER_NAME,
     FEATURES_NAME,
     MANIFEST_NAME,
     TORCHSCRIPT_NAME,
@@ -77,7 +78,7 @@ def write_archives(
         else:
             files = [*(f"{graph}.onnx" for graph in graphs), WEIGHTS_NAME]
         if operation == "score":
-            files += [FEATURES_NAME] if bundle.has(FEATURES_NAME) else []
+            files += [name for name in (FEATURES_NAME, ENCODER_NAME) if bundle.has(name)]
             files += map(calibration_file, bundle.calibrations)
         name = served_name(operation, prefix)
         config = {

@@ -21,6 +21,7 @@ from serving.api.responses import MAX_ANSWER_BYTES, Response, error_response
 from serving.api.telemetry import Stopwatch, Telemetry
 from serving.engine.engine import InferenceEngine
 from serving.ingest.errors import ApiError, internal_error, is_out_of_memory, overloaded
+from serving.ingest.picture import LookOf
 from serving.ingest.requests import (
     MAX_REQUEST_PIXELS,
     Each,
@@ -223,7 +224,7 @@ class Service:
         files = [p for p in parsed if isinstance(p, FilesRequest)]
         decoded: Iterator[ImagesRequest[Any] | ApiError]
         try:
-            made = decode_images(files, self.engine.image_shape, each)
+            made = decode_images(files, self.engine.image_shape, each, self._look_of)
             decoded = iter([late if late in request.images else request for request in made])
         except Exception:  # one request must not fail the others: decode each alone
             logger.exception(
@@ -236,10 +237,14 @@ class Service:
         self, files: FilesRequest[Any], each: Each, late: ApiError
     ) -> ImagesRequest[Any] | ApiError:
         try:
-            (request,) = decode_images([files], self.engine.image_shape, each)
+            (request,) = decode_images([files], self.engine.image_shape, each, self._look_of)
         except Exception as error:
             return self._failure(error)
         return late if late in request.images else request
+
+    def _look_of(self, parameters: Any) -> LookOf:
+        look_of: LookOf = self.operation.look_of(parameters, self.engine)
+        return look_of
 
     def _alone(self, request: Any, watch: Stopwatch) -> Response:
         try:

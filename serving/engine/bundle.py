@@ -31,6 +31,7 @@ WEIGHTS_NAME = "model.safetensors"
 TORCHSCRIPT_NAME = "model.ts"
 CALIBRATION_NAME = "calibration.npz"  # the bundle's own; of another one: calibration-NAME.npz
 FEATURES_NAME = "features.onnx"
+ENCODER_NAME = "encoder.onnx"  # sees the original: export.lite0
 EXAMPLE_NAME = "example-{}.png"  # images that calibrated the gate, kept if their owner agreed
 _CALIBRATION = re.compile(r"calibration(-(?P<name>.+))?\.npz")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

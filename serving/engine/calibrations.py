@@ -6,8 +6,9 @@ import dataclasses
 import logging
 
 from ade_client.contract import DEFAULT
-from serving.engine.bundle import FEATURES_NAME, Bundle, calibration_file
+from serving.engine.bundle import ENCODER_NAME, FEATURES_NAME, Bundle, calibration_file
 from serving.verdict.calibration_file import Calibrations
+from serving.verdict.encoder import SEEN
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import statistic_names
 
@@ -31,6 +32,8 @@ def open_calibrations(bundle: Bundle) -> dict[str, Calibrations]:
         if bundle.has(FEATURES_NAME):
             has_classes = (bundle.manifest.get("features") or {}).get("classes")
             names += [DISTANCE, ENERGY] if has_classes else [DISTANCE]
+        if bundle.has(ENCODER_NAME):
+            names += SEEN
     found = {DEFAULT: Calibrations()}
     for name in bundle.calibrations:
         read = Calibrations.load(bundle.file(calibration_file(name)), name)

@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from ade_base.messages import show
+from ade_base.pictures.view import LARGE, View
 from ade_client.contract import DEFAULT
 from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
-from serving.engine.bundle import FEATURES_NAME, Bundle, open_bundle
+from serving.engine.bundle import ENCODER_NAME, FEATURES_NAME, Bundle, open_bundle
 from serving.engine.calibrations import open_calibrations
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Verdict
 from serving.verdict.calibration_file import Calibrations, UnknownCalibration
+from serving.verdict.encoder import INSIDE, PATCHES, POOLED
 from serving.verdict.semantic import FEATURES
 from serving.verdict.statistics import (
     compute_statistics,
@@ -34,6 +36,7 @@ from serving.verdict.statistics import (
 )
 
 MAX_ROWS = 32  # larger batches are not faster (docs/performance.md)
+ENCODER = ENCODER_NAME.removesuffix(".onnx")
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
 
 
@@ -128,6 +131,13 @@ class InferenceEngine:
                 cuda_graphs,
             )
         self.named = open_calibrations(self.bundle) if "score" in operations else {}
+        self._encoder: Backend | None = None
+        if self.bundle.has(ENCODER_NAME) and (
+            any(its.has_encoder for its in self.named.values()) or not self.bundle.calibrations
+        ):
+            self._encoder = OnnxRuntimeBackend(
+                self.bundle, [ENCODER], device if backend == "onnxruntime" else "cpu", gpu, False
+            )
         self.image_shape = self.bundle.image_shape
         self.latent_shapes = self.bundle.latent_shapes
         self._levels = len(self.latent_shapes)
@@ -325,6 +335,7 @@ class InferenceEngine:
         maps: Sequence[bool] | None = None,
         resized: Sequence[bool] | None = None,
         calibrations: Sequence[Calibrations] | None = None,
+        views: Sequence[View | None] | None = None,
     ) -> list[Score | NotFinite]:
         """Compute the bits per dimension of each image, their parts and the verdict.
 
@@ -338,13 +349,16 @@ class InferenceEngine:
             resized: whether the image was resized to the model's size. Resized images have a
                 calibration of their own. Default no.
             calibrations: the calibrations that judge each image. Default: the bundle's own.
+            views: of the originals, made as :meth:`Calibrations.look_of` says. An image that was
+                not resized is its own original. One that was resized must have a view if its
+                calibration has an encoder.
 
         Returns:
             One result per image; the error itself where the likelihood is not finite.
 
         Raises:
             ValueError: the images are not such an array, another argument has not one value per
-                image, or a number of draws is below 1.
+                image, a number of draws is below 1, or a view is missing or of another size.
         """
         images = np.asarray(images)
         self._check(images)
@@ -354,6 +368,7 @@ class InferenceEngine:
             ("maps", maps),
             ("resized", resized),
             ("calibrations", calibrations),
+            ("views", views),
         ):
             if given is not None and len(given) != len(images):
                 raise ValueError(
@@ -367,6 +382,12 @@ class InferenceEngine:
         resized = [False] * len(images) if resized is None else resized
         calibrations = [self.calibrations] * len(images) if calibrations is None else calibrations
         judges = [its.of(way) for its, way in zip(calibrations, resized, strict=True)]
+        seen = [
+            None if judge is None else _view(judge, image, is_resized, view)
+            for judge, image, is_resized, view in zip(
+                judges, images, resized, views or [None] * len(images), strict=True
+            )
+        ]
         digests = [image_digest(image) for image in images]
         # The verdict uses draw 0 of seed 0: one more draw if the image has another seed.
         plan = [(i, seeds[i], k) for i in range(len(images)) for k in range(samples[i])]
@@ -380,7 +401,7 @@ class InferenceEngine:
         for first, outputs in self._batches("score", len(draws), inputs, wanted):
             rows = draws[first : first + len(outputs["parts"])]
             parts.append(outputs["parts"].astype(np.float64))
-            verdicts |= self._verdicts(judges, images, rows, outputs)
+            verdicts |= self._verdicts(judges, images, seen, rows, outputs)
             for n, (i, _, _) in enumerate(rows):
                 if maps[i] and first + n < len(plan):
                     bits[i] = (
@@ -407,11 +428,12 @@ class InferenceEngine:
             results.append(Score(bpd, named, error, verdicts.get(i), bits.get(i), calibrations[i]))
         return results
 
-    def statistics(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def statistics(self, images: np.ndarray, views: Sequence[View] = ()) -> dict[str, np.ndarray]:
         """Compute the statistics behind verdicts, float32 ``(N,)`` by name, for the same draw.
 
         Args:
             images: uint8 ``(N, H, W, C)``.
+            views: of the originals, all of one size, if an encoder counts.
         """
         self._check(images)
         digests = [image_digest(image) for image in images]
@@ -421,12 +443,32 @@ class InferenceEngine:
                 "score", len(images), lambda i: self._draw(images, digests, (i, 0, 0))
             )
         ]
-        return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+        joined = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+        return {**joined, **self.encoded(views)} if views else joined
 
     def _statistics(
-        self, images: np.ndarray, outputs: dict[str, np.ndarray]
+        self, images: np.ndarray, outputs: dict[str, np.ndarray], with_features: bool = True
     ) -> dict[str, np.ndarray]:
-        return compute_statistics(images, {**outputs, **self.features(images)})
+        features = self.features(images) if with_features else {}
+        return compute_statistics(images, {**outputs, **features})
+
+    def encoded(self, views: Sequence[View]) -> dict[str, np.ndarray]:
+        """Run the encoder on views of one size, one by one.
+
+        Returns:
+            ``pooled``, float32 ``(N, F)``; of large views also ``patches``, float16 ``(N, P, f)``,
+            and which of them are ``inside`` the pictures, bool ``(N, P)``.
+        """
+        if self._encoder is None:
+            raise ValueError("the bundle has no encoder")
+        names = [POOLED, PATCHES] if len(views[0].pixels) >= LARGE else [POOLED]
+        rows = [self._encoder.run(ENCODER, {"images": v.pixels[None]}, names) for v in views]
+        found = {POOLED: np.concatenate([row[POOLED] for row in rows])}
+        if PATCHES in names:
+            patches = np.concatenate([row[PATCHES] for row in rows]).astype(np.float16)
+            found[PATCHES] = patches.reshape(len(views), -1, patches.shape[-1])
+            found[INSIDE] = np.stack([view.inside.ravel() for view in views])
+        return found
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Run the ``features`` graph on uint8 ``(N, H, W, C)``; empty if the bundle has none.
@@ -460,6 +502,7 @@ class InferenceEngine:
         self,
         judges: Sequence[Calibration | None],
         images: np.ndarray,
+        views: Sequence[View | None],
         draws: Sequence[tuple[int, int, int]],
         outputs: dict[str, np.ndarray],
     ) -> dict[int, Verdict]:
@@ -475,16 +518,28 @@ class InferenceEngine:
         if not rows:
             return {}
         chosen = [draws[n][0] for n in rows]
+        all_judges = {id(judge): judge for judge in judges if judge is not None}.values()
         statistics = self._statistics(
-            images[chosen], {name: value[rows] for name, value in outputs.items()}
+            images[chosen],
+            {name: value[rows] for name, value in outputs.items()},
+            any(judge.known is not None for judge in all_judges),
         )
-        finite = finite_rows(statistics)
         verdicts: dict[int, Verdict] = {}
-        for judge in {id(judge): judge for judge in judges if judge is not None}.values():
-            mine = [n for n, i in enumerate(chosen) if judges[i] is judge and finite[n]]
-            if mine:
-                found = judge.verdicts({name: its[mine] for name, its in statistics.items()})
-                verdicts |= zip((chosen[n] for n in mine), found, strict=True)
+        for judge in all_judges:
+            mine = [n for n, i in enumerate(chosen) if judges[i] is judge]
+            if not mine:
+                continue
+            own = {name: its[mine] for name, its in statistics.items()}
+            seen = [view for n in mine if (view := views[chosen[n]]) is not None]
+            if seen:
+                own |= self.encoded(seen)
+            finite = finite_rows(own)
+            found = judge.verdicts({name: its[finite] for name, its in own.items()})
+            verdicts |= zip(
+                (chosen[n] for n, is_finite in zip(mine, finite, strict=True) if is_finite),
+                found,
+                strict=True,
+            )
         return verdicts
 
     def _summarize(self, parts: np.ndarray) -> tuple[float, dict[str, float], float | None]:
@@ -561,6 +616,25 @@ class InferenceEngine:
     def _y_eps(self, stream: NoiseStream, kind: str) -> np.ndarray:
         shape = self._shape("y_eps")
         return stream.normal(shape) if kind == "density" else np.zeros(shape, np.float32)
+
+
+def _view(judge: Calibration, image: np.ndarray, resized: bool, view: View | None) -> View | None:
+    """The view of an image that this calibration needs; ``None`` if it has no encoder.
+
+    Raises:
+        ValueError: it is missing, or has another size.
+    """
+    if judge.encoder is None:
+        return None
+    look = judge.encoder.look
+    if view is None and not resized:
+        return look.of(image)
+    if view is None or len(view.pixels) != look.size:
+        raise ValueError(
+            f"the encoder needs a view of {look.size} pixels of the original of a resized image, "
+            f"got {'none' if view is None else len(view.pixels)}"
+        )
+    return view
 
 
 def _bucket(count: int) -> int:

@@ -4,18 +4,16 @@ The one way from a source to pixels, for HTTP, the page, the gate, tables of fol
 line.
 
 A decoded photograph takes up to 48 MB, and a request may have 64 million pixels. So a picture does
-not keep its original: whoever needs more of it than ``pixels`` gives a :data:`View`, which is
-called while the original is in memory, once for each picture, and only its result is kept. At most
-one original for each decoding thread is in memory, as without a view. A view must therefore return
-a small array of its own, such as the original resized for an encoder, and no slice of the original.
+not keep its original: what an encoder needs of it is a :class:`View`, which is
+made while the original is in memory, and only the view is kept. At most one original for each
+decoding thread is in memory, as without a view.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -23,6 +21,7 @@ from PIL import Image
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import RESIZING, read_image
 from ade_base.pictures.show import resize_centre
+from ade_base.pictures.view import Look, View
 from serving.ingest.errors import ApiError, unusable
 
 RESIZED = "resized from"  # how the note on a resized image begins
@@ -38,10 +37,11 @@ PERMANENT_ERRORS = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-# Of the original, uint8 (H, W, 3) of a file of any size, or (H, W, C) of an array.
-View = Callable[[np.ndarray], np.ndarray]
-Views = Mapping[str, View]  # by name
-NO_VIEWS: Views = MappingProxyType({})
+LookOf = Callable[[bool], Look | None]  # how an encoder sees an image, resized or not
+
+
+def no_look(resized: bool) -> None:
+    """No encoder sees the originals."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class Picture:
         pixels: uint8 ``(h, w, C)``, as the model sees it.
         notes: on its conversion.
         resized: whether the original had another size.
-        views: by name, what the views made of the original.
+        view: the original as an encoder sees it; ``None`` without one.
     """
 
     pixels: np.ndarray
     notes: list[str]
     resized: bool = False
-    views: Mapping[str, np.ndarray] = field(default_factory=dict)
+    view: View | None = None
 
 
 def prepare_image(
     source: bytes | np.ndarray,
     image_shape: tuple[int, int, int],
     resize: bool,
-    views: Views = NO_VIEWS,
+    look_of: LookOf = no_look,
 ) -> Picture | ApiError:
     """Bring one image to the model's shape, or return the error that prevents it.
 
@@ -73,7 +73,7 @@ def prepare_image(
         source: a file, or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of another size.
-        views: each is called with the original of a usable image.
+        look_of: how an encoder sees a usable image.
     """
     height, width, channels = image_shape
     if isinstance(source, np.ndarray):
@@ -98,7 +98,7 @@ def prepare_image(
                 "wrong_shape", f"this model's images have {channels} channels: send an .npy array"
             )
     if pixels.shape[:2] == (height, width):
-        return Picture(np.ascontiguousarray(pixels), notes, views=_seen(original, views))
+        return Picture(np.ascontiguousarray(pixels), notes, False, _view(original, look_of(False)))
     if not resize:
         return unusable(
             "wrong_size",
@@ -111,18 +111,20 @@ def prepare_image(
         f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
         "this changes the likelihood"
     )
-    return Picture(resize_centre(pixels, height, width), notes, True, _seen(original, views))
+    return Picture(
+        resize_centre(pixels, height, width), notes, True, _view(original, look_of(True))
+    )
 
 
-def _seen(original: np.ndarray, views: Views) -> dict[str, np.ndarray]:
-    return {name: view(original) for name, view in views.items()}
+def _view(original: np.ndarray, look: Look | None) -> View | None:
+    return look.of(original) if look is not None else None
 
 
 def prepare_source(
     read: Callable[[], bytes | np.ndarray],
     image_shape: tuple[int, int, int],
     resize: bool,
-    views: Views = NO_VIEWS,
+    look_of: LookOf = no_look,
 ) -> Picture | ApiError:
     """Read an image and bring it to the model's shape, or return the error that prevents it.
 
@@ -133,10 +135,10 @@ def prepare_source(
         read: returns a file or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of another size.
-        views: each is called with the original of a usable image.
+        look_of: how an encoder sees a usable image.
     """
     try:
-        return prepare_image(read(), image_shape, resize, views)
+        return prepare_image(read(), image_shape, resize, look_of)
     except OSError as error:
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
         # Of some stores without a number.

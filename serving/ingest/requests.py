@@ -23,7 +23,7 @@ from ade_base.messages import show, words_of
 from ade_base.pictures.read import header_pixels
 from ade_client.contract import MAX_IMAGES
 from serving.ingest.errors import ApiError, malformed, unusable
-from serving.ingest.picture import NO_VIEWS, Picture, Views, prepare_image
+from serving.ingest.picture import LookOf, Picture, no_look, prepare_image
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # of images: 16 MiB of files are 22 MiB in base64
@@ -275,7 +275,7 @@ def decode_images(
     requests: Sequence[FilesRequest[Parameters]],
     image_shape: tuple[int, int, int],
     each: Each = map,
-    views: Views = NO_VIEWS,
+    looks: Callable[[Any], LookOf] = lambda parameters: no_look,
 ) -> list[ImagesRequest[Parameters]]:
     """Decode the images of a batch of requests and bring them to the model's shape.
 
@@ -283,21 +283,24 @@ def decode_images(
         requests: as parsed.
         image_shape: ``(H, W, C)`` of the model.
         each: works like ``map``, for example the ``map`` of a thread pool.
-        views: see :mod:`serving.ingest.picture`.
+        looks: from a request's parameters to how an encoder sees its images.
     """
 
-    def prepare(task: tuple[int, bytes | np.ndarray | ApiError, bool]) -> Picture | ApiError:
-        index, source, resize = task
+    def prepare(
+        task: tuple[int, bytes | np.ndarray | ApiError, bool, LookOf],
+    ) -> Picture | ApiError:
+        index, source, resize, look_of = task
         made = (
             source
             if isinstance(source, ApiError)
-            else prepare_image(source, image_shape, resize, views)
+            else prepare_image(source, image_shape, resize, look_of)
         )
         return made.at(index) if isinstance(made, ApiError) else made
 
     tasks = [
-        (i, source, request.resize)
+        (i, source, request.resize, look_of)
         for request in requests
+        for look_of in [looks(request.parameters)]
         for i, source in enumerate(request.sources)
     ]
     made = each(prepare, tasks)

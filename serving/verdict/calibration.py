@@ -23,8 +23,15 @@ from ade_base.messages import show
 from ade_client.contract import Unusual
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
+from serving.verdict.encoder import DISTANCES, PATCH, PICTURE, SEEN, EncoderMemory
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
-from serving.verdict.semantic import DISTANCE, ENERGY, SEMANTIC_PREFIX, KnownImages
+from serving.verdict.semantic import (
+    COORDINATES,
+    DISTANCE,
+    ENERGY,
+    SEMANTIC_PREFIX,
+    KnownImages,
+)
 from serving.verdict.statistics import PIXEL_PREFIX
 
 CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
@@ -50,6 +57,8 @@ class Verdict:
             images.
         explain: every statistic, the most unusual first.
         calibrated: number of calibration images.
+        patches: p-values of the patches, float32 ``(P,)``, see
+            :meth:`serving.verdict.patches.PatchMemory.p_values`; ``None`` without an encoder.
     """
 
     ood_score: float
@@ -57,6 +66,7 @@ class Verdict:
     beyond: float
     explain: tuple[Unusual, ...]
     calibrated: int = 0
+    patches: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Calibration:
         baseline: a mixture on the statistics of the pixels alone, for comparison: it needs no
             model.
         known: the known images of the semantic statistics; ``None`` without them.
+        encoder: what the encoder of originals knows; ``None`` without it.
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
@@ -92,6 +103,7 @@ class Calibration:
     reference: np.ndarray
     baseline: Mixture
     known: KnownImages | None = None
+    encoder: EncoderMemory | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     fitted_digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -117,12 +129,18 @@ class Calibration:
         Raises:
             CalibrationError: they are not; the error names them.
         """
-        missing = sorted({*self.names, *([DISTANCE] if self.known else [])} - set(names))
+        needed = {
+            *self.names,
+            *([DISTANCE] if self.known else []),
+            *([PICTURE] if self.encoder else []),
+        }
+        missing = sorted(needed - set(names))
         if missing:
             more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
+            network = _network_of(missing[-1])
             raise CalibrationError(
                 f"the calibration was fitted to statistics that this version does not compute"
-                f"{' without features.onnx' if missing[-1].startswith(SEMANTIC_PREFIX) else ''}: "
+                f"{f' without {network}' if network else ''}: "
                 f"{', '.join(missing[:MAX_SHOWN])}{more}; ade calibrate makes another"
             )
 
@@ -143,11 +161,16 @@ class Calibration:
                 )
         size, pixels, n = len(self.names), len(self.pixel_columns), self.scores.size
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
-        if semantic != sorted(semantic) or (any(semantic) and self.known is None):
+        owned = {**dict.fromkeys(COORDINATES, self.known), **dict.fromkeys(SEEN, self.encoder)}
+        if semantic != sorted(semantic) or any(
+            owned.get(name) is None for name in self.names[size - sum(semantic) :]
+        ):
             raise CalibrationError("semantic statistics must come last, with known images")
-        problem = self.known and self.known.problem()
+        problem = (self.known and self.known.problem()) or (self.encoder and self.encoder.problem())
         if problem:
             raise CalibrationError(problem)
+        if PATCH in self.names and (self.encoder is None or self.encoder.patches is None):
+            raise CalibrationError(f"{PATCH} needs known patches")
         if self.known is not None and ENERGY in self.names and self.known.usual.shape[1] < 2:
             raise CalibrationError(f"known_usual lacks {ENERGY}")
         for name, array, shape in (
@@ -184,6 +207,9 @@ class Calibration:
         """float32 ``(N, S)`` from arrays by name."""
         if self.known is not None:
             statistics = {**statistics, **self.known.coordinates(statistics)}
+        if self.encoder is not None:
+            measured = self.encoder.measured(statistics)
+            statistics = {**measured, **self.encoder.coordinates(measured)}
         return np.stack([statistics[name] for name in self.names], axis=1)
 
     def scores_of(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -208,13 +234,20 @@ class Calibration:
 
         This is minus the log-density of the statistics of the generative model and the pixels. With
         semantic statistics it is at least the known images' floor, and the weighted sum of their
-        normal scores is added. Inside the density, one or two among dozens would hardly count.
+        normal scores is added. Inside the density, one or two among dozens would hardly count. Of
+        two networks, the one that finds an image more unusual counts more.
         """
         width = self.mixture.means.shape[1]
         scores = density = self.mixture.negative_log_density(normal[:, :width])
-        if self.known is not None:
-            semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST).sum(1)
-            scores = np.maximum(density, self.known.floor) + self.known.weight * semantic
+        semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST)
+        seen = np.array([name in SEEN for name in self.names[width:]], bool)
+        memory = self.encoder.pooled if self.encoder is not None else self.known
+        if memory is not None and (seen.all() or not seen.any()):
+            scores = np.maximum(density, memory.floor) + memory.weight * semantic.sum(1)
+        elif memory is not None:
+            means = [semantic[:, its].mean(1) for its in (seen, ~seen)]
+            both = len(seen) / 2 * memory.weight * np.logaddexp(*means)
+            scores = np.maximum(density, memory.floor) + both
         # Minus infinity would be accepted.
         return np.where(np.isfinite(density) & np.isfinite(scores), scores, np.inf)
 
@@ -224,9 +257,13 @@ class Calibration:
         Args:
             statistics: of :func:`serving.verdict.statistics.compute_statistics`.
         """
+        if self.encoder is not None:
+            statistics = self.encoder.measured(statistics)
         rows = self.rows(statistics)
         normal = self.normal(rows)
         scores = self.ood_scores(normal)
+        memory = None if self.encoder is None else self.encoder.patches
+        patches = None if memory is None else memory.p_values(statistics[DISTANCES])
         p_values = conformal_p_values(self.scores, scores)
         at_most = np.searchsorted(self.scores, scores + SLACK, "right")
         beyond = (len(self.scores) - at_most) / (len(self.scores) + 1)
@@ -249,6 +286,7 @@ class Calibration:
                     float(beyond[row]),
                     explain,
                     len(self.scores),
+                    None if patches is None else patches[row],
                 )
             )
         return verdicts
@@ -330,6 +368,7 @@ class Calibration:
             **self.mixture.arrays("mixture"),
             **self.baseline.arrays("baseline"),
             **({} if self.known is None else self.known.arrays()),
+            **({} if self.encoder is None else self.encoder.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
             **({"digests": self.digests} if self.digests.size else {}),
             **({"fitted_digests": self.fitted_digests} if self.fitted_digests.size else {}),
@@ -360,7 +399,15 @@ class Calibration:
             of("reference"),
             Mixture.from_arrays(arrays, f"{prefix}baseline"),
             KnownImages.from_arrays(arrays, prefix),
+            EncoderMemory.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
             digests("digests"),
             digests("fitted_digests"),
         )
+
+
+def _network_of(statistic: str) -> str | None:
+    """The file of the network that a statistic comes from; ``None`` if it is the model's."""
+    if not statistic.startswith(SEMANTIC_PREFIX):
+        return None
+    return "encoder.onnx" if statistic in SEEN else "features.onnx"

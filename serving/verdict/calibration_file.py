@@ -17,6 +17,7 @@ import numpy as np
 from ade_base.files import read_file
 from ade_base.messages import show, visible
 from ade_base.pictures.show import coder_version
+from ade_base.pictures.view import Look
 from ade_client.contract import DEFAULT
 from serving.verdict.calibration import Calibration, CalibrationError
 
@@ -68,6 +69,17 @@ class Calibrations:
     def of(self, resized: bool) -> Calibration | None:
         """The one for an image that was or was not resized."""
         return self.resized if resized else self.exact
+
+    def look_of(self, resized: bool) -> Look | None:
+        """How the encoder sees an image, resized or not; ``None`` without an encoder."""
+        calibration = self.of(resized)
+        encoder = None if calibration is None else calibration.encoder
+        return None if encoder is None else encoder.look
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder sees the originals of images."""
+        return any(self.look_of(resized) is not None for resized in (False, True))
 
     @property
     def label(self) -> dict[str, str] | None:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ade_base.pictures.show import lossless_bits
+from serving.verdict.encoder import PATCH, PICTURE
 from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, semantic_statistics
 
 COSTS = ("distortion", "log_det", "latents")
@@ -45,6 +46,8 @@ MEANINGS = {
     "excess": "bits per dimension compared with lossless compression",
     DISTANCE: "what the image shows: unlike anything seen if high",
     ENERGY: "what the image shows: like none of the classes if high",
+    PICTURE: "what the whole picture shows: unlike anything seen if high",
+    PATCH: "a part of the picture: unlike any part seen if high",
 }
 PIXEL_PREFIX = "pixel_"
 BLOCKS = 4  # cells per side, for the unevenness of noise

@@ -21,7 +21,7 @@ from ade_client.model import Field, fields_of
 from serving.api.responses import MAX_ANSWER_BYTES, NPY_TYPE, Response
 from serving.ingest.errors import malformed, unusable
 from serving.ingest.parameters import read
-from serving.ingest.picture import Picture
+from serving.ingest.picture import LookOf, Picture, no_look
 from serving.ingest.requests import (
     FilesRequest,
     ImagesRequest,
@@ -148,6 +148,10 @@ class Operation(ABC, Generic[ParametersT, RequestT, ComputedT]):
         Raises:
             ApiError: the answer is an error.
         """
+
+    def look_of(self, parameters: ParametersT, engine: InferenceEngine) -> LookOf:
+        """How an encoder sees the images of a request with these parameters."""
+        return no_look
 
     def observe(
         self, requests: Sequence[RequestT], computed: Sequence[ComputedT], telemetry: Telemetry

@@ -23,7 +23,7 @@ from serving.api.heat_map import heat_map
 from serving.api.operations.base import Format, ImageOperation
 from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
 from serving.ingest.errors import ApiError, unusable
-from serving.ingest.picture import Picture
+from serving.ingest.picture import LookOf, Picture, no_look
 from serving.ingest.requests import JSON_TYPE, ImagesRequest
 from serving.verdict.calibration_file import Calibrations, UnknownCalibration
 from serving.verdict.conformal import benjamini_hochberg, simes
@@ -66,6 +66,10 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 f"images x samples may be at most {MAX_DRAWS}, got {count} x {parameters.samples}",
             )
 
+    def look_of(self, parameters: ScoreParameters, engine: InferenceEngine) -> LookOf:
+        judge = _judge(engine, parameters.calibration)
+        return no_look if isinstance(judge, UnknownCalibration) else judge.look_of
+
     def rows(self, request: ImagesRequest[ScoreParameters]) -> int:
         return len(request.images) * request.parameters.samples
 
@@ -93,6 +97,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 [parameters[i].map for i in rows],
                 [images[i].resized for i in rows],
                 [found[i] for i in rows],
+                [images[i].view for i in rows],
             )
             for i, score in zip(rows, scores, strict=True):
                 found[i] = score
