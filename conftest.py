@@ -122,6 +122,27 @@ def tiny_bundle(
 
 
 @pytest.fixture(scope="session")
+def large_images(real_images: np.ndarray) -> np.ndarray:
+    """Real images, enlarged: uint8 ``(120, 40, 60, 3)``."""
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize((60, 40))) for image in real_images[:120]]
+    )
+
+
+@pytest.fixture(scope="session")
+def seeing_bundle(
+    tiny_bundle: Path, large_images: np.ndarray, made_once: Callable[..., Path]
+) -> Path:
+    """That bundle, calibrated on 60 larger pictures, of which an encoder sees the originals."""
+    from export.gate.calibrate import calibrate_bundle
+
+    def make(bundle: Path) -> None:
+        calibrate_bundle(tiny_bundle, bundle, large_images[:24], large_images[24:60], "large")
+
+    return made_once("seeing", make)
+
+
+@pytest.fixture(scope="session")
 def pretrained_engine() -> InferenceEngine:
     """An engine of the shipped bundle, for tests that do not change it."""
     from serving.engine.engine import InferenceEngine

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from ade_base.files import read_file
 from ade_base.system import available_cores
 from export.gate.corruptions import CORRUPTIONS
 from export.gate.images import digests_of, others
@@ -28,7 +30,7 @@ from fitting.report import (
 from fitting.survey import Survey, size_of
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.engine.engine import InferenceEngine, Score
-from serving.ingest.picture import Picture
+from serving.ingest.picture import Picture, prepare_source
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
@@ -75,8 +77,10 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         Outlier(names[row], p_value, bpd, images[row])
         for _, row, p_value, bpd in judged[:SHOWN_OUTLIERS]
     ]
-    pixels = held_out_images(dataset, found, CORRUPTED_IMAGES)
-    held_out = pixels[:RECONSTRUCTED]
+    held_out = held_out_images(dataset, found, RECONSTRUCTED)
+    to_corrupt = rows_of(dataset, found, "test")[:CORRUPTED_IMAGES]
+    read = _pictures(engine, dataset, "test", to_corrupt, folder)
+    pictures = [picture for _, picture in read]
     findings = Findings(
         plan=plan,
         survey=found,
@@ -87,8 +91,8 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         alarms=false_alarms(p_values, calibrations),
         scanned=len(scanned),
         outliers=outliers,
-        corrupted=len(pixels),
-        caught=_caught(engine, pixels),
+        corrupted=len(pictures),
+        caught=_caught(engine, pictures),
         encoder=_encoder_findings(engine, dataset, found, out),
     )
     write_report(findings, out / "report.html")
@@ -105,26 +109,49 @@ def _tested(dataset: Dataset, rows: Sequence[int], calibrations: Calibrations) -
 def _scores(
     engine: InferenceEngine, dataset: Dataset, part: str, rows: Sequence[int], folder: Path
 ) -> Iterator[tuple[int, bool, Score]]:
-    """The rows of a part, whether their files were resized, and their scores if these are finite.
+    """The rows of a part, whether they were resized, and their scores if these are finite."""
+    found = _pictures(engine, dataset, part, rows, folder)
+    while chunk := list(islice(found, CHUNK)):
+        pictures = [picture for _, picture in chunk]
+        scores = engine.score(
+            np.stack([picture.pixels for picture in pictures]),
+            resized=[picture.resized for picture in pictures],
+            views=[picture.view for picture in pictures],
+        )
+        for (row, picture), score in zip(chunk, scores, strict=True):
+            if isinstance(score, Score):
+                yield row, picture.resized, score
+
+
+def _pictures(
+    engine: InferenceEngine, dataset: Dataset, part: str, rows: Sequence[int], folder: Path
+) -> Iterator[tuple[int, Picture]]:
+    """The rows of a part whose files can still be read, and their pictures.
 
     The data set has the pixels at the model's size: decoding thousands of photographs again would
-    take longer than scoring them.
+    take longer than scoring them. Only an encoder needs the originals.
     """
     height, width, _ = engine.image_shape
     names, images = dataset.files[part], dataset.parts[part].images
+    look_of = engine.calibrations.look_of
+
+    def picture(row: int) -> Picture | None:
+        path = folder / names[row]
+        size = size_of(path)
+        if size is None:  # lost since it was read
+            return None
+        resized = size != (width, height)
+        if not resized or look_of(resized) is None:
+            return Picture(np.asarray(images[row]), [], resized)
+        made = prepare_source(partial(read_file, path), engine.image_shape, True, look_of)
+        return made if isinstance(made, Picture) else None
+
     with ThreadPoolExecutor(available_cores()) as pool:
         for first in range(0, len(rows), CHUNK):
-            chunk = list(rows[first : first + CHUNK])
-            found = pool.map(lambda row: size_of(folder / names[row]), chunk)
-            sizes = dict(zip(chunk, found, strict=True))
-            chunk = [row for row in chunk if sizes[row] is not None]  # lost since they were read
-            if not chunk:
-                continue
-            resized = [sizes[row] != (width, height) for row in chunk]
-            scores = engine.score(np.asarray(images[chunk]), resized=resized)
-            for row, is_resized, score in zip(chunk, resized, scores, strict=True):
-                if isinstance(score, Score):
-                    yield row, is_resized, score
+            chunk = rows[first : first + CHUNK]
+            for row, found in zip(chunk, pool.map(picture, chunk), strict=True):
+                if found is not None:
+                    yield row, found
 
 
 def _encoder_findings(
@@ -140,9 +167,8 @@ def _encoder_findings(
     return EncoderFindings(**about, recognised=recognised, guessed=guessed)
 
 
-def _caught(engine: InferenceEngine, pixels: np.ndarray) -> list[Caught]:
+def _caught(engine: InferenceEngine, images: Sequence[Picture]) -> list[Caught]:
     """Shares of corrupted held-out images that the verdict rejects."""
-    images = [Picture(its, []) for its in pixels]
     return [
         Caught(
             name,

@@ -281,6 +281,7 @@ def _bundle(
             dataset.name,
             step,
             encoder,
+            with_encoder=True,
         )
         assert made.exact is not None
         step(

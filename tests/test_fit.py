@@ -52,6 +52,7 @@ from fitting.survey import Survey, as_dict, choose_image_size, picture_sizes, su
 from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
+from serving.ingest.picture import Picture
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder, narrow
@@ -659,10 +660,11 @@ def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
         return [None] * 10 + engine.score(images, **options)[10:]
 
     some: Any = SimpleNamespace(score=score, calibrations=engine.calibrations)
-    by_name = {its.corruption: its.rejected for its in _caught(some, small_images[:20])}
+    pictures = [Picture(its, []) for its in small_images[:20]]
+    by_name = {its.corruption: its.rejected for its in _caught(some, pictures)}
     assert by_name["uniform noise"][0] == 1
     some.score = lambda images, **options: [None] * len(images)
-    assert _caught(some, small_images[:20])[0].rejected == (None, None, None)
+    assert _caught(some, pictures)[0].rejected == (None, None, None)
 
 
 @pytest.mark.parametrize(

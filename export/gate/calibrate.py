@@ -64,6 +64,7 @@ def calibrate_bundle(
     keep_examples: bool = False,
     calibration: str = DEFAULT,
     own_networks: bool = False,
+    with_encoder: bool = False,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -94,6 +95,7 @@ def calibrate_bundle(
             open the bundle or its page sees them.
         own_networks: use the networks that the bundle has. Otherwise an encoder sees the whole
             original of images that are larger than the model, unless ``features`` are given.
+        with_encoder: let that encoder see them also if ``features`` are given.
         calibration: the name of the calibration; requests that give none are judged by that of
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
@@ -107,7 +109,7 @@ def calibrate_bundle(
     file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
-    encoder = None if features is not None else _encoder(bundle, own_networks)
+    encoder = _encoder(bundle, own_networks) if features is None or with_encoder else None
     parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, encoder is not None)
     are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
     with new_folder(out, CalibrationError) as temporary:
@@ -130,7 +132,8 @@ def calibrate_bundle(
                 write_manifest(temporary, fields)
             report(f"{ENCODER_NAME}: EfficientNet-Lite0 sees each image, whole")
         own = _own_calibration(bundle) if features is None else None
-        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen)
+        is_seen = encoder is not None
+        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, is_seen)
         content = made.to_bytes()
         (temporary / file).write_bytes(content)
         about["data"] = data_name
@@ -262,13 +265,18 @@ def _without_calibrations(
 
 
 def _calibrate(
-    bundle: Bundle, parts: Parts, own: Calibration | None, report: Report, unseen: Images
+    bundle: Bundle,
+    parts: Parts,
+    own: Calibration | None,
+    report: Report,
+    unseen: Images,
+    is_seen: bool,
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     has_classes = knows_classes(own, engine, parts, report)
-    sees = LOOKS if bundle.has(ENCODER_NAME) else None
+    sees = LOOKS if is_seen and bundle.has(ENCODER_NAME) else None
     exact, about = exact_calibration(engine, parts, has_classes, report, sees)
     warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (

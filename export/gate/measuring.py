@@ -41,7 +41,7 @@ def statistics_of(
 ) -> dict[str, np.ndarray]:
     """The statistics of images of the model's size, by name; see :func:`measured`."""
     them = prepared(images, engine.image_shape, False)
-    return measured(engine, them, name, report, memory).statistics
+    return measured(engine, them, name, report, (memory, memory)).statistics
 
 
 def measured(
@@ -49,7 +49,7 @@ def measured(
     images: Iterable[Prepared],
     name: str,
     report: Report,
-    memory: EncoderMemory | None = None,
+    memories: tuple[EncoderMemory | None, EncoderMemory | None] = (None, None),
 ) -> Measured:
     """Compute the statistics of many images, a chunk at a time.
 
@@ -61,24 +61,27 @@ def measured(
         images: see :func:`export.gate.images.prepared`.
         name: of the images, for progress and errors.
         report: called with each line of progress.
-        memory: measures patches at once, which take much memory.
+        memories: measure patches at once, which take much memory, of images of the model's size and
+            of resized ones. A statistic that only one kind has is 0 for the other.
 
     Raises:
         CalibrationError: no image could be used.
     """
+    are_apart = memories[0] is not memories[1]
 
     def statistics(batch: Sequence[Picture]) -> dict[str, np.ndarray]:
         views = [image.view for image in batch if image.view is not None]
         found = engine.statistics(np.stack([image.pixels for image in batch]), views)
+        memory = memories[batch[0].resized]
         return found if memory is None else memory.measured(found)
 
     chunks: list[dict[str, np.ndarray]] = []
     resized: list[bool] = []
     errors: list[tuple[str, str]] = []
-    waiting: list[tuple[str, Picture]] = []
+    kinds: tuple[list[tuple[str, Picture]], ...] = [], []
     done = 0
 
-    def flush() -> None:
+    def flush(waiting: list[tuple[str, Picture]]) -> None:
         nonlocal done
         if waiting:
             them = [image for _, image in waiting]
@@ -99,12 +102,14 @@ def measured(
     with thread_pool() as threads:
         for its, image in images:
             if isinstance(image, Picture):
+                waiting = kinds[are_apart and image.resized]
                 waiting.append((its, image))
+                if len(waiting) == CHUNK:
+                    flush(waiting)
             else:
                 errors.append((its, image.message))
-            if len(waiting) == CHUNK:
-                flush()
-        flush()
+        for waiting in kinds:
+            flush(waiting)
     report_left_out(name, errors, report)
     if not chunks:
         raise none_usable(name, errors)
@@ -112,4 +117,13 @@ def measured(
 
 
 def _joined(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    some = {key: values[:1] for batch in batches for key, values in batch.items()}
+    return {
+        key: np.concatenate(
+            [
+                batch[key] if key in batch else np.repeat(np.zeros_like(its), len(batch["bpd"]), 0)
+                for batch in batches
+            ]
+        )
+        for key, its in some.items()
+    }

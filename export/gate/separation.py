@@ -16,7 +16,7 @@ from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
 
 COMBINED, RAW_BPD, NO_MODEL = "combined", "bpd, raw", "pixels alone"
-NO_FEATURES = "without features"  # only of bundles with a network of features
+NO_FEATURES = "without features"  # only of bundles with a network that tells things apart
 ALPHAS = (0.1, 0.05, 0.01)
 
 
@@ -97,15 +97,15 @@ def scores_of(
 ) -> dict[str, np.ndarray]:
     """Scores by name; a higher score is more unusual.
 
-    They are the combined score, the same without the network's features if the bundle has any, the
-    raw bpd, the score without a model, and the score of each single statistic, which is the
+    They are the combined score, the same without the features of networks if the bundle has any,
+    the raw bpd, the score without a model, and the score of each single statistic, which is the
     absolute value of its normal score.
     """
     rows = calibration.rows(statistics)
     normal = calibration.normal(rows)
     found = {COMBINED: calibration.ood_scores(normal)}
-    if calibration.known is not None:
-        found[NO_FEATURES] = replace(calibration, known=None).ood_scores(normal)
+    if calibration.known is not None or calibration.encoder is not None:
+        found[NO_FEATURES] = replace(calibration, known=None, encoder=None).ood_scores(normal)
     return {
         **found,
         RAW_BPD: statistics["bpd"].astype(np.float64),

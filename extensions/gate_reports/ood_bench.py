@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from export.gate.corruptions import CORRUPTIONS
-from export.gate.corruptions import corrupt as corrupt_images
 from export.gate.images import Images, Prepared, counting, digests_of, others, prepared
-from export.gate.measuring import measured
+from export.gate.measuring import Measured, measured
+from export.gate.rejection import corruptions_of
 from extensions.gate_reports.ood_bench_report import write_report
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
@@ -61,21 +58,23 @@ def bench(
     }
 
     def unused(report: Report) -> Iterator[Prepared]:
-        return others(id_name, prepared(id_images, shape, resize=True), known, report)
+        return others(id_name, ready(id_images), known, report)
 
-    id_set = measured(engine, unused(report), id_name, report)
-    sets = {
-        name: measured(engine, prepared(images, shape, resize=True), name, report)
-        for name, images in ood_sets.items()
-    }
+    def ready(images: Images) -> Iterator[Prepared]:
+        return prepared(images, shape, True, calibrations.look_of)
+
+    def measure(images: Iterable[Prepared], name: str) -> Measured:
+        return measured(engine, images, name, report, calibrations.encoders)
+
+    id_set = measure(unused(report), id_name)
+    sets = {name: measure(ready(images), name) for name, images in ood_sets.items()}
     found = (image for _, image in unused(lambda line: None) if isinstance(image, Picture))
     few = list(islice(found, corrupt))
-    pixels = np.stack([image.pixels for image in few])
-    for name, corruption in CORRUPTIONS.items():
-        changed = corrupt_images(pixels, corruption)
-        its = [("", replace(image, pixels=p)) for image, p in zip(few, changed, strict=True)]
+    for name, changed in corruptions_of(few).items():
+        if name not in CORRUPTIONS:
+            continue
         try:
-            sets[name] = measured(engine, its, name, report)
+            sets[name] = measure([("", image) for image in changed], name)
         except CalibrationError as error:
             report(f"left out {error}")
     return write_report(calibrations, engine.bundle.model_id, id_name, id_set, sets, out)

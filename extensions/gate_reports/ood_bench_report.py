@@ -93,7 +93,11 @@ def write_report(
         "95 % of the OOD images are found; then the share of OOD images that is flagged at each "
         "alpha. "
         f"*{NO_MODEL}*: the same kind of density on statistics of the pixels, without any model."
-        + (f" *{NO_FEATURES}*: without those of `features.onnx`." if has_features else ""),
+        + (
+            f" *{NO_FEATURES}*: without those of `features.onnx` and `encoder.onnx`."
+            if has_features
+            else ""
+        ),
         "",
         "## Each statistic by itself, AUROC",
         "",

@@ -16,6 +16,7 @@ from export.gate.images import Images, digests_of, usable
 from export.gate.rejection import corruptions_of, p_values, rejected, share_at
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
+from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.false_alarms import flagging_rank
@@ -127,10 +128,14 @@ def what_if(
     """
     if calibrations.exact is None:
         raise CalibrationError(f"{engine.bundle.name} is not calibrated: ade calibrate does that")
-    images, errors = usable("history", history, engine.image_shape, report)
+
+    def read(name: str, images: Images) -> tuple[list[Picture], list[tuple[str, str]]]:
+        return usable(name, images, engine.image_shape, report, False, calibrations.look_of)
+
+    images, errors = read("history", history)
     unusable = len(errors)
     report(f"history: {len(images)} images")
-    unlike = {name: usable(name, its, engine.image_shape, report)[0] for name, its in ood.items()}
+    unlike = {name: read(name, its)[0] for name, its in ood.items()}
     found = p_values(engine, calibrations, images)
     judged = np.array([calibrations.of(image.resized) is not None for image in images])
     lost = judged & np.isnan(found)

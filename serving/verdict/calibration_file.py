@@ -20,6 +20,7 @@ from ade_base.pictures.show import coder_version
 from ade_base.pictures.view import Look
 from ade_client.contract import DEFAULT
 from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.encoder import EncoderMemory
 
 RESIZED_PREFIX = "resized_"  # of the arrays of a second calibration
 VERSION_DIGITS = 12  # of the file's SHA-256
@@ -72,14 +73,21 @@ class Calibrations:
 
     def look_of(self, resized: bool) -> Look | None:
         """How the encoder sees an image, resized or not; ``None`` without an encoder."""
-        calibration = self.of(resized)
-        encoder = None if calibration is None else calibration.encoder
+        encoder = self.encoders[resized]
         return None if encoder is None else encoder.look
+
+    @property
+    def encoders(self) -> tuple[EncoderMemory | None, EncoderMemory | None]:
+        """What the encoder knows of images of the model's size, and of resized ones."""
+        exact, resized = (
+            None if its is None else its.encoder for its in (self.exact, self.resized)
+        )
+        return exact, resized
 
     @property
     def has_encoder(self) -> bool:
         """Whether an encoder sees the originals of images."""
-        return any(self.look_of(resized) is not None for resized in (False, True))
+        return any(its is not None for its in self.encoders)
 
     @property
     def label(self) -> dict[str, str] | None:

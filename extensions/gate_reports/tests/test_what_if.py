@@ -347,9 +347,9 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     """The bench and the calibration leave out corrupted images without any."""
     statistics = InferenceEngine.statistics
 
-    def lose(self: InferenceEngine, images: np.ndarray) -> dict[str, np.ndarray]:
+    def lose(self: InferenceEngine, images: np.ndarray, views: Any = ()) -> dict[str, np.ndarray]:
         flat = (images == images[:, :1, :1]).all((1, 2, 3))
-        found = statistics(self, images)
+        found = statistics(self, images, views)
         return {**found, "bpd": np.where(flat, np.float32(np.nan), found["bpd"])}
 
     monkeypatch.setattr(InferenceEngine, "statistics", lose)
