@@ -275,7 +275,9 @@ class ScoreParameters(ImageParameters):
         "largest expected share of false alarms among the images of the request that are reported",
     ] = None
     explain: Annotated[bool, "include the most unusual statistics, with their p-values"] = True
-    map: Annotated[bool, "include the bits of each pixel"] = False
+    map: Annotated[bool, "include the bits of each pixel, and the p-values of parts (regions)"] = (
+        False
+    )
     calibration: Annotated[str, "name of the calibration that decides"] = DEFAULT
 
 
@@ -302,6 +304,24 @@ class Map:
 
     bits: Annotated[np.ndarray, Axes(2), "they sum to bpd times the number of the image's values"]
     png: Annotated[bytes, "a heat map, in which darker pixels cost less"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """Where an image is unusual: p-values of its parts, in a grid that covers the original.
+
+    If parts with a p-value of at most alpha are marked, at most a share alpha of the images that
+    are like the calibration images gets any mark. The place is in pixels of the upright original;
+    at its edges, the grid may lie half a cell outside or inside.
+    """
+
+    p_values: Annotated[np.ndarray, Axes(2), "of each cell, from the top, rounded up to 4 digits"]
+    left: float
+    top: float
+    width: Annotated[float, "of the whole grid"]
+    height: Annotated[float, "of the whole grid"]
+    image_width: Annotated[int, "of the original"]
+    image_height: Annotated[int, "of the original"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +353,9 @@ class ScoreResult:
         default_factory=list
     )
     map: Annotated[Map | None, "with the parameter map"] = None
+    regions: Annotated[
+        Regions | None, "with the parameter map, if the calibration judges parts of an image"
+    ] = None
     notes: Notes = dataclasses.field(default_factory=list)
     decision: Annotated[
         Choice, "accept, reject, or no_verdict if no decision is possible: let only accept through"

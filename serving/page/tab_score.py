@@ -10,14 +10,18 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from ade_base.brand import percent
+from ade_base.pictures.read import read_image
 from ade_base.pictures.show import write_png
+from ade_client.outlines import outlined
 from serving.page import charts
-from serving.page.files import write_file
+from serving.page.files import read_file, write_file
 from serving.page.inputs import (
     TabContext,
     as_seen,
     examples,
     html,
+    image_output,
     image_pair,
     image_strip,
     live,
@@ -47,6 +51,9 @@ NOT_KEPT = (
 MAPPED = (
     "Left: the image. Right: how unlikely each pixel is for the model. Brighter is less likely."
 )
+OUTLINED = "Outlined: parts of the picture that look unlike all parts of the calibration images."
+NOT_OUTLINED = "No part of the picture is unusual enough to be outlined."
+MOST_SHOWN = 1024  # pixels per side of an original
 NOT_MAPPED = (
     "The image was resized. A map of unlikely pixels would show the resizing, so there is none."
 )
@@ -55,6 +62,26 @@ NOT_MAPPED = (
 def is_alpha(value: float | None) -> TypeGuard[float]:
     """Whether :func:`alpha_input` holds a rate: while one is typed, it is 0 or empty at first."""
     return value is not None and MIN_ALPHA <= value <= MAX_ALPHA
+
+
+def original_of(data: bytes) -> str:
+    """Write the original for the page to show, at most :data:`MOST_SHOWN` pixels per side."""
+    original = Image.fromarray(read_image(data).pixels)
+    original.thumbnail((MOST_SHOWN, MOST_SHOWN))
+    return write_file(write_png(np.asarray(original)), "original.png")
+
+
+def outlined_original(scored: Scored, alpha: float) -> tuple[Any, Any]:
+    """The original with its unusual parts outlined, and a caption in HTML; of others, nothing."""
+    regions = scored.result.regions
+    if regions is None or not scored.original:
+        return gr.skip(), gr.skip()
+    with Image.open(io.BytesIO(read_file(scored.original))) as picture:
+        drawn = outlined(np.asarray(picture), regions, alpha)
+    found = OUTLINED if (regions.p_values <= alpha).any() else NOT_OUTLINED
+    share = f"At most {percent(alpha)} of images like the calibration images get any outline."
+    shown = gr.Image(write_file(write_png(drawn), "outlined.png"), visible=True)
+    return shown, charts.caption(f"{found} {share}")
 
 
 def pictures(pixels: np.ndarray, heat: bytes | None) -> tuple[Any, Any, str]:
@@ -106,34 +133,46 @@ class ScoreTab:
         data, client, bundle = read(image), self.models.clients[model], self.models.bundles[model]
         seen = as_seen(data, bundle, resize)
         given: Any = {"samples": int(samples), "alpha": alpha, "resize": resize}
-        result = usable(ask(client.score, [data], map=not seen.resized, **given)[0])
+        result = usable(ask(client.score, [data], map=True, **given)[0])
         calibrations = self.models.calibrations_of(model)
         # Without the map, it is small enough to be kept as long as the page is open.
-        scored = Scored(dataclasses.replace(result, map=None), seen.resized)
+        original = original_of(data) if seen.resized and result.regions is not None else ""
+        scored = Scored(dataclasses.replace(result, map=None), seen.resized, original, alpha)
         card, place, why = explained(calibrations, scored, alpha)
         calibration = judge_of(calibrations, scored)
         details = charts.parts_chart(result.bpd_parts, result.bpd)
         if calibration is not None:
             details += charts.histogram_chart(calibration.bpd, result.bpd)
             details += charts.explain_table(result.explain[:REASONS])
-        pair, *others = pictures(seen.pixels, result.heat_map)
-        return card, pair, place, why, details, *others, scored
+        pair, alone, caption = pictures(seen.pixels, None if seen.resized else result.heat_map)
+        picture: Any = gr.Image(None, visible=False)
+        if original:
+            alone = picture
+            picture, caption = outlined_original(scored, alpha)
+        return card, pair, place, why, details, alone, picture, caption, scored
 
-    def judge(self, model: str, scored: Scored | None, alpha: float | None) -> tuple[Any, Any, Any]:
-        """Decide again at another false-alarm rate; the p-value stays."""
-        if scored is None or not is_alpha(alpha):
-            return gr.skip(), gr.skip(), gr.skip()
-        return explained(self.models.calibrations_of(model), scored, alpha)
+    def judge(self, model: str, scored: Scored | None, alpha: float | None) -> tuple[Any, ...]:
+        """Decide at another false-alarm rate, if it is another; the p-value stays."""
+        if scored is None or not is_alpha(alpha) or alpha == scored.alpha:
+            return (gr.skip(),) * 5
+        return self.decide(model, scored, alpha)
+
+    def decide(self, model: str, scored: Scored, alpha: float) -> tuple[Any, ...]:
+        """Verdict, place, reasons, the outlined original and its caption."""
+        calibrations = self.models.calibrations_of(model)
+        return *explained(calibrations, scored, alpha), *outlined_original(scored, alpha)
 
     def judge_again(
         self, model: str, scored: Scored | None, alpha: float | None, image: Any, runs: Runs
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, ...]:
         """The same when alpha was moved: a verdict at the former one must not stay there."""
         # A run that has yet to end will show a verdict, and one that failed has shown its error.
         is_explained = runs.is_due or runs.under_way or 0 < runs.failed == runs.latest
         if image is not None and scored is None and not is_explained:
-            return charts.problem(NOT_KEPT), "", ""
-        return self.judge(model, scored, alpha)
+            return charts.problem(NOT_KEPT), "", "", None, ""
+        if scored is None or not is_alpha(alpha):
+            return (gr.skip(),) * 5
+        return self.decide(model, scored, alpha)
 
     def what_if(self, model: str, alpha: float | None, per_day: float | None, resized: bool) -> Any:
         """What a level would mean for a day of images of the model's size or resized, HTML."""
@@ -175,6 +214,12 @@ class ScoreTab:
             with gr.Column(min_width=260):
                 self.pair = image_pair("Image", "unlikely pixels")
                 self.alone = image_strip("What the model sees", visible=False)
+                self.outlined = image_output(
+                    "The picture, unusual parts outlined",
+                    visible=False,
+                    height=None,
+                    elem_classes="ade-outlined",
+                )
                 self.caption = html()
             with gr.Column(min_width=260):
                 self.why = html()
@@ -190,6 +235,7 @@ class ScoreTab:
             self.why: "",
             self.details: "",
             self.alone: None,
+            self.outlined: None,
             self.caption: "",
             scored: None,
         }
@@ -203,7 +249,7 @@ class ScoreTab:
             self.go,
             "score",
         )
-        parts = [self.card, self.place, self.why]
+        parts = [self.card, self.place, self.why, self.outlined, self.caption]
         given = [model, scored, self.alpha, image, runs]
         self.alpha.change(self.judge_again, given, parts, **_TYPED)
         # The false-alarm rate may have been moved while the image was scored.

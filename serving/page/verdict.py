@@ -27,10 +27,19 @@ WORDS = {"accept": "accepted", "reject": "rejected", "no_verdict": "no verdict"}
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The result of an image, and whether it was resized; each is a change of the page's state."""
+    """The result of an image; each is a change of the page's state.
+
+    Attributes:
+        result: with ``regions`` if the original is shown with them, and without ``map``.
+        resized: whether the image was resized.
+        original: a file of the original, smaller if it is large; empty if it is not shown.
+        alpha: at which it was outlined.
+    """
 
     result: ScoreResult
     resized: bool
+    original: str = ""
+    alpha: float = ALPHA
 
 
 def alpha_input(button: str | None = None) -> gr.Slider:

@@ -9,19 +9,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ade_base.pictures.show import write_png
+from ade_base.pictures.view import STRIDE
 from ade_client.contract import (
     CalibrationLabel,
     Group,
     Map,
+    Regions,
     ScoreAnswer,
     ScoreParameters,
     ScoreResult,
     Unusual,
 )
 from ade_client.model import to_json
+from ade_client.outlines import outlined
 from serving.api.heat_map import heat_map
 from serving.api.operations.base import Format, ImageOperation
-from serving.api.responses import HEAD_BYTES, Response, check_size, json_response, results_of
+from serving.api.regions import CELL_BYTES, regions_of
+from serving.api.responses import (
+    HEAD_BYTES,
+    PNG_TYPE,
+    Response,
+    check_size,
+    fail_on_error,
+    json_response,
+    picture_bytes,
+    results_of,
+)
 from serving.ingest.errors import ApiError, unusable
 from serving.ingest.picture import LookOf, Picture, no_look
 from serving.ingest.requests import JSON_TYPE, ImagesRequest
@@ -34,6 +47,7 @@ if TYPE_CHECKING:
     from serving.engine.bundle import Bundle
     from serving.engine.engine import InferenceEngine, NotFinite
     from serving.engine.engine import Score as EngineScore
+    from serving.verdict.calibration import Verdict
 
     Computed = EngineScore | NotFinite | UnknownCalibration
 
@@ -49,7 +63,8 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
     name = "score"
     summary = "Bits per dimension of images, and a calibrated verdict on whether they are unusual"
     parameters = ScoreParameters
-    formats = {"json": Format(JSON_TYPE, ScoreAnswer)}
+    formats = {"json": Format(JSON_TYPE, ScoreAnswer), "png": Format(PNG_TYPE)}
+    about_formats = "of the answer: png is one image, with outlines around its unusual regions"
 
     def read(self, given: Mapping[str, Any]) -> tuple[ScoreParameters, str | None]:
         # Elsewhere null means "not given". A name that was looked up and not found must not have
@@ -76,7 +91,10 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
     def bytes_of_one(self, request: ImagesRequest[ScoreParameters], bundle: Bundle) -> int:
         height, width, _ = bundle.image_shape
         parameters = request.parameters
-        map_bytes = MAP_BYTES_PER_PIXEL * height * width
+        side = max((len(i.view.pixels) for i in request.usable if i.view is not None), default=0)
+        if request.format == "png":
+            return picture_bytes((side, side, 3))
+        map_bytes = MAP_BYTES_PER_PIXEL * height * width + CELL_BYTES * (side // STRIDE) ** 2
         return HEAD_BYTES + parameters.explain * EXPLAIN_BYTES + parameters.map * map_bytes
 
     def run(
@@ -131,10 +149,17 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 raise unusable("unknown_calibration", str(one))
         alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
+        regions = [
+            _regions(image, verdict)
+            for image, verdict in zip(request.usable, verdicts, strict=True)
+        ]
+        if request.format == "png":
+            return self._png(request, computed, regions)
         check_size(
             sum(
                 MAP_BYTES_PER_PIXEL * score.bits.size
-                for score in computed
+                + CELL_BYTES * (0 if its is None else its.p_values.size)
+                for score, its in zip(computed, regions, strict=True)
                 if not isinstance(score, Exception) and score.bits is not None
             ),
             "send fewer images",
@@ -167,6 +192,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 map=None
                 if score.bits is None
                 else Map(bits=score.bits, png=write_png(heat_map(score.bits))),
+                regions=regions[row] if parameters.map else None,
             )
 
         def group() -> Group | None:
@@ -203,6 +229,41 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         )
         # With fdr every result has ``discovery``, which is null for an image without a verdict.
         return json_response(to_json(answer, always=() if fdr is None else ("discovery",)))
+
+    def _png(
+        self,
+        request: ImagesRequest[ScoreParameters],
+        computed: list[Computed],
+        regions: list[Regions | None],
+    ) -> Response:
+        """The image as the encoder saw it, with outlines around its unusual regions."""
+        if len(request.images) > 1:
+            raise unusable(
+                "too_many_images",
+                f"a PNG carries one image, got {len(request.images)}: ask for "
+                '"format": "json" with "map": true',
+            )
+        fail_on_error(request.images)
+        (image,), (score,), (its,) = request.usable, computed, regions
+        if isinstance(score, Exception):
+            raise unusable("not_finite", str(score))
+        if its is None or image.view is None:
+            raise unusable(
+                "no_regions",
+                "the calibration judges only the whole of this image, not its regions: ade "
+                "calibrate with images larger than the model's makes one for such images",
+            )
+        top, left, height, width = image.view.box
+        picture = image.view.pixels[top : top + height, left : left + width]
+        png = write_png(outlined(picture, its, request.parameters.alpha))
+        return Response(200, PNG_TYPE, png)
+
+
+def _regions(image: Picture, verdict: Verdict | None) -> Regions | None:
+    """The regions of an image, if its calibration judges its parts."""
+    if verdict is None or verdict.patches is None or image.view is None:
+        return None
+    return regions_of(verdict.patches, image.view)
 
 
 def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
