@@ -399,11 +399,12 @@ def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
 ) -> None:
     from export.gate.pair import resize_and_back
 
-    made = np.stack([resize_and_back(image) for image in real_images[:20]])
-    assert made.dtype == np.uint8 and np.array_equal(made[7], resize_and_back(real_images[7]))
+    made = np.stack([resize_and_back(image).pixels for image in real_images[:20]])
+    again = resize_and_back(real_images[7]).pixels
+    assert made.dtype == np.uint8 and np.array_equal(made[7], again)
     difference = np.abs(made.astype(float) - real_images[:20]).mean((1, 2, 3))
     assert (difference > 0).all() and difference.max() < 16
-    assert resize_and_back(real_images[0][:, :, :1]).shape == (32, 32, 1)
+    assert resize_and_back(real_images[0][:, :, :1]).pixels.shape == (32, 32, 1)
 
 
 def test_a_request_without_usable_images_costs_its_neighbours_nothing(

@@ -324,7 +324,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
     """The page keeps none of them, and names each in a row."""
     own = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
     (tmp_path / "page-files" / "uploads").mkdir(parents=True)
-    photo = str(tmp_path / "page-files" / "uploads" / "photo.heic")  # as the upload answered
+    photo = str(tmp_path / "page-files" / "uploads" / "photo.jxl")  # as the upload answered
     with answered_here({"both": bundles["both"]}) as url:
         page = build_page(Models(url, [open_bundle(bundles["both"])], None))
         (given,) = (
@@ -337,7 +337,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
         score_many = next(fn.fn for fn in page.fns.values() if fn.api_name == "score_many")
         assert score_many is not None
         said, rows, _ = score_many("both", paths, None, 0.1, False, 0.01, Runs())
-    assert [row["file"] for row in rows[2:]] == ["photo.heic"]
+    assert [row["file"] for row in rows[2:]] == ["photo.jxl"]
     assert [row["choice"] for row in rows[2:]] == ["not_scored"]
     assert rows[2]["notes"] == "This type of file is not accepted."
     assert all(row["bpd"] for row in rows[:2])

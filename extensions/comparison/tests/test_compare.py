@@ -519,7 +519,7 @@ def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path:
     # The Fréchet distance, and the kernel distance, precision, recall, F₈ and F₁⸝₈.
     assert [line.count("(not independent)") for line in marked] == [1, 5]
     assert "Not independent: the model was trained against these features." in page
-    assert "![discriminator, nats (av-ade-pd: of a hinge loss, without unit)](" in page
+    assert "![discriminator, nats (av-ade-pd: of a hinge loss, without unit). Logits of a " in page
     assert "it is not the published network" in page
     assert "unreliable, of fewer images than features (real-nvp)" in page
     page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
@@ -598,3 +598,25 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     Image.new("RGB", (width, height)).save(photos / "a.png")
     assert main(["compare", "av-ade", "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     assert message.format(photos) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--resnet20", "nowhere.npz"], "nowhere.npz does not hold a ResNet-20"),
+        (["--inception", "nowhere.pth"], "there is no file nowhere.pth"),
+    ],
+)
+def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
+    option: list[str],
+    message: str,
+    tmp_path: Path,
+    small_images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make_folder(tmp_path / "images", small_images[:60])
+    monkeypatch.setattr("training.datasets.folder.decode_into", None)
+    arguments = ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"]
+    assert main(["compare", *arguments, "--data", str(folder), *option]) == 2
+    assert message in capsys.readouterr().err
