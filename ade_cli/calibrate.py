@@ -20,6 +20,7 @@ from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.gate.calibrate import calibrate_bundle, check_out
 from export.gate.examples import COUNT
 from export.gate.images import readable
+from export.gate.known_bad import MAX_KNOWN_BAD, check_enough
 from export.gate.split import choose_files, choose_rows
 from export.sketch import data_of_features
 from serving.engine.bundle import Bundle, calibration_file, verify_bundle
@@ -29,6 +30,8 @@ from serving.verdict.calibration_file import Calibrations
 from serving.verdict.decision import images_needed
 from training.data import DataError
 from training.datasets import NAMES
+from training.datasets.files import shuffled
+from training.datasets.folder import image_files
 
 OWN = "bundle"  # of --features
 ALPHAS = (0.1, 0.05, 0.01)
@@ -55,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is replaced (default: replace the bundle's own, which judges requests that name none)",
     )
     add_data_arguments(parser, required=True)
+    parser.add_argument(
+        "--known-bad",
+        type=given_path,
+        metavar="DIR",
+        help="pictures that the gate should reject, at least 10. It learns what tells them from "
+        "good ones, for which a third of those that would calibrate is used, and uses it if "
+        "cross-validation finds that better; alpha holds in any case (default: learn nothing)",
+    )
     parser.add_argument(
         "--keep-examples",
         action="store_true",
@@ -98,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         from export.features import check_source  # needs onnx, as in _data_of
 
         check_source(features, bundle.image_shape)
+    known_bad = _known_bad(args.known_bad)
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     made = calibrate_bundle(
         args.bundle,
@@ -111,12 +123,23 @@ def run(args: argparse.Namespace) -> None:
         trained,
         args.keep_examples,
         args.name,
-        args.features == Path(OWN),
+        own_networks=args.features == Path(OWN),
+        known_bad=readable(known_bad, say),
     )
     assert made.exact is not None
     _tell(made)
     _tell_caught(made.exact)
     say(f"wrote {args.out}; serve it: {command('serve', args.out)}")
+
+
+def _known_bad(folder: Path | None) -> list[Path]:
+    """The files of known bad pictures, not too many; empty if none are given."""
+    if folder is None:
+        return []
+    say_what_is_not_followed(folder)
+    files = image_files(folder)
+    check_enough(len(files))
+    return list(shuffled(files)[:MAX_KNOWN_BAD])
 
 
 def _features(args: argparse.Namespace) -> FeatureSource | None:

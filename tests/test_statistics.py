@@ -9,6 +9,8 @@ import pytest
 
 from ade_base.pictures.show import lossless_bits
 from serving.engine.engine import InferenceEngine
+from serving.verdict.encoder import SEEN
+from serving.verdict.lesson import LESSON
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import MEANINGS, compute_statistics, meaning, statistic_names
 
@@ -150,5 +152,6 @@ def test_every_statistic_has_a_meaning(pretrained_engine: InferenceEngine) -> No
     engine = pretrained_engine
     assert engine.calibration is not None
     names = [*statistic_names(engine.image_shape, engine.latent_shapes), DISTANCE, ENERGY]
+    names += [*SEEN, LESSON]
     assert all(meaning(name) for name in (*names, *engine.calibration.names))
     assert all(any(name.startswith(start) for name in names) for start in MEANINGS)

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from export.feature_source import CHECKED, FeatureSource
 from export.gate.density_fit import MIN_IMAGES
 from export.gate.examples import Examples
 from export.gate.images import Images, counting, prepared, usable
+from export.gate.known_bad import check_can_teach, others_than, read_known_bad
 from export.gate.network_checks import knows_classes, warn_if_seen
 from export.gate.pair import LOOKS, Parts, exact_calibration, resized_calibration
 from serving.engine.bundle import (
@@ -40,7 +41,7 @@ from serving.engine.bundle import (
 )
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
-from serving.ingest.picture import Picture, no_look
+from serving.ingest.picture import LookOf, Picture, no_look
 from serving.verdict.calibration import Calibration, CalibrationError
 from serving.verdict.calibration_file import Calibrations, version_of
 from training.data import REPEATS, Report
@@ -65,6 +66,7 @@ def calibrate_bundle(
     calibration: str = DEFAULT,
     own_networks: bool = False,
     with_encoder: bool = False,
+    known_bad: Images = (),
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -96,6 +98,8 @@ def calibrate_bundle(
         own_networks: use the networks that the bundle has. Otherwise an encoder sees the whole
             original of images that are larger than the model, unless ``features`` are given.
         with_encoder: let that encoder see them also if ``features`` are given.
+        known_bad: images that the gate should reject. A third of those that would calibrate is
+            kept to tell them from good ones (:mod:`export.gate.teach`).
         calibration: the name of the calibration; requests that give none are judged by that of
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
@@ -110,8 +114,14 @@ def calibrate_bundle(
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
     encoder = _encoder(bundle, own_networks) if features is None or with_encoder else None
-    parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, encoder is not None)
+    look_of = no_look if encoder is None else (lambda resized: LOOKS[1] if resized else None)
+    named = read_known_bad(known_bad, bundle.image_shape, look_of, report)
+    parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, look_of)
     are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
+    bad = others_than(parts, named, report)
+    is_seen = encoder is not None and (are_large or bundle.has(ENCODER_NAME))
+    if bad:
+        check_can_teach(parts, is_seen or features is not None or bundle.has(FEATURES_NAME))
     with new_folder(out, CalibrationError) as temporary:
         copy_bundle(bundle, temporary)
         for name in bundle.examples:  # of the former calibration
@@ -124,7 +134,7 @@ def calibrate_bundle(
             if sha256_of(temporary / FEATURES_NAME) != bundle.manifest["files"].get(FEATURES_NAME):
                 fields = _without_calibrations(temporary, fields, calibration, report)
             write_manifest(temporary, fields)
-        if encoder is not None and (are_large or bundle.has(ENCODER_NAME)):
+        if encoder is not None and is_seen:
             if not bundle.has(ENCODER_NAME):
                 copied = shutil.copyfile(encoder, temporary / ENCODER_NAME)
                 if sha256_of(copied) != ENCODER_SHA256:
@@ -132,8 +142,7 @@ def calibrate_bundle(
                 write_manifest(temporary, fields)
             report(f"{ENCODER_NAME}: EfficientNet-Lite0 sees each image, whole")
         own = _own_calibration(bundle) if features is None else None
-        is_seen = encoder is not None
-        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, is_seen)
+        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, is_seen, bad)
         content = made.to_bytes()
         (temporary / file).write_bytes(content)
         about["data"] = data_name
@@ -164,12 +173,11 @@ def _parts(
     calibrate: Images,
     trained: Images,
     report: Report,
-    is_seen: bool,
+    look_of: LookOf = no_look,
 ) -> Parts:
     bundle.check_has("score")
 
     def read(name: str, images: Images) -> list[Picture]:
-        look_of = (lambda resized: LOOKS[1] if resized else None) if is_seen else no_look
         found, _ = usable(name, images, bundle.image_shape, report, True, look_of)
         return found
 
@@ -271,18 +279,19 @@ def _calibrate(
     report: Report,
     unseen: Images,
     is_seen: bool,
+    bad: Sequence[Picture],
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     has_classes = knows_classes(own, engine, parts, report)
-    sees = LOOKS if is_seen and bundle.has(ENCODER_NAME) else None
-    exact, about = exact_calibration(engine, parts, has_classes, report, sees)
+    sees = LOOKS if is_seen else None
+    exact, about = exact_calibration(engine, parts, has_classes, report, sees, bad)
     warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
         (exact, about)
         if all(image.resized for part in parts for image in part)
-        else resized_calibration(engine, parts, has_classes, report, sees)
+        else resized_calibration(engine, parts, has_classes, report, sees, bad)
     )
     for calibration in (exact, resized):
         calibration.check_values()

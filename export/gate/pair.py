@@ -12,11 +12,13 @@ from PIL import Image
 from ade_base.pictures.view import LARGE, SMALL, Look
 from export.gate.density_fit import MIN_IMAGES, fit_calibration
 from export.gate.measuring import statistics_of
-from export.gate.rejection import corruptions_of
+from export.gate.rejection import corruptions_of, share_at
+from export.gate.teach import ALPHA, KEPT, taught
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest, short_digest
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.conformal import conformal_p_values
 from serving.verdict.encoder import EncoderMemory
 from serving.verdict.semantic import FEATURES, OF_NETWORK, without_classes
 from training.data import Report
@@ -45,6 +47,7 @@ def exact_calibration(
     has_classes: bool,
     report: Report,
     sees: tuple[Look, Look] | None = None,
+    bad: Sequence[Picture] = (),
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images of the model's size, and its entry in the manifest.
 
@@ -54,6 +57,7 @@ def exact_calibration(
         has_classes: whether the classes of the features' network are used.
         report: called with each line of progress.
         sees: how the encoder sees images of the model's size, and larger ones.
+        bad: known bad pictures; if there are any, a third of the others does not calibrate.
 
     Raises:
         CalibrationError: scores that cannot be used.
@@ -66,7 +70,7 @@ def exact_calibration(
             "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"
         )
     look = None if sees is None else sees[chosen is None]
-    pictures = [[_seen(image, look) for image in part] for part in chosen or parts]
+    pictures = [[_seen(image, look) for image in part] for part in (*(chosen or parts), bad)]
     return _calibrated(engine, pictures, "" if chosen else "fit", "", has_classes, look, report)
 
 
@@ -76,6 +80,7 @@ def resized_calibration(
     has_classes: bool,
     report: Report,
     sees: tuple[Look, Look] | None = None,
+    bad: Sequence[Picture] = (),
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images that requests resize, and its entry in the manifest.
 
@@ -89,7 +94,7 @@ def resized_calibration(
             _seen(image if image.resized else resize_and_back(image.pixels, look), look)
             for image in part
         ]
-        for part in chosen
+        for part in (*chosen, bad)
     ]
     if simulated:
         report(
@@ -110,13 +115,22 @@ def _calibrated(
     look: Look | None,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
-    """A calibration, and its entry in the manifest; ``kind`` is ``"resized "`` or empty."""
+    """A calibration, and its entry in the manifest.
+
+    Args:
+        pictures: that fit the density, that calibrate and that are known to be bad.
+        kind: ``"resized "`` or empty.
+    """
     names = [f"{part} of {kind}images" if kind else part for part in ("fitting", "calibration")]
-    fitting = statistics_of(engine, pictures[0], names[0], report)
+    to_fit, good, bad = pictures
+    kept = good[::KEPT] if bad else []
+    if bad:
+        good = [image for number, image in enumerate(good) if number % KEPT]
+    fitting = statistics_of(engine, to_fit, names[0], report)
     memory = None
     if look is not None:
         memory, fitting = EncoderMemory.of(fitting, look)
-    calibrating = statistics_of(engine, pictures[1], names[1], report, memory)
+    calibrating = statistics_of(engine, good, names[1], report, memory)
     known = fitting if has_classes else without_classes(fitting)
     if memory is not None and memory.patches is not None:  # it sees more than the bundle's own
         known = {name: its for name, its in known.items() if name not in OF_NETWORK}
@@ -127,22 +141,42 @@ def _calibrated(
             "do not count in the verdict. Is it the right network, and the right value of it "
             "(the option features-output)?"
         )
-    report(f"corrupting {len(pictures[1][:CORRUPTED])} {kind}images")
+    untaught, before = calibration, list[float]()
+    if bad:
+        named = [(kept, f"good {kind}images for the lesson"), (bad, f"known bad {kind}images")]
+        shown = [statistics_of(engine, some, name, report, memory) for some, name in named]
+        calibration = taught(calibration, (known, calibrating, *shown), report)
+    report(f"corrupting {len(good[:CORRUPTED])} {kind}images")
     caught = {}
-    for way, changed in corruptions_of(pictures[1][:CORRUPTED]).items():
+    for way, changed in corruptions_of(good[:CORRUPTED]).items():
         try:
             found = statistics_of(engine, changed, way, memory=memory)
         except CalibrationError as error:  # none has a finite likelihood
             report(f"left out {error}")
         else:
             caught[way] = np.sort(calibration.scores_of(found))
-    fitted_digests, digests = (
-        np.array([short_digest(image.pixels) for image in images], np.uint64) for images in pictures
+            if calibration.lesson is not None:
+                scores = untaught.scores_of(found)
+                before.append(share_at(conformal_p_values(untaught.scores, scores), ALPHA))
+    if before:
+        after = [
+            share_at(conformal_p_values(calibration.scores, c), ALPHA) for c in caught.values()
+        ]
+        report(
+            f"corrupted {kind}images, rejected at alpha {ALPHA}: {100 * np.mean(before):.0f} % "
+            f"without what known bad pictures teach, {100 * np.mean(after):.0f} % with it"
+        )
+    digests, others = (
+        np.array([short_digest(image.pixels) for image in images], np.uint64)
+        for images in (good, [*to_fit, *kept, *bad])
     )
+    # A picture that repeats may both calibrate and be kept.
+    fitted_digests = others[~np.isin(others, digests)]
     calibration = dataclasses.replace(
         calibration, corrupted=caught, digests=digests, fitted_digests=fitted_digests
     )
-    return calibration, {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
+    about = {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
+    return calibration, about if calibration.lesson is None else {**about, "known_bad": len(bad)}
 
 
 def _seen(image: Picture, look: Look | None) -> Picture:

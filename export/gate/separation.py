@@ -105,7 +105,9 @@ def scores_of(
     normal = calibration.normal(rows)
     found = {COMBINED: calibration.ood_scores(normal)}
     if calibration.known is not None or calibration.encoder is not None:
-        found[NO_FEATURES] = replace(calibration, known=None, encoder=None).ood_scores(normal)
+        lesson = calibration.lesson and replace(calibration.lesson, weight=0.0)
+        others = replace(calibration, known=None, encoder=None, lesson=lesson)
+        found[NO_FEATURES] = others.ood_scores(normal)
     return {
         **found,
         RAW_BPD: statistics["bpd"].astype(np.float64),

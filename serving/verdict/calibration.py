@@ -23,12 +23,22 @@ from ade_base.messages import show
 from ade_client.contract import Unusual
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
-from serving.verdict.encoder import DISTANCES, PATCH, PICTURE, SEEN, EncoderMemory
+from serving.verdict.encoder import (
+    DISTANCES,
+    PATCH,
+    PICTURE,
+    POOLED,
+    SEEN,
+    UNUSUAL,
+    EncoderMemory,
+)
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
+from serving.verdict.lesson import LESSON, Lesson
 from serving.verdict.semantic import (
     COORDINATES,
     DISTANCE,
     ENERGY,
+    FEATURES,
     SEMANTIC_PREFIX,
     KnownImages,
 )
@@ -85,6 +95,7 @@ class Calibration:
             model.
         known: the known images of the semantic statistics; ``None`` without them.
         encoder: what the encoder of originals knows; ``None`` without it.
+        lesson: what known bad pictures taught; ``None`` without it. Its coordinate is the last.
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
@@ -104,6 +115,7 @@ class Calibration:
     baseline: Mixture
     known: KnownImages | None = None
     encoder: EncoderMemory | None = None
+    lesson: Lesson | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     fitted_digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -130,7 +142,7 @@ class Calibration:
             CalibrationError: they are not; the error names them.
         """
         needed = {
-            *self.names,
+            *(name for name in self.names if name != LESSON),
             *([DISTANCE] if self.known else []),
             *([PICTURE] if self.encoder else []),
         }
@@ -161,12 +173,20 @@ class Calibration:
                 )
         size, pixels, n = len(self.names), len(self.pixel_columns), self.scores.size
         semantic = [name.startswith(SEMANTIC_PREFIX) for name in self.names]
-        owned = {**dict.fromkeys(COORDINATES, self.known), **dict.fromkeys(SEEN, self.encoder)}
+        owned = {
+            **dict.fromkeys(COORDINATES, self.known),
+            **dict.fromkeys(SEEN, self.encoder),
+            LESSON: self.lesson,
+        }
         if semantic != sorted(semantic) or any(
             owned.get(name) is None for name in self.names[size - sum(semantic) :]
         ):
             raise CalibrationError("semantic statistics must come last, with known images")
         problem = (self.known and self.known.problem()) or (self.encoder and self.encoder.problem())
+        if not problem and self.lesson is not None:
+            problem = self.lesson.problem(self.sizes)
+            if self.names[-1] != LESSON or LESSON in self.names[:-1]:
+                problem = problem or f"{LESSON} must be the last of the names"
         if problem:
             raise CalibrationError(problem)
         if PATCH in self.names and (self.encoder is None or self.encoder.patches is None):
@@ -203,6 +223,18 @@ class Calibration:
             if (np.diff(array, axis=0) < 0).any():
                 raise CalibrationError(f"{name} must be sorted")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of values of each statistic that a lesson can see."""
+        found = {}
+        if self.encoder is not None:
+            found[POOLED] = len(self.encoder.spread)
+            if self.encoder.patches is not None:
+                found[UNUSUAL] = len(self.encoder.patches.mean)
+        if self.known is not None:
+            found[FEATURES] = self.known.directions.shape[1]
+        return found
+
     def rows(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 ``(N, S)`` from arrays by name."""
         if self.known is not None:
@@ -210,6 +242,8 @@ class Calibration:
         if self.encoder is not None:
             measured = self.encoder.measured(statistics)
             statistics = {**measured, **self.encoder.coordinates(measured)}
+        if self.lesson is not None:
+            statistics = {**statistics, LESSON: self.lesson.coordinate(statistics)}
         return np.stack([statistics[name] for name in self.names], axis=1)
 
     def scores_of(self, statistics: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -235,12 +269,16 @@ class Calibration:
         This is minus the log-density of the statistics of the generative model and the pixels. With
         semantic statistics it is at least the known images' floor, and the weighted sum of their
         normal scores is added. Inside the density, one or two among dozens would hardly count. Of
-        two networks, the one that finds an image more unusual counts more.
+        two networks, the one that finds an image more unusual counts more. A lesson's normal score
+        is added with a weight of its own.
         """
         width = self.mixture.means.shape[1]
         scores = density = self.mixture.negative_log_density(normal[:, :width])
         semantic = np.clip(normal[:, width:], -FARTHEST, FARTHEST)
-        seen = np.array([name in SEEN for name in self.names[width:]], bool)
+        lesson = 0.0
+        if self.lesson is not None:
+            semantic, lesson = semantic[:, :-1], self.lesson.weight * semantic[:, -1]
+        seen = np.array([name in SEEN for name in self.names[width:]], bool)[: semantic.shape[1]]
         memory = self.encoder.pooled if self.encoder is not None else self.known
         if memory is not None and (seen.all() or not seen.any()):
             scores = np.maximum(density, memory.floor) + memory.weight * semantic.sum(1)
@@ -248,6 +286,7 @@ class Calibration:
             means = [semantic[:, its].mean(1) for its in (seen, ~seen)]
             both = len(seen) / 2 * memory.weight * np.logaddexp(*means)
             scores = np.maximum(density, memory.floor) + both
+        scores = scores + lesson
         # Minus infinity would be accepted.
         return np.where(np.isfinite(density) & np.isfinite(scores), scores, np.inf)
 
@@ -369,6 +408,7 @@ class Calibration:
             **self.baseline.arrays("baseline"),
             **({} if self.known is None else self.known.arrays()),
             **({} if self.encoder is None else self.encoder.arrays()),
+            **({} if self.lesson is None else self.lesson.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
             **({"digests": self.digests} if self.digests.size else {}),
             **({"fitted_digests": self.fitted_digests} if self.fitted_digests.size else {}),
@@ -400,6 +440,7 @@ class Calibration:
             Mixture.from_arrays(arrays, f"{prefix}baseline"),
             KnownImages.from_arrays(arrays, prefix),
             EncoderMemory.from_arrays(arrays, prefix),
+            Lesson.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
             digests("digests"),
             digests("fitted_digests"),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ade_base.pictures.view import STRIDE, Look
-from serving.verdict.patches import PatchMemory, unusual
+from serving.verdict.patches import PatchMemory, most_unusual, unusual
 from serving.verdict.semantic import DISTANCE, FEATURES, SEMANTIC_PREFIX, KnownImages
 
 POOLED, PATCHES = "pooled", "patches"  # outputs of the encoder
 INSIDE, DISTANCES = "inside", "patch_distances"
-OF_ENCODER = (POOLED, PATCHES, INSIDE, DISTANCES)
+UNUSUAL = "unusual_patches"  # the mean values of a picture's most unusual patches
+OF_ENCODER = (POOLED, PATCHES, INSIDE, DISTANCES, UNUSUAL)
 SEEN = PICTURE, PATCH = f"{SEMANTIC_PREFIX}picture", f"{SEMANTIC_PREFIX}patches"
 LEAST_SPREAD = 0.01  # of a feature, added
 _PREFIX = "encoder_"
@@ -61,6 +62,7 @@ class EncoderMemory:
         if PATCHES not in statistics:
             return cls(look, spread, pooled, None), rest
         patches, rest[DISTANCES] = PatchMemory.of(statistics[PATCHES], statistics[INSIDE])
+        rest[UNUSUAL] = most_unusual(statistics[PATCHES], rest[DISTANCES])
         return cls(look, spread, pooled, patches), rest
 
     def calibrated(self, distances: np.ndarray | None) -> EncoderMemory:
@@ -71,10 +73,11 @@ class EncoderMemory:
         return replace(self, patches=replace(self.patches, largest=largest))
 
     def measured(self, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Replace the patches, which take much memory, by their distances."""
+        """Replace the patches, which take much memory, by their distances and the unusual ones."""
         found = {name: its for name, its in statistics.items() if name not in (PATCHES, INSIDE)}
         if self.patches is not None and PATCHES in statistics:
             found[DISTANCES] = self.patches.distances(statistics[PATCHES], statistics[INSIDE])
+            found[UNUSUAL] = most_unusual(statistics[PATCHES], found[DISTANCES])
         return found
 
     def coordinates(

@@ -160,6 +160,18 @@ def unusual(distances: np.ndarray) -> np.ndarray:
     return top
 
 
+def most_unusual(patches: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """The mean values, float32 ``(N, F)``, of each picture's patches that :func:`unusual` counts.
+
+    Args:
+        patches: ``(N, P, F)``.
+        distances: ``(N, P)``, of them.
+    """
+    top = np.argsort(-distances, axis=1, kind="stable")[:, :LARGEST, None]
+    mean: np.ndarray = np.take_along_axis(patches, top, 1).astype(np.float32).mean(1)
+    return mean
+
+
 def farthest_rows(rows: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     """Rows of ``(N, F)`` that are far from each other: greedy k-centre on a random projection."""
     if len(rows) <= most:

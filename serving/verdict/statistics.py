@@ -20,6 +20,7 @@ import numpy as np
 
 from ade_base.pictures.show import lossless_bits
 from serving.verdict.encoder import PATCH, PICTURE
+from serving.verdict.lesson import LESSON
 from serving.verdict.semantic import DISTANCE, ENERGY, FEATURES, semantic_statistics
 
 COSTS = ("distortion", "log_det", "latents")
@@ -48,6 +49,7 @@ MEANINGS = {
     ENERGY: "what the image shows: like none of the classes if high",
     PICTURE: "what the whole picture shows: unlike anything seen if high",
     PATCH: "a part of the picture: unlike any part seen if high",
+    LESSON: "like pictures that are known to be bad if high",
 }
 PIXEL_PREFIX = "pixel_"
 BLOCKS = 4  # cells per side, for the unevenness of noise

@@ -1,0 +1,40 @@
+"""Reports on gates of which an encoder sees the originals of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ade_base.pictures.show import write_png
+from ade_cli.main import main
+from export.gate.corruptions import CORRUPTIONS
+from extensions.gate_reports.what_if import what_if
+from serving.engine.engine import InferenceEngine
+
+
+def test_reports_judge_the_originals(
+    seeing_bundle: Path,
+    large_images: np.ndarray,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also among images of the model's size, for which the encoder has another memory."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for number, image in enumerate(large_images[60:84]):
+        (folder / f"{number:03}.png").write_bytes(write_png(image))
+    (folder / "small.png").write_bytes(write_png(small_images[299]))
+    words = ["ood-bench", str(seeing_bundle), "--id", str(folder)]
+    assert main([*words, "--corrupt", "5", "--out", str(tmp_path / "out")]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "without those of `features.onnx` and `encoder.onnx`" in report
+    assert all(name in report for name in CORRUPTIONS)
+    history = list(large_images[60:84])
+    unlike = {"dark": [image // 4 for image in history[:5]], "small": list(small_images[:5])}
+    seeing = InferenceEngine(seeing_bundle, device="cpu", operations=["score"])
+    found = what_if(seeing, seeing.calibrations, history, unlike, 100, 5)
+    assert found.unusable == 0 and found.caught["dark"][0] is not None
+    assert found.ways[0].resized and found.ways[0].calibrated == 36
