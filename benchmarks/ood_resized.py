@@ -71,7 +71,9 @@ def main() -> None:
     alphas = " / ".join(map(str, ALPHAS))
     print(f"| rejected at alpha {alphas} | resized calibration | judged as if not resized |")
     print("|---|---|---|")
-    report("as the calibration simulates", np.stack([resize_and_back(image) for image in test]))
+    report(
+        "as the calibration simulates", np.stack([resize_and_back(image).pixels for image in test])
+    )
     for size, kind in WAYS:
         report(f"{size} pixels, {kind.name.lower()}", resized(test, size, kind))
     bands = [false_alarm_band(len(judges[0].scores), alpha, 0.95, len(test)) for alpha in ALPHAS]

@@ -481,7 +481,8 @@ def page_of(tmp_path: Path) -> Callable[[Findings], str]:
 def test_corrupted_images_are_caught_in_each_way(
     tiny_bundle: Path, small_images: np.ndarray
 ) -> None:
-    caught = _caught(InferenceEngine(tiny_bundle, device="cpu"), small_images[:40])
+    pictures = [Picture(image, []) for image in small_images[:40]]
+    caught = _caught(InferenceEngine(tiny_bundle, device="cpu"), pictures)
     by_name = {one.corruption: one.rejected for one in caught}
     assert set(by_name) == {*CORRUPTIONS, *SUBTLE}
     assert by_name["uniform noise"][0] > 0.5 and all(a >= b >= c for a, b, c in by_name.values())

@@ -136,7 +136,7 @@ def test_what_generators_of_clients_need() -> None:
         "sample": ["image/png", "application/x-npy", "application/json"],
         "encode": ["application/json", "application/x-npz"],
         "reconstruct": ["image/png", "application/x-npy", "application/json"],
-        "score": ["application/json"],
+        "score": ["application/json", "image/png"],
     }
     for name, answer in answers.items():
         for media_type, content in answer["content"].items():
