@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ade_base.files import read_file
+from ade_base.pictures.ignored import Ignored
+from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_cli.advice import advice
 from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of, say
@@ -67,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cross-validation finds that better; alpha holds in any case (default: learn nothing)",
     )
     parser.add_argument(
+        "--ignore",
+        type=given_path,
+        metavar="MASK.png",
+        help="white pixels of this picture are ignored in every picture, also in use: nothing "
+        "looks at them. All pictures must have its width and height (default: ignore nothing)",
+    )
+    parser.add_argument(
         "--keep-examples",
         action="store_true",
         help=f"keep {COUNT} of the images, small, in the new bundle: its page shows them as "
@@ -110,6 +120,9 @@ def run(args: argparse.Namespace) -> None:
 
         check_source(features, bundle.image_shape)
     known_bad = _known_bad(args.known_bad)
+    ignored = None if args.ignore is None else Ignored.read(read_file(args.ignore, MAX_FILE_BYTES))
+    if ignored is not None:
+        say(f"{100 * ignored.share:.3g} % of each picture are ignored")
     (fit, calibration, unseen, trained), name = _images(args, bundle, _data_of(features, bundle))
     made = calibrate_bundle(
         args.bundle,
@@ -125,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
         args.name,
         own_networks=args.features == Path(OWN),
         known_bad=readable(known_bad, say),
+        ignored=ignored,
     )
     assert made.exact is not None
     _tell(made)

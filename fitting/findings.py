@@ -141,7 +141,7 @@ def _pictures(
         if size is None:  # lost since it was read
             return None
         resized = size != (width, height)
-        if not resized or look_of(resized) is None:
+        if not resized or not look_of(resized).size:
             return Picture(np.asarray(images[row]), [], resized)
         made = prepare_source(partial(read_file, path), engine.image_shape, True, look_of)
         return made if isinstance(made, Picture) else None

@@ -17,7 +17,9 @@ import numpy as np
 
 from ade_base.files import new_folder, sha256_of
 from ade_base.messages import counted
+from ade_base.pictures.ignored import Ignored
 from ade_base.pictures.show import coder_version
+from ade_base.pictures.view import Look
 from ade_client.contract import DEFAULT
 from export.copying import copy_bundle
 from export.feature_source import CHECKED, FeatureSource
@@ -26,7 +28,7 @@ from export.gate.examples import Examples
 from export.gate.images import Images, counting, prepared, usable
 from export.gate.known_bad import check_can_teach, others_than, read_known_bad
 from export.gate.network_checks import knows_classes, warn_if_seen
-from export.gate.pair import LOOKS, Parts, exact_calibration, resized_calibration
+from export.gate.pair import Looks, Parts, exact_calibration, looks, resized_calibration
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     ENCODER_NAME,
@@ -67,6 +69,7 @@ def calibrate_bundle(
     own_networks: bool = False,
     with_encoder: bool = False,
     known_bad: Images = (),
+    ignored: Ignored | None = None,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -100,6 +103,7 @@ def calibrate_bundle(
         with_encoder: let that encoder see them also if ``features`` are given.
         known_bad: images that the gate should reject. A third of those that would calibrate is
             kept to tell them from good ones (:mod:`export.gate.teach`).
+        ignored: regions of all images that nothing looks at.
         calibration: the name of the calibration; requests that give none are judged by that of
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
@@ -107,14 +111,18 @@ def calibrate_bundle(
         BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
-            images, the name cannot be used, or scores cannot.
+            images, examples of images with ignored regions, the name cannot be used, or scores
+            cannot.
     """
     check_out(out)
+    if ignored is not None and keep_examples:  # which are small, and refused as of another size
+        raise CalibrationError("examples cannot be kept in a bundle that ignores regions")
     file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
     encoder = _encoder(bundle, own_networks) if features is None or with_encoder else None
-    look_of = no_look if encoder is None else (lambda resized: LOOKS[1] if resized else None)
+    large = looks(encoder is not None, ignored)[1]
+    look_of = lambda resized: large if resized else Look(0, ignored)
     named = read_known_bad(known_bad, bundle.image_shape, look_of, report)
     parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, look_of)
     are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
@@ -142,7 +150,8 @@ def calibrate_bundle(
                 write_manifest(temporary, fields)
             report(f"{ENCODER_NAME}: EfficientNet-Lite0 sees each image, whole")
         own = _own_calibration(bundle) if features is None else None
-        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, is_seen, bad)
+        sees = looks(is_seen, ignored)
+        made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, sees, bad)
         content = made.to_bytes()
         (temporary / file).write_bytes(content)
         about["data"] = data_name
@@ -182,7 +191,7 @@ def _parts(
         return found
 
     given = read("fitting", fit), read("calibration", calibrate)
-    trained_on = _digests(trained, bundle.image_shape, report)
+    trained_on = _digests(trained, bundle.image_shape, report, Look(0, look_of(True).ignored))
     # A picture that repeats, such as a camera's black frame, repeats in use, too: if it calibrates,
     # it counts as often as it occurs, and does not also fit the density. A few copies are files
     # that were stored twice: they do not make the false-alarm rate any surer.
@@ -278,14 +287,13 @@ def _calibrate(
     own: Calibration | None,
     report: Report,
     unseen: Images,
-    is_seen: bool,
+    sees: Looks,
     bad: Sequence[Picture],
 ) -> tuple[Calibrations, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
     has_classes = knows_classes(own, engine, parts, report)
-    sees = LOOKS if is_seen else None
     exact, about = exact_calibration(engine, parts, has_classes, report, sees, bad)
     warn_if_seen(engine, exact, unseen, report)
     resized, about_resized = (
@@ -309,9 +317,11 @@ def _own_calibration(bundle: Bundle) -> Calibration | None:
         return None
 
 
-def _digests(trained: Images, image_shape: tuple[int, int, int], report: Report) -> set[bytes]:
+def _digests(
+    trained: Images, image_shape: tuple[int, int, int], report: Report, look: Look
+) -> set[bytes]:
     """The digests of training images at the model's size."""
-    images = prepared(trained, image_shape, resize=True)
+    images = prepared(trained, image_shape, True, lambda resized: look)
     return {
         image_digest(image.pixels)
         for _, image in counting("training", images, report)

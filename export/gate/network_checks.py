@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 from scipy import stats
 
+from ade_base.pictures.view import Look
 from export.gate.density_fit import MIN_IMAGES
 from export.gate.images import Images, prepared
 from export.gate.pair import Parts
@@ -76,10 +77,11 @@ def warn_if_seen(
         "note: features.onnx, the network that sees what images show, must not have been trained "
         "on any of these images; otherwise more than a share of alpha will be rejected"
     )
-    resize = calibration.resize == "fit"
+    resize, look = calibration.resize == "fit", Look(0, calibration.ignored)
+    few = islice(unseen, MAX_UNSEEN)
     others = [
         image.pixels
-        for _, image in prepared(islice(unseen, MAX_UNSEEN), engine.image_shape, resize)
+        for _, image in prepared(few, engine.image_shape, resize, lambda resized: look)
         if isinstance(image, Picture)
     ]
     count = len(calibration.scores)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ade_base.pictures.ignored import Ignored
 from ade_base.pictures.view import LARGE, SMALL, Look
 from export.gate.density_fit import MIN_IMAGES, fit_calibration
 from export.gate.measuring import statistics_of
@@ -27,8 +28,14 @@ CORRUPTED = 200  # calibration images that are corrupted in each way, for the pa
 LOG2_ENLARGED = (0.322, 3.0)  # 1.25 to 8 times
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
-LOOKS = Look(SMALL), Look(LARGE)  # of images of the model's size, and of larger ones
+Looks = tuple[Look, Look]  # at images of the model's size, and at larger ones
+NO_LOOKS = Look(0), Look(0)
 Parts = tuple[list[Picture], list[Picture]]  # that fit the density, that calibrate
+
+
+def looks(is_seen: bool, ignored: Ignored | None) -> Looks:
+    """How an encoder sees images, if it does, and what of them is ignored."""
+    return Look(SMALL * is_seen, ignored), Look(LARGE * is_seen, ignored)
 
 
 def _of_kind(parts: Parts, resized: bool) -> Parts | None:
@@ -46,7 +53,7 @@ def exact_calibration(
     parts: Parts,
     has_classes: bool,
     report: Report,
-    sees: tuple[Look, Look] | None = None,
+    sees: Looks = NO_LOOKS,
     bad: Sequence[Picture] = (),
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images of the model's size, and its entry in the manifest.
@@ -69,7 +76,7 @@ def exact_calibration(
             f"images of the model's size: {own} are fewer than half of all, or too few, so larger "
             "ones, resized, calibrate with them. More than a share of alpha of them may be rejected"
         )
-    look = None if sees is None else sees[chosen is None]
+    look = sees[chosen is None]
     pictures = [[_seen(image, look) for image in part] for part in (*(chosen or parts), bad)]
     return _calibrated(engine, pictures, "" if chosen else "fit", "", has_classes, look, report)
 
@@ -79,7 +86,7 @@ def resized_calibration(
     parts: Parts,
     has_classes: bool,
     report: Report,
-    sees: tuple[Look, Look] | None = None,
+    sees: Looks = NO_LOOKS,
     bad: Sequence[Picture] = (),
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration for images that requests resize, and its entry in the manifest.
@@ -88,7 +95,7 @@ def resized_calibration(
     """
     chosen = _of_kind(parts, resized=True) or parts
     simulated = sum(not image.resized for part in chosen for image in part)
-    look = None if sees is None else sees[2 * simulated < sum(map(len, chosen))]
+    look = sees[2 * simulated < sum(map(len, chosen))]
     pictures = [
         [
             _seen(image if image.resized else resize_and_back(image.pixels, look), look)
@@ -112,7 +119,7 @@ def _calibrated(
     resize: str,
     kind: str,
     has_classes: bool,
-    look: Look | None,
+    look: Look,
     report: Report,
 ) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and its entry in the manifest.
@@ -128,7 +135,7 @@ def _calibrated(
         good = [image for number, image in enumerate(good) if number % KEPT]
     fitting = statistics_of(engine, to_fit, names[0], report)
     memory = None
-    if look is not None:
+    if look.size:
         memory, fitting = EncoderMemory.of(fitting, look)
     calibrating = statistics_of(engine, good, names[1], report, memory)
     known = fitting if has_classes else without_classes(fitting)
@@ -148,7 +155,7 @@ def _calibrated(
         calibration = taught(calibration, (known, calibrating, *shown), report)
     report(f"corrupting {len(good[:CORRUPTED])} {kind}images")
     caught = {}
-    for way, changed in corruptions_of(good[:CORRUPTED]).items():
+    for way, changed in corruptions_of(good[:CORRUPTED], look.ignored).items():
         try:
             found = statistics_of(engine, changed, way, memory=memory)
         except CalibrationError as error:  # none has a finite likelihood
@@ -173,20 +180,24 @@ def _calibrated(
     # A picture that repeats may both calibrate and be kept.
     fitted_digests = others[~np.isin(others, digests)]
     calibration = dataclasses.replace(
-        calibration, corrupted=caught, digests=digests, fitted_digests=fitted_digests
+        calibration,
+        ignored=look.ignored,
+        corrupted=caught,
+        digests=digests,
+        fitted_digests=fitted_digests,
     )
     about = {**calibration.summary(), "fitted_to": len(fitting["bpd"])}
     return calibration, about if calibration.lesson is None else {**about, "known_bad": len(bad)}
 
 
-def _seen(image: Picture, look: Look | None) -> Picture:
+def _seen(image: Picture, look: Look) -> Picture:
     """The image with the view that this look gives."""
-    if look is None or image.view is not None and len(image.view.pixels) == look.size:
-        return image if look is not None else dataclasses.replace(image, view=None)
-    return dataclasses.replace(image, view=look.of(image.pixels))
+    if image.view is not None and len(image.view.pixels) == look.size:
+        return image
+    return dataclasses.replace(image, view=look.of(image.pixels) if look.size else None)
 
 
-def resize_and_back(pixels: np.ndarray, look: Look | None = None) -> Picture:
+def resize_and_back(pixels: np.ndarray, look: Look = NO_LOOKS[1]) -> Picture:
     """Simulate an image that a request resized to the model's size from a larger picture.
 
     The image is enlarged 1.25 to 8 times and resized as a request does it. The factor and the
@@ -194,7 +205,7 @@ def resize_and_back(pixels: np.ndarray, look: Look | None = None) -> Picture:
 
     Args:
         pixels: uint8 ``(H, W, C)``.
-        look: how an encoder sees the larger picture.
+        look: how an encoder sees the larger picture, of which nothing is ignored.
     """
     rng = np.random.default_rng(int.from_bytes(image_digest(pixels)))
     scale, kind = 2 ** rng.uniform(*LOG2_ENLARGED), FILTERS[rng.integers(len(FILTERS))]
@@ -203,6 +214,8 @@ def resize_and_back(pixels: np.ndarray, look: Look | None = None) -> Picture:
         np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, kind))
         for plane in pixels.transpose(2, 0, 1)
     ]
-    image = prepare_image(np.stack(planes, axis=2), pixels.shape, True, lambda resized: look)
+    image = prepare_image(
+        np.stack(planes, axis=2), pixels.shape, True, lambda resized: Look(look.size)
+    )
     assert isinstance(image, Picture)
     return image

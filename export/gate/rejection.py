@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ade_base.pictures.ignored import WHITE, Ignored
+from ade_base.pictures.show import resize_centre
 from ade_base.pictures.view import View
 from export.gate.corruptions import corrupted
 from serving.engine.engine import InferenceEngine, Score
@@ -37,25 +39,51 @@ def p_values(
     return np.array(found)
 
 
-def corruptions_of(images: Sequence[Picture]) -> dict[str, list[Picture]]:
-    """The images corrupted in each way, by the name of the corruption; gross ones first."""
+def corruptions_of(
+    images: Sequence[Picture], ignored: Ignored | None = None
+) -> dict[str, list[Picture]]:
+    """The images corrupted in each way, by the name of the corruption; gross ones first.
+
+    Pixels that are ignored stay as they are.
+    """
     made = corrupted(np.stack([image.pixels for image in images]))
     views = [image.view for image in images if image.view is not None]
     seen = corrupted(np.stack([view.pixels for view in views])) if views else {}
     return {
         name: [
-            dataclasses.replace(image, pixels=its, view=_view(image, seen.get(name), row))
+            dataclasses.replace(
+                image,
+                pixels=_kept(ignored, image.pixels, its),
+                view=_view(image, seen.get(name), row, ignored),
+            )
             for row, (image, its) in enumerate(zip(images, changed, strict=True))
         ]
         for name, changed in made.items()
     }
 
 
-def _view(image: Picture, seen: np.ndarray | None, row: int) -> View | None:
+def _kept(ignored: Ignored | None, pixels: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """Changed pixels of the model's size, with the ignored ones as they were."""
+    if ignored is None:
+        return changed
+    width, height = ignored.size
+    mask = np.uint8(255) * ignored.at(height, width)[:, :, None]
+    return np.where(resize_centre(mask, *pixels.shape[:2]) >= WHITE, pixels, changed)
+
+
+def _view(
+    image: Picture, seen: np.ndarray | None, row: int, ignored: Ignored | None
+) -> View | None:
     """The view of a corrupted image."""
     if image.view is None or seen is None:
         return image.view
-    return dataclasses.replace(image.view, pixels=seen[row])
+    changed = seen[row]
+    if ignored is not None:
+        top, left, height, width = image.view.box
+        box = np.s_[top : top + height, left : left + width]
+        mask = ignored.at(height, width)
+        changed[box][mask] = image.view.pixels[box][mask]
+    return dataclasses.replace(image.view, pixels=changed)
 
 
 def rejected(

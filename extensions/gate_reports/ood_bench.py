@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
+from ade_base.pictures.view import Look
 from export.gate.corruptions import CORRUPTIONS
 from export.gate.images import Images, Prepared, counting, digests_of, others, prepared
 from export.gate.measuring import Measured, measured
@@ -51,9 +52,11 @@ def bench(
         CalibrationError: no image of a set can be used.
     """
     calibrations, shape = engine.calibrations, engine.image_shape
+    ignored = calibrations.look_of(False).ignored
+    copies = prepared(trained, shape, True, lambda resized: Look(0, ignored))
     known = digests_of(calibrations) | {
         short_digest(image.pixels)
-        for _, image in counting("training", prepared(trained, shape, resize=True), report)
+        for _, image in counting("training", copies, report)
         if isinstance(image, Picture)
     }
 
@@ -70,7 +73,7 @@ def bench(
     sets = {name: measure(ready(images), name) for name, images in ood_sets.items()}
     found = (image for _, image in unused(lambda line: None) if isinstance(image, Picture))
     few = list(islice(found, corrupt))
-    for name, changed in corruptions_of(few).items():
+    for name, changed in corruptions_of(few, ignored).items():
         if name not in CORRUPTIONS:
             continue
         try:

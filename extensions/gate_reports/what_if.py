@@ -159,7 +159,8 @@ def what_if(
         judge = calibrations.of(resized)
         ways.append(_way(resized, judge, found[mine], known[mine], count, level))
     caught = {}
-    for name, its in {**corruptions_of(images[:corrupt]), **unlike}.items():
+    changed = corruptions_of(images[:corrupt], calibrations.exact.ignored)
+    for name, its in {**changed, **unlike}.items():
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     return WhatIf(

@@ -340,7 +340,7 @@ class InferenceEngine:
         """Compute the bits per dimension of each image, their parts and the verdict.
 
         Args:
-            images: uint8 ``(N, H, W, C)``.
+            images: uint8 ``(N, H, W, C)``, what the calibration ignores filled already.
             seeds: one per image. Default 0. The verdict always uses seed 0, as the calibration
                 does.
             samples: number of draws K, at least 1, one per image. Default 1. One draw gives the
@@ -467,7 +467,7 @@ class InferenceEngine:
         if PATCHES in names:
             patches = np.concatenate([row[PATCHES] for row in rows]).astype(np.float16)
             found[PATCHES] = patches.reshape(len(views), -1, patches.shape[-1])
-            found[INSIDE] = np.stack([view.inside.ravel() for view in views])
+            found[INSIDE] = np.stack([view.seen.ravel() for view in views])
         return found
 
     def features(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -626,7 +626,7 @@ def _view(judge: Calibration, image: np.ndarray, resized: bool, view: View | Non
     """
     if judge.encoder is None:
         return None
-    look = judge.encoder.look
+    look = judge.look
     if view is None and not resized:
         return look.of(image)
     if view is None or len(view.pixels) != look.size:

@@ -37,11 +37,12 @@ PERMANENT_ERRORS = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-LookOf = Callable[[bool], Look | None]  # how an encoder sees an image, resized or not
+LookOf = Callable[[bool], Look]  # how an image is looked at, resized or not
 
 
-def no_look(resized: bool) -> None:
-    """No encoder sees the originals."""
+def no_look(resized: bool) -> Look:
+    """No encoder sees the originals, and nothing is ignored."""
+    return Look(0)
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,14 @@ def prepare_image(
         source: a file, or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of another size.
-        look_of: how an encoder sees a usable image.
+        look_of: how a usable image is looked at.
     """
     height, width, channels = image_shape
     if isinstance(source, np.ndarray):
-        original, notes = source, list[str]()
-        pixels = original
-        if pixels.shape[2] != channels:
+        original, notes, size = source, list[str](), (source.shape[1], source.shape[0])
+        if original.shape[2] != channels:
             return unusable(
-                "wrong_shape", f"images must have {channels} channels, got {pixels.shape[2]}"
+                "wrong_shape", f"images must have {channels} channels, got {original.shape[2]}"
             )
     else:
         try:
@@ -89,35 +89,36 @@ def prepare_image(
         except ImageError as error:
             status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
             return ApiError(status, error.code, str(error), may_pass=error.may_pass)
-        original, notes = decoded.pixels, list(decoded.notes)
-        pixels = original
-        if channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-        elif channels != 3:
+        original, notes, size = decoded.pixels, list(decoded.notes), decoded.size
+        if channels not in (1, 3):
             return unusable(
                 "wrong_shape", f"this model's images have {channels} channels: send an .npy array"
             )
-    if pixels.shape[:2] == (height, width):
-        return Picture(np.ascontiguousarray(pixels), notes, False, _view(original, look_of(False)))
-    if not resize:
+    rows, columns = original.shape[:2]
+    resized = (rows, columns) != (height, width)
+    if resized and not resize:
         return unusable(
             "wrong_size",
-            f"images must be {width} x {height} pixels, got {pixels.shape[1]} x "
-            f"{pixels.shape[0]}; {RESIZING} resizes them",
+            f"images must be {width} x {height} pixels, got {columns} x {rows}; {RESIZING} resizes "
+            "them",
         )
-    if 0 in pixels.shape:
-        return unusable("wrong_size", f"the image is empty: {pixels.shape[1]} x {pixels.shape[0]}")
-    notes.append(
-        f"{RESIZED} {pixels.shape[1]} x {pixels.shape[0]} to {width} x {height}: "
-        "this changes the likelihood"
-    )
-    return Picture(
-        resize_centre(pixels, height, width), notes, True, _view(original, look_of(True))
-    )
-
-
-def _view(original: np.ndarray, look: Look | None) -> View | None:
-    return look.of(original) if look is not None else None
+    if 0 in original.shape:
+        return unusable("wrong_size", f"the image is empty: {columns} x {rows}")
+    look = look_of(resized)
+    if look.ignored is not None:
+        problem = look.ignored.refuses(size)
+        if problem is not None:
+            return unusable("wrong_size", problem)
+        original = look.ignored.fill(original)
+    if resized:
+        notes.append(
+            f"{RESIZED} {columns} x {rows} to {width} x {height}: this changes the likelihood"
+        )
+    pixels = original
+    if channels == 1 and original.shape[2] == 3:
+        pixels = np.asarray(Image.fromarray(original).convert("L"))[:, :, None]
+    pixels = np.ascontiguousarray(resize_centre(pixels, height, width))
+    return Picture(pixels, notes, resized, look.of(original) if look.size else None)
 
 
 def prepare_source(
@@ -135,7 +136,7 @@ def prepare_source(
         read: returns a file or uint8 ``(H, W, C)``.
         image_shape: ``(H, W, C)`` of the model.
         resize: whether to resize images of another size.
-        look_of: how an encoder sees a usable image.
+        look_of: how a usable image is looked at.
     """
     try:
         return prepare_image(read(), image_shape, resize, look_of)

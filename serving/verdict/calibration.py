@@ -20,6 +20,8 @@ import numpy as np
 
 from ade_base.errors import UserError
 from ade_base.messages import show
+from ade_base.pictures.ignored import Ignored
+from ade_base.pictures.view import Look
 from ade_client.contract import Unusual
 from serving.verdict.conformal import SLACK, conformal_p_values
 from serving.verdict.density import FARTHEST, LEVELS, Mixture, NormalScores, places
@@ -96,6 +98,7 @@ class Calibration:
         known: the known images of the semantic statistics; ``None`` without them.
         encoder: what the encoder of originals knows; ``None`` without it.
         lesson: what known bad pictures taught; ``None`` without it. Its coordinate is the last.
+        ignored: what is filled before anything looks at a picture; ``None`` for nothing.
         corrupted: float64 ``(m,)`` by the name of a corruption, OOD scores of calibration images
             that were corrupted so, to show what each alpha would catch; empty in calibrations of
             versions before.
@@ -116,6 +119,7 @@ class Calibration:
     known: KnownImages | None = None
     encoder: EncoderMemory | None = None
     lesson: Lesson | None = None
+    ignored: Ignored | None = None
     corrupted: Mapping[str, np.ndarray] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     fitted_digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
@@ -129,6 +133,11 @@ class Calibration:
     def sees_content(self) -> bool:
         """Whether the features of a network count, which depend on what images show."""
         return any(name.startswith(SEMANTIC_PREFIX) for name in self.names)
+
+    @property
+    def look(self) -> Look:
+        """How it looks at pictures."""
+        return Look(0 if self.encoder is None else self.encoder.look.size, self.ignored)
 
     @property
     def pixel_columns(self) -> list[int]:
@@ -182,7 +191,11 @@ class Calibration:
             owned.get(name) is None for name in self.names[size - sum(semantic) :]
         ):
             raise CalibrationError("semantic statistics must come last, with known images")
-        problem = (self.known and self.known.problem()) or (self.encoder and self.encoder.problem())
+        problem = (
+            (self.known and self.known.problem())
+            or (self.encoder and self.encoder.problem())
+            or (self.ignored and self.ignored.problem())
+        )
         if not problem and self.lesson is not None:
             problem = self.lesson.problem(self.sizes)
             if self.names[-1] != LESSON or LESSON in self.names[:-1]:
@@ -409,6 +422,7 @@ class Calibration:
             **({} if self.known is None else self.known.arrays()),
             **({} if self.encoder is None else self.encoder.arrays()),
             **({} if self.lesson is None else self.lesson.arrays()),
+            **({} if self.ignored is None else self.ignored.arrays()),
             **{CORRUPTED_PREFIX + name: scores for name, scores in self.corrupted.items()},
             **({"digests": self.digests} if self.digests.size else {}),
             **({"fitted_digests": self.fitted_digests} if self.fitted_digests.size else {}),
@@ -441,6 +455,7 @@ class Calibration:
             KnownImages.from_arrays(arrays, prefix),
             EncoderMemory.from_arrays(arrays, prefix),
             Lesson.from_arrays(arrays, prefix),
+            Ignored.from_arrays(arrays, prefix),
             {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)},
             digests("digests"),
             digests("fitted_digests"),

@@ -71,10 +71,10 @@ class Calibrations:
         """The one for an image that was or was not resized."""
         return self.resized if resized else self.exact
 
-    def look_of(self, resized: bool) -> Look | None:
-        """How the encoder sees an image, resized or not; ``None`` without an encoder."""
-        encoder = self.encoders[resized]
-        return None if encoder is None else encoder.look
+    def look_of(self, resized: bool) -> Look:
+        """How an image is looked at, resized or not."""
+        calibration = self.of(resized)
+        return Look(0) if calibration is None else calibration.look
 
     @property
     def encoders(self) -> tuple[EncoderMemory | None, EncoderMemory | None]:

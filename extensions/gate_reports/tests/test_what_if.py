@@ -113,7 +113,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
     images, _ = usable("blank", blank, engine.image_shape, print)
     history = images * 500
     monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, []))
-    monkeypatch.setattr(what_if_module, "corruptions_of", lambda _: {})
+    monkeypatch.setattr(what_if_module, "corruptions_of", lambda *_: {})
     resized = np.array([image.resized for image in history])
     warned = 0
     for i in range(400):
