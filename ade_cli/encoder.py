@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out",
         type=given_path,
         metavar="OUT",
-        help="an ONNX file for ade calibrate --features, or with --small also ade train --guide",
+        help="an ONNX file for ade calibrate --features",
     )
     add_data_arguments(parser, required=True)
     add_image_size(parser)
@@ -41,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--small",
         action="store_true",
-        help="train a small network on images with classes: each score costs less with it, and "
-        "ade train --guide takes it",
+        help="train a small network on images with classes: each score costs less with it",
     )
     parser.add_argument(
         "--minutes",

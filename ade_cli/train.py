@@ -24,7 +24,7 @@ from training.data import CHANNELS
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
 from training.loop import train
-from training.recipes import GUIDE_WEIGHT, recipe, recipe_names
+from training.recipes import recipe, recipe_names
 from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
 from training.run_start import check_folder, check_start, last_options, read_started
 from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
@@ -78,15 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_BUNDLE",
         help="start from the weights of another run or a bundle; a larger model (more latent "
         "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
-    )
-    parser.add_argument(
-        "--guide",
-        type=given_path,
-        metavar="ENCODER.onnx",
-        help="an encoder that ade encoder --small trained on the same images: the "
-        "generator learns to give samples features with the mean and the covariance that real "
-        f"images' features have (--guide-weight is then {GUIDE_WEIGHT:g} by default; with "
-        "--resume, the run's own copy is used)",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument(
@@ -171,22 +162,17 @@ def run(args: argparse.Namespace) -> None:
             )
         },
         init=args.init,
-        guide=args.guide and str(args.guide),
     )
     changes = given_options(args, args.settable)
-    if args.guide is not None or before.get("guide") is not None:
-        changes = {"guide_weight": GUIDE_WEIGHT, **changes}
     check_outside(args.out, args.data)
     make = size_checked(
         args, lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes)
     )
-    if args.guide is not None and not args.resume and not args.guide.is_file():
-        raise RunError(f"--guide must be a file, got {args.guide}")
     if (args.out / "run.json").is_file() and not args.resume:  # check_folder cannot name --resume
         raise RunError(
             f"{args.out} holds a run: continue it with --resume, or choose another folder"
         )
-    check_folder(args.out, args.resume, options.guide)
+    check_folder(args.out, args.resume)
     if args.resume and (args.out / "data.json").is_file():
         recorded = read_json(args.out / "data.json", "data")["data"]
         check_same_data({args.out: recorded}, args)

@@ -156,25 +156,6 @@ def with_calibrations(
     return out
 
 
-def encoder_file(path: Path, size: int, classes: int = 0, seed: int = 0) -> Path:
-    """An encoder with random weights, whose normalisations are not the identity."""
-    from export.to_onnx import export_encoder
-    from training.encoder_network import SmallEncoder
-
-    torch.manual_seed(seed)
-    network = SmallEncoder(size, 3, classes).eval().requires_grad_(False)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for values in (module.running_mean, module.weight, module.bias):
-                assert values is not None
-                values.normal_()
-            assert module.running_var is not None
-            module.running_var.uniform_(0.5, 2)
-    outputs = ["features", "logits"][: 2 if classes else 1]
-    export_encoder(network, np.zeros((2, size, size, 3), np.uint8), outputs, path)
-    return path
-
-
 def make_folder(folder: Path, images: np.ndarray) -> Path:
     """Write images into class folders, with broken and unrelated files among them."""
     for i, image in enumerate(images):

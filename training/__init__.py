@@ -7,7 +7,6 @@ Modules in an order for reading:
   :mod:`~training.evaluate`
 * adversarial parts: :mod:`~training.discriminator`, :mod:`~training.projected`,
   :mod:`~training.augment`
-* matching of features: :mod:`~training.guide`, :mod:`~training.moments`
 * a run's folder: :mod:`~training.run_start`, :mod:`~training.runs`, :mod:`~training.run_log`,
   :mod:`~training.report`
 * the verdict's encoder: :mod:`~training.encoder`, :mod:`~training.small_encoder`,

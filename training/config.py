@@ -131,11 +131,6 @@ class TrainConfig:
         quality_weight: ``w`` in ``L_C + w L_Q``: L_C is the likelihood's loss, in bits per
             dimension, and L_Q the adversarial loss, in nats (without a unit if the discriminator is
             projected, whose loss is a hinge); without L_C, the weight of L_Q alone.
-        guide_weight: weight of the guide's loss: the mean squared distance of each generated
-            image's features from those that it needs, so that all of them together have the mean
-            and the covariance of real images' features; 0 without a guide.
-        classifier_weight: weight of the same loss in the features of the ImageNet classifier that a
-            projected discriminator sees images through; 0 to leave it out.
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
         inference_share: additional fraction of the budget in which an inference network and sigma
             are trained with the generator frozen, for the likelihood of a GAN.
@@ -181,8 +176,6 @@ class TrainConfig:
     reconstruction_weight: float = 0.0
     noisy_share: float = 0.0
     quality_weight: float = 0.05
-    guide_weight: float = 0.0
-    classifier_weight: float = 0.0
     flow_sees_quality: bool = False
     inference_share: float = 0.0
     d_steps: int = 1
@@ -207,8 +200,6 @@ class TrainConfig:
             "reconstruction_weight": 0,
             "kl_warmup": 0,
             "quality_weight": 0,
-            "guide_weight": 0,
-            "classifier_weight": 0,
             "gp_weight": 0,
             "gp_target": 0,
         }
@@ -261,17 +252,12 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
-        for name in ("noisy_share", "guide_weight", "classifier_weight", "likelihood_share"):
+        for name in ("noisy_share", "likelihood_share"):
             if getattr(self, name) and self.discriminator is None:
                 raise ConfigError(
                     f"{name} must be 0 without a discriminator, got {getattr(self, name)} "
                     f"for {self.recipe}"
                 )
-        if self.classifier_weight and self.model.channels != 3:
-            raise ConfigError(
-                f"classifier_weight must be 0 without 3 channels, got {self.classifier_weight} for "
-                f"images of {self.model.channels}"
-            )
         if self.discriminator is not None:
             self.discriminator.check_image_size(self.model.image_size)
         if self.compares_images and self.gp_weight:

@@ -30,7 +30,6 @@ from training.run_start import (
     check_budget,
     check_run,
     check_shares,
-    guide_of,
     open_run,
     resumed_options,
 )
@@ -150,8 +149,6 @@ def train(
     }
     if sketch:
         about |= {KEY: sketch, VERSION: version_of(dataset)}
-    if trainer.guides:
-        about["guided"] = True
     progress = _run_steps(dataset, run, options, fabric, trainer, progress, about)
     if is_main:
         folder = save_checkpoint(run, trainer, progress, about)
@@ -181,8 +178,6 @@ def _check_alike(
     values = [*trainer.model.state_dict().values()]
     if trainer.discriminator is not None:  # not its buffers, which processors may round otherwise
         values += trainer.discriminator.parameters()
-    for guide in trainer.guides.values():
-        values += guide.network.state_dict().values()
     weights = [value.detach().cpu().numpy().tobytes() for value in values]
     digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
     with _with_others(fabric):
@@ -216,7 +211,6 @@ def _trainer(config: TrainConfig, options: RunOptions, fabric: Fabric) -> Traine
         seed=options.seed,
         rank=fabric.global_rank,
         processes=fabric.world_size,
-        guide=guide_of(config, options),
     )
 
 

@@ -76,7 +76,6 @@ _SIZES = {
 }
 # The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
-GUIDE_WEIGHT = 0.2  # if there is a guide
 _ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of such fields begin
 # Fields that need a flow, a VAE, or weights that only the likelihood trains.
 _OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_max_log_scale"}

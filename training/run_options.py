@@ -27,8 +27,6 @@ class RunOptions:
         checkpoint_steps: steps after which a checkpoint is written earlier.
         evaluate_steps: steps between evaluations of held-out images and samples.
         init: run or bundle to take initial weights from.
-        guide: what :func:`training.guide.load_guide` reads, if the configuration has a
-            ``guide_weight``; a run keeps a copy, with which it is resumed.
     """
 
     images: int
@@ -40,7 +38,6 @@ class RunOptions:
     checkpoint_steps: int = 1000
     evaluate_steps: int = 500
     init: str | None = None
-    guide: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):

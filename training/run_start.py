@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 import logging
 import os
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Any
 
 import torch
 
-from ade_base.files import replacing
 from training.config import TrainConfig
 from training.data import Dataset
-from training.guide import NAME as GUIDE_NAME
-from training.guide import Guide, load_guide
 from training.run_options import RunOptions
 from training.runs import (
     RunError,
@@ -34,7 +30,7 @@ WRITTEN = ("metrics.jsonl", "report.md", "checkpoints", "pictures")
 
 
 def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
-    """Options with the seed, init and guide that a resumed run was started with.
+    """Options with the seed and init that a resumed run was started with.
 
     Args:
         run: the run's folder.
@@ -55,26 +51,7 @@ def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
                 f"those of the run, {before['minutes']}, or left out, got {options.minutes:g}"
             )
         options = dataclasses.replace(options, images=before["images"])
-    # A run without a guide may have such a file as well, if an encoder was written there.
-    if before["guide"] is not None and (run / GUIDE_NAME).is_file():
-        options = dataclasses.replace(options, guide=str(run / GUIDE_NAME))
     return options
-
-
-def guide_of(config: TrainConfig, options: RunOptions) -> Guide | None:
-    """The guide of a run; ``None`` without one.
-
-    Raises:
-        RunError: there is a guide without a weight for it, or a weight without a guide.
-        FeatureError: the guide cannot be read.
-    """
-    if options.guide is None:
-        if config.guide_weight:
-            raise RunError(f"guide_weight must be 0 without a guide, got {config.guide_weight:g}")
-        return None
-    if not config.guide_weight:
-        raise RunError("guide_weight must be above 0 with a guide, got 0")
-    return load_guide(Path(options.guide), config.model.image_size, config.model.channels)
 
 
 def check_shares(config: TrainConfig, processes: int) -> None:
@@ -120,17 +97,15 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
     Raises:
         RunError: the folder does not suit ``resume``, the run was started with another
             configuration, the processes that ``torchrun`` started cannot share a batch or are not
-            equally many on each node, or the weights to start from or the guide do not suit the
+            equally many on each node, or the weights to start from do not suit the
             configuration.
-        FeatureError: the guide cannot be read.
     """
-    check_folder(run, resume, options.guide)
+    check_folder(run, resume)
     _check_nodes()
     check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])
     options = resumed_options(run, options, resume)
-    guide_of(config, options)
     if options.init is not None and not (resume and checkpoint_folders(run)):
         check_growth_from(Path(options.init), config.model)
 
@@ -155,13 +130,12 @@ def check_budget(run: Path, inferring_since: int | None, batch_size: int, images
         )
 
 
-def check_folder(run: Path, resume: bool, guide: str | None = None) -> None:
+def check_folder(run: Path, resume: bool) -> None:
     """Check that a run can start in a folder, or resume there.
 
     Args:
         run: the folder, which need not exist.
         resume: whether the run is resumed.
-        guide: path of the guide, if there is one, of which a new run makes a copy.
 
     Raises:
         RunError: the folder holds a run already, or holds none to resume, or holds something else
@@ -178,10 +152,6 @@ def check_folder(run: Path, resume: bool, guide: str | None = None) -> None:
     # A start that failed, as on a full disk, may have left these.
     if os.path.lexists(run / DATA_NAME) and not _is_source(run / DATA_NAME):
         found.append(DATA_NAME)
-    if guide is not None and os.path.lexists(run / GUIDE_NAME):
-        copy = run / GUIDE_NAME
-        if not (copy.is_file() and Path(guide).is_file() and filecmp.cmp(guide, copy, False)):
-            found.append(GUIDE_NAME)
     if found:
         raise RunError(
             f"{run} holds {', '.join(found)}, but no run that can be resumed: choose another folder"
@@ -243,9 +213,6 @@ def open_run(
 ) -> None:
     """Write ``run.json``, with which a run begins, and ``data.json`` if a source is given."""
     run.mkdir(parents=True, exist_ok=True)
-    if options.guide is not None and Path(options.guide) != run / GUIDE_NAME:
-        with replacing(run / GUIDE_NAME) as file:
-            file.write(Path(options.guide).read_bytes())
     if source is not None:
         write_json(run / DATA_NAME, source)
     write_json(

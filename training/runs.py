@@ -1,7 +1,7 @@
 """The folder of a training run, and its checkpoints.
 
 ``RUN/run.json`` holds the run's configuration, ``RUN/data.json`` where its images are,
-``RUN/guide.onnx`` a copy of its guide if it has one, ``RUN/checkpoints/step-N/`` everything else
+``RUN/checkpoints/step-N/`` everything else
 that is needed to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the losses, and
 ``RUN/report.md`` and ``RUN/pictures/`` the report at the end.
 """
@@ -42,11 +42,6 @@ KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
 DISCRIMINATOR_NAME = "discriminator.safetensors"
-# Of a guide's features, by the name of its loss.
-MOMENTS_NAMES = {
-    "moment_loss": "moments.safetensors",
-    "classifier_loss": "classifier_moments.safetensors",
-}
 STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"  # only bundles have one
 
@@ -205,8 +200,6 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
             _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
             _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-        for name, guide in trainer.guides.items() if trainer.is_joint else ():
-            _save(guide.moments.state_dict(), folder / MOMENTS_NAMES[name])
         write_json(
             folder / STATE_NAME,
             {
@@ -249,8 +242,6 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
         trainer.discriminator.load_state_dict(read_tensors(folder / DISCRIMINATOR_NAME))
         _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
-        for name, guide in trainer.guides.items():
-            guide.moments.load_state_dict(read_tensors(folder / MOMENTS_NAMES[name]))
     if trainer.inferring:
         trainer.begin_inference()
     return progress

@@ -1,9 +1,8 @@
 """A small encoder: a residual classifier of images with classes, for their pixels as they are.
 
 It is trained for a number of minutes, and takes a quarter of the time of the larger network
-(:mod:`training.encoder`) for each image, so it can be a generator's guide
-(:mod:`training.guide`). Beside the labels, it learns to predict what the larger network sees in the
-same images.
+(:mod:`training.encoder`) for each image. Beside the labels, it learns to predict what the larger
+network sees in the same images.
 """
 
 from __future__ import annotations

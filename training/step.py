@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ade_model.vae import Decoder
 from training.augment import NUMBERS, augment
 from training.config import TrainConfig
 from training.discriminator import make_discriminator
-from training.guide import ClassifierGuide, Guide
 from training.losses import (
     coverage_loss,
     discriminator_loss,
@@ -29,7 +28,6 @@ from training.losses import (
     latent_surcharge,
     quality_loss,
 )
-from training.moments import MomentMatching
 from training.muon import Muon
 
 logger = logging.getLogger(__name__)
@@ -95,14 +93,6 @@ class _Noise:
         return values.chunk(self._processes)[self._rank]
 
 
-class _Matched(NamedTuple):
-    """A guide, the moments of its features, and the weight of their loss."""
-
-    network: Guide | ClassifierGuide
-    moments: MomentMatching
-    weight: float
-
-
 class Trainer:
     """The model, the discriminator, their optimisers and the averaged weights.
 
@@ -117,7 +107,6 @@ class Trainer:
         seed: of weights and of noise.
         rank: of this process.
         processes: number of processes.
-        guide: the network whose features samples match, if ``config.guide_weight`` is not 0.
     """
 
     def __init__(
@@ -129,9 +118,7 @@ class Trainer:
         seed: int,
         rank: int = 0,
         processes: int = 1,
-        guide: Guide | None = None,
     ) -> None:
-        assert (guide is not None) == bool(config.guide_weight)
         self.config = config
         self.device = device
         self.autocast = autocast
@@ -155,18 +142,6 @@ class Trainer:
                 "adam" if config.optimizer == "muon" else config.optimizer,
                 [self._group("d_", list(self.discriminator.parameters()))],
             )
-        self.guides: dict[str, _Matched] = {}  # by the name of their loss
-        networks: dict[str, tuple[Guide | ClassifierGuide | None, float]] = {
-            "moment_loss": (guide, config.guide_weight),
-            "classifier_loss": (
-                ClassifierGuide() if config.classifier_weight else None,
-                config.classifier_weight,
-            ),
-        }
-        for name, (network, weight) in networks.items():
-            if network is not None:
-                matching = MomentMatching(network.dims, average, processes).to(device)
-                self.guides[name] = _Matched(_to_device(network, device), matching, weight)
         self.step = 0
         self.spent = 0.0
         # Step after which the adversary takes part, and a GAN's generator is frozen.
@@ -433,22 +408,6 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _moment_loss(self, guide: _Matched, x_real: Tensor, x_fake: Tensor) -> Tensor:
-        """How far a guide's features of mean samples are from where they should be.
-
-        Noisy samples are left out, because their features have other moments. Without mean samples,
-        it is about the noisy ones.
-        """
-        of_all, share = len(x_fake) * self.processes, self.config.noisy_share
-        # Of some processes there may be one image fewer, or none.
-        shown = x_fake if share == 1 else x_fake[~self._noisy(len(x_fake))]
-        images = of_all if share == 1 else of_all - math.floor(of_all * share)
-        with self.autocast():
-            generated = guide.network(shown)
-            real = guide.network(x_real) if guide.moments.needs_real else None
-        guide.moments.update(generated, real, images)
-        return guide.moments.loss(generated, images)
-
     def _model_step(
         self, pixels: Tensor, x_real: Tensor | None, x_fake: Tensor | None, noise: _Noise
     ) -> dict[str, float]:
@@ -466,7 +425,7 @@ class Trainer:
             # The samples of the discriminator's last step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
-            objective, found = self._quality_objective(self.discriminator, x_real, x_fake, noise)
+            objective, found = self._quality_objective(self.discriminator, x_fake, noise)
             objective.backward()
             losses |= found
             self.discriminator.requires_grad_(True)
@@ -512,30 +471,23 @@ class Trainer:
         return loss, losses
 
     def _quality_objective(
-        self, discriminator: nn.Module, x_real: Tensor, x_fake: Tensor, noise: _Noise
+        self, discriminator: nn.Module, x_fake: Tensor, noise: _Noise
     ) -> tuple[Tensor, dict[str, float]]:
-        """``w L_Q`` and the guides' losses.
+        """``w L_Q``.
 
         Args:
             discriminator: with frozen weights.
-            x_real: dequantised images, ``(N, C, H, W)``.
-            x_fake: samples with their graph, of the same shape.
+            x_fake: samples with their graph, ``(N, C, H, W)``.
             noise: of this iteration.
 
         Returns:
-            Scalar, and the losses by name, without their weights.
+            Scalar, and the loss by name, without its weight.
         """
         shown = self._augmented(x_fake, noise)
         with self.autocast():
             logits_fake = discriminator(shown)
         loss = quality_loss(logits_fake)
-        losses = {"quality_loss": loss.item()}
-        loss = self._quality_weight * loss
-        for name, guide in self.guides.items():
-            distance = self._moment_loss(guide, x_real, x_fake)
-            losses[name] = distance.item()
-            loss = loss + guide.weight * distance
-        return loss, losses
+        return self._quality_weight * loss, {"quality_loss": loss.item()}
 
     def _apply(
         self,

