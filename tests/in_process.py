@@ -21,7 +21,7 @@ from handlers.front.settings import FrontSettings
 from handlers.launch.options import served_name
 from handlers.service import worker
 from handlers.service.application import Application
-from handlers.service.protocols import V2 as v2
+from handlers.service.protocols import metadata
 from serving.api.openapi import openapi_document
 from serving.api.service import Service
 from serving.engine.engine import InferenceEngine
@@ -84,7 +84,7 @@ class LocalModel:
     def __init__(self, operation: str, engine: InferenceEngine) -> None:
         self.name = operation
         self.identity = engine.bundle.model_id
-        self.metadata = v2.metadata(operation, operation, engine.bundle, "onnxruntime")
+        self.metadata = metadata(operation, operation, engine.bundle, "onnxruntime")
         self._service = Service(operation, engine)
 
     async def answer(self, request: Request, v2: int | None = None) -> Answer:
