@@ -166,15 +166,6 @@ def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
         assert serve._allowed_hosts("a.example", host) == ["a.example"]
 
 
-def test_the_nodes_of_a_cluster_listen_on_all_addresses(capfd: pytest.CaptureFixture[str]) -> None:
-    args: Any = SimpleNamespace(workers=None, address="10.0.0.1:6379", engine="ray", host="x.lan")
-    with pytest.raises(LaunchError, match=r"--address needs --host 0\.0\.0\.0, .*got 'x.lan'"):
-        serve.run(args)
-    for host, is_warned in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
-        serve._check_host_on_cluster(host)
-        assert ("cluster of one node" in capfd.readouterr().err) == is_warned
-
-
 def test_a_child_that_cannot_be_started_again_for_a_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,9 @@ from extensions.ray.serve import reporter
 from extensions.ray.serve.calls import MAX_BYTES, Answered, Asked, Calls, NotComputed
 from extensions.ray.serve.reporter import MetricsReplica
 from extensions.ray.serve.scaling import REQUESTS, WAITING, LastingQueue, by_requests
+from handlers.launch import serve
 from handlers.limits import MAX_BATCH
+from handlers.processes.supervision import LaunchError
 from handlers.service.metrics import MODEL
 from serving.api.telemetry import IMAGES, VERSION
 
@@ -273,3 +275,12 @@ def test_recorded_kernels_need_another_engine(
 ) -> None:
     assert main(["serve", str(tiny_bundle), "--engine", "ray", "--cuda-graphs"]) == 2
     assert "cannot be used with --engine" in capsys.readouterr().err
+
+
+def test_the_nodes_of_a_cluster_listen_on_all_addresses(capfd: pytest.CaptureFixture[str]) -> None:
+    args: Any = SimpleNamespace(workers=None, address="10.0.0.1:6379", engine="ray", host="x.lan")
+    with pytest.raises(LaunchError, match=r"--address needs --host 0\.0\.0\.0, .*got 'x.lan'"):
+        serve.run(args)
+    for host, is_warned in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+        serve._check_host_on_cluster(host)
+        assert ("cluster of one node" in capfd.readouterr().err) == is_warned
