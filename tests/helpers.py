@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ade_base.extensions import FOLDER
 from ade_model.config import ModelConfig
 from ade_model.model import ADEModel
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
@@ -49,6 +50,13 @@ TINY = ModelConfig(
     flow_width=8,
     posterior_bound=True,
 )
+# What each extension adds to the command line: verbs, engines, data sets, options of ade export.
+WORDS_OF_EXTENSIONS = {
+    "codec": {"compress", "decompress", "--with-codec"},
+    "comparison": {"compare", "stl10", "imagenet64", "lsun"},
+    "gate_reports": {"gate", "ood-bench"},
+    "ray": {"ray"},
+}
 HOLD = """
 import sys
 from pathlib import Path
@@ -299,3 +307,11 @@ def npm_install(folder: Path, *packages: str) -> Path:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "node_modules" / ".bin"
+
+
+def is_of_deleted_extension(words: Iterable[str]) -> bool:
+    """Whether a command of ``ade`` needs an extension that is not there."""
+    given = set(words)
+    return any(
+        given & own for name, own in WORDS_OF_EXTENSIONS.items() if not (FOLDER / name).exists()
+    )

@@ -243,7 +243,17 @@ def measure() -> dict[str, Any]:
 
 
 def read_record() -> dict[str, Any]:
-    return json.loads(RECORD.read_text())
+    """The record, without the files of an extension that is deleted or of the benchmarks."""
+    record = json.loads(RECORD.read_text())
+    for kind in ("files", "functions"):
+        record[kind] = {n: lines for n, lines in record[kind].items() if not _is_deleted(n)}
+    return record
+
+
+def _is_deleted(name: str) -> bool:
+    first, second, *_ = Path(name).parts
+    folder = {"benchmarks": "benchmarks", "extensions": f"extensions/{second}"}.get(first, "")
+    return not (ROOT / folder).exists()
 
 
 def count(entries: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ from handlers.processes import run_folder
 from serving.engine.signatures import OPERATIONS
 from serving.verdict.calibration_file import Calibrations
 from serving.verdict.conformal import conformal_p_values
-from tests.helpers import DATA, PRETRAINED, ROOT
+from tests.helpers import DATA, PRETRAINED, ROOT, is_of_deleted_extension
 from tests.service import RunningService
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -88,7 +88,8 @@ def test_pages_have_commands() -> None:
 def test_every_command_parses(page: Path) -> None:
     """The commands are only parsed here; other tests run them."""
     for words in ade_commands(page):
-        assert parse(words).verb == words[0]
+        if not is_of_deleted_extension(words):
+            assert parse(words).verb == words[0]
 
 
 @pytest.mark.parametrize("verb", VERBS)

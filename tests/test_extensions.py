@@ -6,23 +6,24 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from ade_base.extensions import FOLDER, Extension
-from tests.helpers import ROOT
+from ade_base.extensions import FOLDER, Extension, load
+from tests.helpers import ROOT, WORDS_OF_EXTENSIONS
+from tests.house import PACKAGES
 
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/plugin.py"))
-TREE = ("ade_base", "ade_cli", "ade_client", "ade_model", "export", "extensions", "fitting")
-TREE += ("handlers", "serving", "tests", "training", "conftest.py", "pyproject.toml")
-SCRIPT = """
-import sys
+PREPARED = """
+import pathlib, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", str(f))]
 sys.path.insert(0, ".")
 import ade_base.extensions as seam
-import pathlib
 assert seam.FOLDER == pathlib.Path.cwd() / "extensions"
+"""
+IMPORTS_AND_HELP = """
 from ade_cli.main import VERBS, main
 import ade_cli.export, ade_cli.fit, ade_cli.score, ade_cli.serve
 import handlers.launch.engines, handlers.process.launcher, handlers.service.application
@@ -32,33 +33,68 @@ try:
 except SystemExit:
     pass
 """
-VERBS_OF = {
-    "codec": {"compress", "decompress"},
-    "comparison": {"compare"},
-    "gate_reports": {"gate", "ood-bench"},
-}
+COLLECTS_TESTS = """
+import pytest
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider"]))
+"""
 
 
-@pytest.mark.parametrize("deleted", [("*",), *((name,) for name in NAMES)], ids="-".join)
-def test_the_core_works_without_extensions(deleted: tuple[str, ...], tmp_path: Path) -> None:
-    """Its modules are imported, and the help has the verbs of the extensions that are left."""
-    for name in TREE:
-        source = ROOT / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.webp")
-            shutil.copytree(source, tmp_path / name, ignore=ignored)
+def copy_tree(into: Path, deleted: Iterable[str]) -> None:
+    """Copy the code but for these folders; what else is there are links."""
+    for source in ROOT.iterdir():
+        if source.name.startswith(".") or source.name in deleted:
+            continue
+        if source.name in (*PACKAGES, "tests", "benchmarks"):
+            shutil.copytree(
+                source, into / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.webp")
+            )
+        elif source.suffix in (".py", ".toml"):
+            shutil.copy(source, into)
         else:
-            shutil.copy(source, tmp_path)
+            (into / source.name).symlink_to(source)
     for name in deleted:
-        shutil.rmtree(tmp_path / "extensions" / ("" if name == "*" else name))
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    words = set(re.findall(r"^ {4}(\S+)", done.stdout, re.MULTILINE))
-    gone = NAMES if deleted == ("*",) else deleted
-    for name, verbs in VERBS_OF.items():
-        assert verbs.isdisjoint(words) if name in gone else verbs <= words
-    assert {"serve", "score", "fit"} <= words
+        shutil.rmtree(into / name, ignore_errors=True)
+
+
+def run_in(tree: Path, script: str) -> str:
+    command = [sys.executable, "-c", PREPARED + script]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("deleted", ["extensions", *(f"extensions/{name}" for name in NAMES)])
+def test_the_core_works_without_extensions(deleted: str, tmp_path: Path) -> None:
+    """Its modules are imported, and the help has the verbs of the extensions that are left."""
+    copy_tree(tmp_path, [deleted])
+    help_text = run_in(tmp_path, IMPORTS_AND_HELP)
+    shown = set(re.findall(r"^ {4}(\S+)", help_text, re.MULTILINE))
+    left = {path.parent.name for path in tmp_path.glob("extensions/*/plugin.py")}
+    verbs = {name: set(extension(name).verbs) for name in NAMES}
+    for name, own in verbs.items():
+        assert own <= shown if name in left else own.isdisjoint(shown)
+    assert {"serve", "score", "fit"} <= shown
+
+
+def test_the_tests_are_collected_without_extensions_and_benchmarks(tmp_path: Path) -> None:
+    copy_tree(tmp_path, ["extensions", "benchmarks"])
+    collected = run_in(tmp_path, COLLECTS_TESTS)
+    assert "tests/test_contract.py" in collected and "extensions/" not in collected
+
+
+def extension(name: str) -> Extension:
+    found = load(f"extensions.{name}.plugin:EXTENSION")
+    assert isinstance(found, Extension)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_words_of_each_extension_are_known(name: str) -> None:
+    """So that the commands in the documentation can be told apart from misspelt ones."""
+    its = extension(name)
+    words = {*its.verbs, *its.engines, *its.score_engines, *its.datasets}
+    words |= {f"--with-{graphs}" for graphs in its.graphs}
+    assert words == WORDS_OF_EXTENSIONS.get(name, set())
 
 
 def test_a_misspelt_hook_fails() -> None:
