@@ -38,6 +38,7 @@ from training.datasets.folder import image_files
 
 OWN = "bundle"  # of --features
 ALPHAS = (0.1, 0.05, 0.01)
+HALF = 0.5  # share of damaged images below which a gate does not see the damage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,12 +217,18 @@ def _tell_caught(calibration: Calibration) -> None:
     """Print the share of corrupted images that the new gate rejects, and the next step."""
     count = max(map(len, calibration.corrupted.values()), default=0)
     say(f"detection: the share of {count} of these images that is rejected once corrupted")
-    at_first = {}
+    at_first, missed = {}, []
     for name in calibration.corrupted:
         shares = [calibration.caught(alpha).get(name) for alpha in ALPHAS[1:]]
         at_first[name] = shares[0]
+        missed += [name] if shares[-1] is not None and shares[-1] < HALF else []
         cells = [f"{_percent(s)} at alpha {a}" for a, s in zip(ALPHAS[1:], shares, strict=True)]
         say(f"  {name}: {', '.join(cells)}")
+    if missed:
+        say(
+            f"not seen: at alpha {ALPHAS[-1]}, fewer than half of the images with these are "
+            f"rejected: {'; '.join(missed)}"
+        )
     for line in advice(len(calibration.scores), calibration.sees_content, at_first):
         say(f"next step: {line}")
 

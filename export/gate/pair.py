@@ -11,6 +11,7 @@ from PIL import Image
 
 from ade_base.pictures.ignored import Ignored
 from ade_base.pictures.view import LARGE, SMALL, Look
+from export.gate.damage import damaged
 from export.gate.density_fit import MIN_IMAGES, fit_calibration
 from export.gate.measuring import statistics_of
 from export.gate.rejection import corruptions_of, share_at
@@ -154,8 +155,9 @@ def _calibrated(
         shown = [statistics_of(engine, some, name, report, memory) for some, name in named]
         calibration = taught(calibration, (known, calibrating, *shown), report)
     report(f"corrupting {len(good[:CORRUPTED])} {kind}images")
-    caught = {}
-    for way, changed in corruptions_of(good[:CORRUPTED], look.ignored).items():
+    caught, some = {}, good[:CORRUPTED]
+    ways = {**corruptions_of(some, look.ignored), **damaged(some, look.ignored)}
+    for way, changed in ways.items():
         try:
             found = statistics_of(engine, changed, way, memory=memory)
         except CalibrationError as error:  # none has a finite likelihood
