@@ -434,7 +434,7 @@ def test_a_mutated_file_is_an_image_or_an_image_error(
 def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     """Compares with the same traffic beside invalid files, which shows the machine's speed."""
     names = [
-        *REASONS,
+        *(name for name in REASONS if name in BOMBS),  # without HEIC's decoder, not its
         "jpeg-mpf-tags",
         "png-raw-profile",
         "png-iccp",
