@@ -182,6 +182,11 @@ def test_the_networks_of_the_bundle_can_be_kept(
     with pytest.raises(BundleError, match="is damaged"):
         calibrate_bundle(tiny_bundle, tmp_path / "new", files[:25], files[25:], "larger")
     assert not (tmp_path / "new").exists()
+    damaged.unlink()
+    lines: list[str] = []
+    folder = tmp_path / "without"
+    calibrate_bundle(tiny_bundle, folder, files[:25], files[25:], "larger", lines.append)
+    assert any("so no encoder sees the originals" in line for line in lines)
 
 
 def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(

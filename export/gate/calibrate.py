@@ -120,7 +120,7 @@ def calibrate_bundle(
     file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
-    encoder = _encoder(bundle, own_networks) if features is None or with_encoder else None
+    encoder = _encoder(bundle, own_networks, report) if features is None or with_encoder else None
     large = looks(encoder is not None, ignored)[1]
     look_of = lambda resized: large if resized else Look(0, ignored)
     named = read_known_bad(known_bad, bundle.image_shape, look_of, report)
@@ -237,12 +237,18 @@ def _parts(
     return parts
 
 
-def _encoder(bundle: Bundle, own_networks: bool) -> Path | None:
+def _encoder(bundle: Bundle, own_networks: bool, report: Report) -> Path | None:
     """The encoder's file; ``None`` if no encoder is to see these images."""
     if bundle.has(ENCODER_NAME):
         return bundle.file(ENCODER_NAME)
-    can_see = bundle.image_shape[2] in (1, 3) and SHIPPED_ENCODER.is_file()
-    return SHIPPED_ENCODER if can_see and not own_networks else None
+    if own_networks or bundle.image_shape[2] not in (1, 3):
+        return None
+    if not SHIPPED_ENCODER.is_file():
+        report(
+            f"WARNING: there is no {SHIPPED_ENCODER}, so no encoder sees the originals of images"
+        )
+        return None
+    return SHIPPED_ENCODER
 
 
 def _add_features(
