@@ -202,7 +202,7 @@ def service() -> Iterator[RunningService]:
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # as long as it is there, its event loop runs
 def browser() -> Iterator[Browser]:
     from tests.browsing import chromium
 
