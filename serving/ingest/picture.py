@@ -11,6 +11,7 @@ decoding thread is in memory, as without a view.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,7 +119,10 @@ def prepare_image(
     if channels == 1 and original.shape[2] == 3:
         pixels = np.asarray(Image.fromarray(original).convert("L"))[:, :, None]
     pixels = np.ascontiguousarray(resize_centre(pixels, height, width))
-    return Picture(pixels, notes, resized, look.of(original) if look.size else None)
+    view = look.of(original) if look.size else None
+    if view is not None:  # a large file may be decoded at a reduced size
+        view = dataclasses.replace(view, original=(size[1], size[0]))
+    return Picture(pixels, notes, resized, view)
 
 
 def prepare_source(
