@@ -2,7 +2,7 @@
 
 :mod:`training.measure` takes them. A figure is an object of JSON: its ``value``, with ``error``,
 the value of ``real`` images and the number of ``images`` where there are such. A ``note`` marks a
-figure that is not independent; without a value, it says why there is none.
+figure that is not independent, or says why a value is missing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PANEL = (
 
 
 def figure_text(measure: Measure, figure: Mapping[str, Any] | None) -> str:
-    """A figure as it is printed, a dash if there is none."""
+    """A figure as it is printed; a dash for a missing one."""
     value = (figure or {}).get("value")
     if figure is None or value is None:
         return "–"

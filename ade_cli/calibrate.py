@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features",
         type=given_path,
         metavar="MODEL.onnx",
-        help=f"a network whose features tell things apart, such as your classifier, not trained on "
+        help="a network whose features tell things apart, such as your classifier, not trained on "
         "any of the images. Its features give the score another coordinate, its classes (if any) "
         f"a second one. It becomes part of the bundle. {OWN}: the networks that the bundle has "
         "(default: for images larger than the model, an encoder that sees the whole originals; "
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         trained,
         args.keep_examples,
         args.name,
-        own_networks=args.features == Path(OWN),
+        sees_originals=False if args.features == Path(OWN) else None,
         known_bad=readable(known_bad, say),
         ignored=ignored,
     )

@@ -156,8 +156,13 @@ def _pictures(
 
 def _encoder_findings(
     engine: InferenceEngine, dataset: Dataset, found: Survey, out: Path
-) -> EncoderFindings:
-    """What became of the encoder, and how well it recognises the classes of test images."""
+) -> EncoderFindings | None:
+    """What became of the encoder, and how well it recognises the classes of test images.
+
+    ``None`` if it sees the originals: then it learnt nothing.
+    """
+    if not (out / ENCODER_ABOUT).exists():
+        return None
     about = read_json(out / ENCODER_ABOUT, "classes")
     if not about["classes"]:
         return EncoderFindings(**about)

@@ -32,7 +32,7 @@ from fitting.encoder import ENCODER_ABOUT, fit_encoder
 from fitting.findings import report_on
 from fitting.held_out import rows_of
 from fitting.plan import REST_MINUTES, Plan, PlanError, minutes_text
-from fitting.survey import Sizes, Survey, as_dict, summary_lines, survey
+from fitting.survey import Sizes, Survey, are_larger, as_dict, summary_lines, survey
 from serving.engine.bundle import MANIFEST_NAME
 from training.data import DataError, Dataset, Report
 from training.datasets.files import few_names_hint, unusable_hint
@@ -107,7 +107,10 @@ def _fit(plan: Plan, files: list[Path], sizes: Sizes, out: Path, say: Report) ->
     found = _survey(folder, files, sizes, dataset, out)
     for line in summary_lines(found):
         step(line)
-    encoder = fit_encoder(plan, found, dataset, out, step)
+    # Of larger pictures, the gate's encoder sees the originals, and not what the model sees.
+    encoder = (
+        None if are_larger(sizes, plan.image_size) else fit_encoder(plan, found, dataset, out, step)
+    )
     checkpoints = _train(plan, dataset, out, step)
     bundle = _bundle(plan, found, dataset, checkpoints, encoder, out, step)
     if not (out / "report.html").exists():
@@ -244,7 +247,7 @@ def _bundle(
     found: Survey,
     dataset: Dataset,
     checkpoints: list[Path],
-    encoder: FeatureSource,
+    encoder: FeatureSource | None,
     out: Path,
     step: Report,
 ) -> Path:
@@ -281,7 +284,7 @@ def _bundle(
             dataset.name,
             step,
             encoder,
-            with_encoder=True,
+            sees_originals=encoder is None,
         )
         assert made.exact is not None
         step(

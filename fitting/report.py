@@ -124,7 +124,7 @@ class Findings:
         outliers: those among them with the highest OOD scores.
         corrupted: number of held-out images that were corrupted.
         caught: shares of them that were rejected.
-        encoder: of the verdict.
+        encoder: of the verdict; ``None`` if it sees the originals.
     """
 
     plan: Plan
@@ -138,7 +138,7 @@ class Findings:
     outliers: list[Outlier]
     corrupted: int
     caught: list[Caught]
-    encoder: EncoderFindings
+    encoder: EncoderFindings | None
 
     @property
     def calibrated(self) -> int:

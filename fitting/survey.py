@@ -84,6 +84,12 @@ def picture_sizes(files: Sequence[Path], report: Report = lambda line: None) -> 
     return Counter(counting("sizes", sizes(), report))
 
 
+def are_larger(sizes: Sizes, side: int) -> bool:
+    """Whether half of the files or more are not of the model's size, as requests resize them."""
+    readable = sum(count for size, count in sizes.items() if size is not None)
+    return 0 < readable >= 2 * sizes[side, side]
+
+
 def sizes_in(before: Mapping[str, Any]) -> Sizes:
     """The sizes in a survey, as :func:`as_dict` gave it; empty without one."""
     sizes: Sizes = Counter()

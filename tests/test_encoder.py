@@ -174,7 +174,7 @@ def test_the_networks_of_the_bundle_can_be_kept(
 ) -> None:
     files = _larger(real_images[:60])
     out = tmp_path / "own"
-    made = calibrate_bundle(tiny_bundle, out, files[:25], files[25:], "own", own_networks=True)
+    made = calibrate_bundle(tiny_bundle, out, files[:25], files[25:], "own", sees_originals=False)
     assert not made.has_encoder and not open_bundle(out).has(ENCODER_NAME)
     damaged = tmp_path / ENCODER_NAME
     damaged.write_bytes(b"not the network")

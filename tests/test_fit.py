@@ -560,6 +560,7 @@ def test_few_calibration_images_are_a_weakness(
 @pytest.mark.parametrize(
     "encoder, words",
     [
+        (None, " It sees the whole original of each picture, at 224 × 224 pixels, and each of its"),
         (EncoderFindings(1000, 0, False), "</p>"),
         (
             EncoderFindings(9000, 3, False, 0.714, 0.4),
@@ -575,7 +576,10 @@ def test_few_calibration_images_are_a_weakness(
     ],
 )
 def test_the_report_says_what_the_encoder_is_worth(
-    findings: Findings, page_of: Callable[[Findings], str], encoder: EncoderFindings, words: str
+    findings: Findings,
+    page_of: Callable[[Findings], str],
+    encoder: EncoderFindings | None,
+    words: str,
 ) -> None:
     from_imagenet = "EfficientNet-Lite0, which was trained on ImageNet's\nphotographs."
     assert from_imagenet + words in page_of(dataclasses.replace(findings, encoder=encoder))
@@ -859,11 +863,16 @@ def test_an_encoder_uses_classes_that_it_recognises(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_time", "quick_fit")
-def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -> None:
-    """The bundle has the encoder, its calibration uses it, and the report says what it is worth."""
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_gate_with_an_encoder(scale: int, tmp_path: Path, small_images: np.ndarray) -> None:
+    """The calibration uses it, and the report says what it is worth.
+
+    Of pictures of the model's size it learns the classes; of larger ones it sees the originals.
+    """
     images = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:200]])
     is_dark = np.arange(len(images)) % 2 == 0
     images[is_dark] //= 3
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     folder = class_folders_of(tmp_path / "images", images, is_dark)
     files = image_files(folder)
     plan = make_plan(str(folder), "images", 8, 20, False, None, len(files), True)
@@ -871,11 +880,15 @@ def test_a_gate_with_its_own_encoder(tmp_path: Path, small_images: np.ndarray) -
     lines: list[str] = []
     fitted = fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     bundle = verify_bundle(fitted.bundle)
-    assert bundle.manifest["features"]["classes"] == 2
+    assert (bundle.has("features.onnx"), bundle.has("encoder.onnx")) == (scale == 1, scale > 1)
     assert bundle.manifest["calibration"]["statistic"].endswith("2 semantic ones")
     assert bundle.manifest["calibration"]["images"] < 0.12 * len(files)  # those held out alone
     page = fitted.report.read_text()
-    assert "it has learnt the\n2 folders as classes. It recognises the folder of" in page
+    if scale == 1:
+        assert bundle.manifest["features"]["classes"] == 2
+        assert "it has learnt the\n2 folders as classes. It recognises the folder of" in page
+    else:
+        assert "It sees the whole original of each picture" in page
     lines.clear()
     fit_folder(plan, files, picture_sizes(files), tmp_path / "fit", lines.append)
     assert not any("training" in line for line in lines)

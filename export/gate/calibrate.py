@@ -66,8 +66,7 @@ def calibrate_bundle(
     trained: Images = (),
     keep_examples: bool = False,
     calibration: str = DEFAULT,
-    own_networks: bool = False,
-    with_encoder: bool = False,
+    sees_originals: bool | None = None,
     known_bad: Images = (),
     ignored: Ignored | None = None,
 ) -> Calibrations:
@@ -98,9 +97,9 @@ def calibrate_bundle(
             copies: these are left out too.
         keep_examples: keep a few of the images that calibrate in the bundle, small. Whoever can
             open the bundle or its page sees them.
-        own_networks: use the networks that the bundle has. Otherwise an encoder sees the whole
-            original of images that are larger than the model, unless ``features`` are given.
-        with_encoder: let that encoder see them also if ``features`` are given.
+        sees_originals: whether an encoder sees the whole originals; it does in any case if the
+            bundle has one. ``None``: if most images are larger than the model. Without effect if
+            ``features`` are given.
         known_bad: images that the gate should reject. A third of those that would calibrate is
             kept to tell them from good ones (:mod:`export.gate.teach`).
         ignored: regions of all images that nothing looks at.
@@ -108,7 +107,8 @@ def calibrate_bundle(
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
     Raises:
-        BundleError: the bundle is not whole, cannot score, or was replaced meanwhile.
+        BundleError: the bundle is not whole, cannot score, or was replaced meanwhile, or the
+            encoder's file is damaged.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
             images, examples of images with ignored regions, the name cannot be used, or scores
@@ -120,14 +120,14 @@ def calibrate_bundle(
     file = calibration_file(calibration)
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
-    encoder = _encoder(bundle, own_networks, report) if features is None or with_encoder else None
+    encoder = _encoder(bundle, sees_originals, report) if features is None else None
     large = looks(encoder is not None, ignored)[1]
     look_of = lambda resized: large if resized else Look(0, ignored)
     named = read_known_bad(known_bad, bundle.image_shape, look_of, report)
     parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, look_of)
     are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
     bad = others_than(parts, named, report)
-    is_seen = encoder is not None and (are_large or bundle.has(ENCODER_NAME))
+    is_seen = encoder is not None and (sees_originals or are_large or bundle.has(ENCODER_NAME))
     if bad:
         check_can_teach(parts, is_seen or features is not None or bundle.has(FEATURES_NAME))
     with new_folder(out, CalibrationError) as temporary:
@@ -237,11 +237,11 @@ def _parts(
     return parts
 
 
-def _encoder(bundle: Bundle, own_networks: bool, report: Report) -> Path | None:
+def _encoder(bundle: Bundle, sees_originals: bool | None, report: Report) -> Path | None:
     """The encoder's file; ``None`` if no encoder is to see these images."""
     if bundle.has(ENCODER_NAME):
         return bundle.file(ENCODER_NAME)
-    if own_networks or bundle.image_shape[2] not in (1, 3):
+    if sees_originals is False or bundle.image_shape[2] not in (1, 3):
         return None
     if not SHIPPED_ENCODER.is_file():
         report(

@@ -33,7 +33,7 @@ SEMANTIC_WEIGHT = 1.5
 # directions, because then it sees less.
 FLOOR, FLOOR_OUTSIDE_MAIN = 1 / 2, 3 / 4
 # Both for pictures whose patches an encoder sees: the likelihood of their few pixels says little.
-# Chosen on magnetic tiles: docs/explanation/trials.md#the-gate.
+# Chosen on magnetic tiles: docs/explanation/trials.md#the-whole-picture.
 PATCHES_WEIGHT, FLOOR_PATCHES = 6.0, 0.95
 FOLDS, IMAGES_OF_FOLDS = 10, 2000  # to find the floor and the spread of the density's score
 
