@@ -66,7 +66,7 @@ def bundle_of(
                 images[:24],
                 images[24:60],
                 kind,
-                own_networks=kind != "seen",
+                sees_originals=kind == "seen",
                 ignored=mask,
             )
 
@@ -125,7 +125,7 @@ def test_calibration_leaves_out_pictures_of_another_shape(
     ignored = Ignored.read(mask_of(40, 60, CORNER))
     lines: list[str] = []
     odd = NamedFile.of("odd.png", write_png(large_images[0, :, :50]))
-    options: dict[str, Any] = {"own_networks": True, "ignored": ignored}
+    options: dict[str, Any] = {"sees_originals": False, "ignored": ignored}
     rest = list(large_images[24:60])
     calibrate_bundle(
         tiny_bundle, tmp_path / "a", large_images[:24], [odd, *rest], "c", lines.append, **options
