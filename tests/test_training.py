@@ -1538,7 +1538,7 @@ def test_a_node_dies_and_the_run_resumes_on_the_other(folder: Path, tmp_path: Pa
 
     assert main([*arguments, "--out", str(two), "--resume"]) == 0
     a, b = losses_of(one), losses_of(two)
-    assert a.keys() == b.keys() and 60 in a and a[60][-1] is None
+    assert a.keys() == b.keys() and 60 in a
     for step in a:
         assert a[step] == pytest.approx(b[step], abs=2e-4)
 
