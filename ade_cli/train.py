@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import (
@@ -27,7 +26,7 @@ from training.loop import train
 from training.recipes import recipe, recipe_names
 from training.run_options import NO_LIMIT, PRECISIONS, RunOptions
 from training.run_start import check_folder, check_start, last_options, read_started
-from training.runs import RunError, alone_in, checkpoint_folders, latest_checkpoint, read_json
+from training.runs import RunError, alone_in, checkpoint_folders, read_json
 from training.step import TrainingDiverged
 
 IMAGES = 1_000_000
@@ -72,12 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         help="seed of weights, order and noise (default: 0; with --resume, as before)",
-    )
-    parser.add_argument(
-        "--init",
-        metavar="RUN_OR_BUNDLE",
-        help="start from the weights of another run or a bundle; a larger model (more latent "
-        "channels, couplings, blocks, flow scales or flow width) begins where that one ended",
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
     parser.add_argument(
@@ -138,11 +131,8 @@ def resumed(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> None:
     before = last_options(args.out) if args.resume else {}
-    for name, given in (("seed", args.seed), ("init", args.init)):
-        if before and given is not None and given != before.get(name):
-            raise RunError(
-                f"--{name} must be that of the run, {before.get(name)}, with --resume, got {given}"
-            )
+    if before and args.seed not in (None, seed := before.get("seed")):
+        raise RunError(f"--seed must be that of the run, {seed}, with --resume, got {args.seed}")
     if before and args.image_size is None:  # the folder may have another first image now
         args.image_size = TrainConfig.from_dict(read_started(args.out)["config"]).model.image_size
     keeps_minutes = args.images is None and args.minutes is None
@@ -161,7 +151,6 @@ def run(args: argparse.Namespace) -> None:
                 ("evaluate_steps", args.evaluate_steps),
             )
         },
-        init=args.init,
     )
     changes = given_options(args, args.settable)
     check_outside(args.out, args.data)
@@ -182,8 +171,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     choose_device(options.device)
-    if args.init is not None and not args.resume:
-        latest_checkpoint(Path(args.init))
 
     def fits(side: int) -> None:
         check_start(make(side), args.out, options, args.resume)
@@ -194,11 +181,9 @@ def run(args: argparse.Namespace) -> None:
         try:
             progress = train(config, dataset, args.out, options, args.resume, source_of(args))
         except TrainingDiverged as error:
-            is_saved = bool(checkpoint_folders(args.out))
-            how = f"continue with --init {args.out} and" if is_saved else "start again with"
             raise TrainingDiverged(
-                f"{error}; --resume would repeat the same steps: {how} another --out, and another "
-                "--seed or lower learning rates"
+                f"{error}; --resume would repeat the same steps: start again with another --out, "
+                "and another --seed or lower learning rates"
             ) from error
     spent = progress.seconds / 60
     say(f"{progress.images:,} images in {spent:.1f} minutes: {args.out / 'report.md'}")

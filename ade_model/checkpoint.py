@@ -117,15 +117,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} cannot be read: {reason}") from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The float32 state dict of a saved model.
-
-    Raises:
-        ConfigError: its file of weights is damaged or missing.
-    """
-    return {k: v.float() for k, v in read_tensors(folder / WEIGHTS_NAME).items()}
-
-
 def load_model(folder: Path) -> ADEModel:
     """Rebuild a model that :func:`save_model` wrote, in evaluation mode on the CPU.
 
@@ -134,8 +125,9 @@ def load_model(folder: Path) -> ADEModel:
             fit its configuration.
     """
     model = ADEModel(ModelConfig.from_dict(read_config(folder)["model"]))
+    weights = {k: v.float() for k, v in read_tensors(folder / WEIGHTS_NAME).items()}
     try:
-        model.load_state_dict(read_weights(folder))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(f"{folder / WEIGHTS_NAME} does not fit {CONFIG_NAME}: {error}") from error
     return model.eval()

@@ -13,14 +13,12 @@ import torch
 from ade_base.errors import ConfigError
 from ade_model.checkpoint import load_model, save_model
 from ade_model.dequantizer import Dequantizer
-from ade_model.model import ADEModel
 from ade_model.quantization import quantize
 from export.graphs import Graphs
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from serving.engine.signatures import inputs_of, outputs_of
 from tests.helpers import TINY, make_model, narrow, shake
-from training.growth import grown_weights
 from training.step import Trainer
 
 LEARNED = dataclasses.replace(TINY, dequantizer_width=6)
@@ -107,16 +105,6 @@ def test_it_makes_the_bound_tighter() -> None:
     with torch.no_grad():
         after = torch.stack([bound() for _ in range(20)]).mean()
     assert after > before + 0.05 * TINY.num_dims
-
-
-def test_a_model_without_it_grows_it_and_scores_the_same() -> None:
-    small = make_model(TINY)
-    large = ADEModel(LEARNED)
-    grown_weights(small.state_dict(), TINY, large)
-    images, u = torch.randint(0, 256, (3, 3, 8, 8)).float(), torch.rand(3, 3, 8, 8)
-    eps = [torch.randn(3, *shape) for shape in TINY.latent_shapes]
-    old, new = (model.elbo_terms(model.dequantize(images, u), eps) for model in (small, large))
-    assert torch.allclose(old.log_weight, new.log_weight, rtol=1e-4)
 
 
 def test_a_stored_model_scores_the_same_in_onnx(tmp_path: Path) -> None:

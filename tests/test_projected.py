@@ -11,24 +11,19 @@ import pytest
 import torch
 
 from ade_base.errors import ConfigError
-from tests.helpers import make_folder, narrow
+from tests.helpers import narrow
 from training.augment import NUMBERS, augment
 from training.config import DiscriminatorConfig, TrainConfig
 from training.data import ImageSet
-from training.datasets import load_dataset
 from training.discriminator import make_discriminator
-from training.loop import train
 from training.losses import discriminator_loss, hinge_discriminator_loss
 from training.projected import ProjectedDiscriminator
 from training.recipes import recipe, saw_efficientnet
-from training.run_options import RunOptions
 from training.runs import (
     Progress,
     RunError,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    start_from,
 )
 from training.step import Trainer
 from training.weights import count_weights
@@ -224,29 +219,6 @@ def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -
         dataclasses.replace(recipe("av-ade-pd", 32, 3).discriminator, **change)
     with pytest.raises(ConfigError, match="images of 3 channels, got 1"):
         make_discriminator(DiscriminatorConfig((8, 8, 8, 8), "projected"), 32, 1)
-
-
-@pytest.mark.slow
-def test_a_run_that_starts_from_another_resumes_as_if_it_had_not_stopped(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
-    """A run that starts from V-ADE and is resumed."""
-    dataset = load_dataset(str(make_folder(tmp_path / "images", small_images)), None, 8)
-    options = RunOptions(images=16 * 4, device="cpu", precision="float32")
-    train(narrow("v-ade"), dataset, tmp_path / "v-ade", options, resume=False)
-    config = dataclasses.replace(narrow("av-ade-pd"), cooldown=0.0)
-    run, whole = tmp_path / "pd", tmp_path / "whole"
-    later = dataclasses.replace(options, init=str(tmp_path / "v-ade"))
-    train(config, dataset, run, dataclasses.replace(later, images=16 * 2), resume=False)
-    train(config, dataset, run, later, resume=True)
-    train(config, dataset, whole, later, resume=False)
-    for name in ("model.safetensors", "discriminator.safetensors"):
-        assert (latest_checkpoint(run) / name).read_bytes() == (
-            latest_checkpoint(whole) / name
-        ).read_bytes()
-    heads = trainer(config)
-    start_from(run, heads)
-    assert heads.discriminator is not None
 
 
 def test_a_model_that_learnt_from_efficientnet_is_known_by_its_ancestors() -> None:

@@ -248,9 +248,8 @@ def test_a_named_data_set_is_recognised_by_its_training_part() -> None:
         found(train="unlabeled[0:80000]", test=parts["test"])
 
 
-@pytest.mark.parametrize("how", ["resumed", "started from"])
-def test_training_files_that_were_moved_between_runs_are_recognised(
-    tmp_path: Path, photos: Path, how: str
+def test_training_files_that_were_moved_before_a_run_resumes_are_recognised(
+    tmp_path: Path, photos: Path
 ) -> None:
     """A run keeps a sketch of the files from its start."""
     run, moved = tmp_path / "run", tmp_path / "moved"
@@ -259,15 +258,11 @@ def test_training_files_that_were_moved_between_runs_are_recognised(
     moved.mkdir()
     for i in range(COUNT // 2):
         (photos / f"{i}.png").rename(moved / f"{i}.png")
-    if how == "resumed":
-        options = dataclasses.replace(options, images=32)
-    else:
-        options, run = dataclasses.replace(options, init=str(run)), tmp_path / "later"
     rest = load_folder(photos, 8, None, print)
-    train(narrow("vae"), rest, run, options, resume=how == "resumed")
+    train(narrow("vae"), rest, run, dataclasses.replace(options, images=32), resume=True)
     about = read_config(latest_checkpoint(run))
     record = {"name": about["data"], "splits": about["splits"], "sketch": about["sketch"]}
-    chosen = choose_files(moved, bundle_of(record, about["started_from"]), None, print)
+    chosen = choose_files(moved, bundle_of(record), None, print)
     assert names_of(chosen.trained) == names_in("train", COUNT // 2)
     assert choose_files(photos, bundle_of(record), None, print).trained
 
@@ -275,13 +270,13 @@ def test_training_files_that_were_moved_between_runs_are_recognised(
 def test_training_files_are_hashed_once(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by later stages of a process, nor by a run that resumes on the same files."""
+    """Not by later runs of a process, nor by a run that resumes on the same files."""
     run, later = tmp_path / "run", tmp_path / "later"
     options = RunOptions(images=16, device="cpu", precision="float32")
     dataset = load_folder(photos, 8, None, print)
     train(narrow("vae"), dataset, run, options, resume=False)
     monkeypatch.delattr("training.datasets.sketch.read_again")
-    train(narrow("vae"), dataset, later, dataclasses.replace(options, init=str(run)), resume=False)
+    train(narrow("vae"), dataset, later, options, resume=False)
     again, options = load_folder(photos, 8, None, print), dataclasses.replace(options, images=32)
     train(narrow("vae"), again, run, options, resume=True)
     sketch = record_of(dataset)["sketch"]

@@ -83,7 +83,6 @@ from training.runs import (
     load_checkpoint,
     read_state,
     save_checkpoint,
-    start_from,
     write_json,
 )
 from training.step import (
@@ -751,18 +750,6 @@ def test_a_flow_that_nothing_would_train_is_refused() -> None:
         recipe("gan", 32, 3, flow_scales=1)
 
 
-def test_a_discriminator_of_another_kind_starts_from_scratch(folder: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(str(folder), None, 8)
-    options = RunOptions(images=16, device="cpu", precision="float32")
-    train(narrow("av-ade"), dataset, tmp_path / "plain", options, resume=False)
-    fresh = trainer(narrow("av-ade-rd"))
-    before = [p.clone() for p in fresh.discriminator.parameters()]
-    start_from(tmp_path / "plain", fresh)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, fresh.discriminator.parameters(), strict=True)
-    )
-
-
 def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> None:
     """Until its inference network is trained; when it resumes, its past time counts."""
     dataset = load_dataset(str(folder), None, 8)
@@ -815,10 +802,6 @@ def test_what_is_refused_leaves_a_run_as_it_was(
 ) -> None:
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
     options = RunOptions(images=16 * 2, device="cpu", precision="float32")
-    wrong = dataclasses.replace(options, init=str(tmp_path / "nowhere"))
-    with pytest.raises(RunError, match="there is no run, checkpoint or bundle"):
-        train(narrow("vae"), dataset, run, wrong, resume=False, source={"data": "here"})
-    assert not run.exists()
     train(narrow("vae"), dataset, run, options, resume=False, source={"data": "here"})
     before = {name: (run / name).read_text() for name in ("run.json", "data.json")}
     assert json.loads(before["data.json"]) == {"data": "here"}
@@ -903,9 +886,7 @@ def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     _check_nodes()
 
 
-@pytest.mark.parametrize("is_saved", [False, True])
-def test_a_run_that_diverged_says_how_to_continue(
-    is_saved: bool,
+def test_a_run_that_diverged_says_how_to_start_again(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -914,14 +895,11 @@ def test_a_run_that_diverged_says_how_to_continue(
     run = tmp_path / "run"
 
     def diverge(*given: Any) -> None:
-        if is_saved:
-            save_checkpoint(run, trainer(), Progress(), {})
         raise TrainingDiverged("step 9: why")
 
     monkeypatch.setattr("ade_cli.train.train", diverge)
     assert main(["train", "vae", "--data", str(folder), *TRAIN, "--out", str(run)]) == 2
-    how = f"continue with --init {run} and" if is_saved else "start again with"
-    said = f"step 9: why; --resume would repeat the same steps: {how} another --out, and another"
+    said = "step 9: why; --resume would repeat the same steps: start again with another --out, and"
     assert said in capsys.readouterr().err
 
 
@@ -1558,10 +1536,10 @@ def test_images_to_bundle_and_back(
 ) -> None:
     """The first commands of the training guide, in seconds and on tiny images, and what follows.
 
-    The bundle is evaluated, its gate is measured, and a run starts from it.
+    The bundle is evaluated, and its gate is measured.
     """
     more = np.concatenate([small_images, small_images[:, :, ::-1], 255 - small_images[:100]])
-    folder = make_folder(tmp_path / "DIR", more)
+    make_folder(tmp_path / "DIR", more)
     monkeypatch.chdir(tmp_path)
     *commands, serve = ade_commands(ROOT / "docs" / "training.md")[:5]
     printed: dict[str, str] = {}
@@ -1591,24 +1569,6 @@ def test_images_to_bundle_and_back(
     assert main(["evaluate", str(bundle), "--data", str(named)]) == 0
     # The given-away bundle has no cache of decoded images.
     assert sorted(path.name for path in bundle.iterdir()) == at_home
-    again = ["train", "av-ade", "--data", str(folder), *TRAIN, *NARROW]
-    again += ["--images", "32", "--out", str(tmp_path / "again")]
-    assert main([*again, "--init", str(bundle)]) == 0
-    shutil.rmtree(bundle)  # a started run does not need its origin any more
-    assert main([*again, "--resume"]) == 0
-    before = read_config(latest_checkpoint(tmp_path / "again"))["started_from"]
-    assert before["data"] == folder.name and before["splits"] and len(before["sketch"]) > 1
-
-
-def test_init_refuses_another_architecture(tiny_checkpoint: Path) -> None:
-    other = trainer(
-        dataclasses.replace(
-            SMALL,
-            model=ModelConfig(image_size=8, widths=(8,), latent_channels=(2,), decoder_blocks=(1,)),
-        )
-    )
-    with pytest.raises(RunError, match="another architecture"):
-        start_from(tiny_checkpoint, other)
 
 
 def test_a_resumed_run_keeps_its_budget(
@@ -1648,16 +1608,7 @@ def test_a_resumed_run_keeps_its_budget(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        (["--init", "nope"], "there is no run, checkpoint or bundle nope"),
-        (["--device", "cuda"], "PyTorch finds no CUDA device"),
-    ],
-)
-def test_what_a_run_cannot_start_with_is_known_before_its_images_are_read(
-    option: list[str],
-    message: str,
+def test_a_missing_gpu_is_known_before_the_images_are_read(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -1666,7 +1617,8 @@ def test_what_a_run_cannot_start_with_is_known_before_its_images_are_read(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("ade_cli.train.dataset_of", None)
     arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
-    assert main([*arguments, *option]) == 2 and message in capsys.readouterr().err
+    assert main([*arguments, "--device", "cuda"]) == 2
+    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -1685,17 +1637,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_decoding")
-@pytest.mark.parametrize(
-    "run, option, message",
-    [
-        ("new", ["--init", "old"], "widths of a model and of the one that it starts from"),
-        ("old", ["--resume"], "it was started with recipe vae, now av-ade; batch_size 16, now 32"),
-    ],
-)
-def test_images_are_not_decoded_for_a_run_that_cannot_start(
-    run: str,
-    option: list[str],
-    message: str,
+def test_images_are_not_decoded_for_a_run_that_cannot_resume(
     folder: Path,
     made_before: Path,
     tmp_path: Path,
@@ -1704,8 +1646,9 @@ def test_images_are_not_decoded_for_a_run_that_cannot_start(
 ) -> None:
     monkeypatch.chdir(shutil.copytree(made_before, tmp_path / "in"))
     arguments = ["train", "av-ade", "--data", str(folder), "--image-size", "8", "--size", "tiny"]
-    assert main([*arguments, "--device", "cpu", "--out", run, *option]) == 2
-    assert message in capsys.readouterr().err
+    assert main([*arguments, "--device", "cpu", "--out", "old", "--resume"]) == 2
+    said = "it was started with recipe vae, now av-ade; batch_size 16, now 32"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,8 @@ from training.runs import (
     Progress,
     RunError,
     checkpoint_folders,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    start_from,
 )
 from training.schedule import images_in, schedule_of
 from training.step import Trainer
@@ -141,7 +139,6 @@ def train(
         open_run(run, config, dataset, options, source)
     about = {
         "recipe": config.recipe,
-        "started_from": before.get("started_from"),
         "data": dataset.name,
         "splits": dataset.splits,
         "seed": options.seed,
@@ -258,8 +255,7 @@ def _prepare(
     """Check everything, and make a trainer with the weights that the run begins or resumes with.
 
     Returns:
-        The trainer, the progress of a resumed run, and what ``config.json`` describes of the
-        training before: ``started_from``, and for a resumed run all fields of its checkpoint.
+        The trainer, and of a resumed run its progress and the ``config.json`` of its checkpoint.
     """
     check_shares(config, fabric.world_size)
     check_run(run, config, dataset, resume)
@@ -269,9 +265,6 @@ def _prepare(
     if resume and checkpoint_folders(run):
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
         before = read_config(checkpoint_folders(run)[-1])
-    elif options.init is not None:
-        start_from(Path(options.init), trainer)
-        before = {"started_from": _lineage(Path(options.init))}
     check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     return trainer, progress, before
 
@@ -393,11 +386,3 @@ def _sketch_of(dataset: Dataset, before: dict[str, Any]) -> list[str] | None:
     if earlier and before.get(VERSION) == version_of(dataset):
         return earlier
     return record_of(dataset, earlier or ()).get(KEY)
-
-
-def _lineage(init: Path) -> dict[str, Any]:
-    """Recipe, images seen and data of the run that weights are taken from, and of its ancestors."""
-    source = read_config(latest_checkpoint(init))
-    found = {key: source.get(key) for key in ("recipe", "images_seen", "started_from")}
-    known = ("data", "splits", KEY, "flow_from", "guided")
-    return found | {key: source[key] for key in known if key in source}

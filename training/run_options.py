@@ -26,7 +26,6 @@ class RunOptions:
         checkpoint_minutes: minutes between checkpoints.
         checkpoint_steps: steps after which a checkpoint is written earlier.
         evaluate_steps: steps between evaluations of held-out images and samples.
-        init: run or bundle to take initial weights from.
     """
 
     images: int
@@ -37,7 +36,6 @@ class RunOptions:
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 1000
     evaluate_steps: int = 500
-    init: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):

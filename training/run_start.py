@@ -15,7 +15,6 @@ from training.data import Dataset
 from training.run_options import RunOptions
 from training.runs import (
     RunError,
-    check_growth_from,
     checkpoint_folders,
     folder_name,
     read_json,
@@ -30,7 +29,7 @@ WRITTEN = ("metrics.jsonl", "report.md", "checkpoints", "pictures")
 
 
 def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
-    """Options with the seed and init that a resumed run was started with.
+    """Options with the seed that a resumed run was started with.
 
     Args:
         run: the run's folder.
@@ -43,7 +42,7 @@ def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
     if not (resume and (run / "run.json").is_file()):
         return options
     before = read_started(run)["options"]
-    options = dataclasses.replace(options, seed=before["seed"], init=before["init"])
+    options = dataclasses.replace(options, seed=before["seed"])
     if options.minutes is not None:
         if options.minutes != before["minutes"]:
             raise RunError(
@@ -96,18 +95,15 @@ def check_start(config: TrainConfig, run: Path, options: RunOptions, resume: boo
 
     Raises:
         RunError: the folder does not suit ``resume``, the run was started with another
-            configuration, the processes that ``torchrun`` started cannot share a batch or are not
-            equally many on each node, or the weights to start from do not suit the
-            configuration.
+            configuration, or the processes that ``torchrun`` started cannot share a batch or are
+            not equally many on each node.
     """
     check_folder(run, resume)
     _check_nodes()
     check_shares(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume:
         _check_unchanged(run, config, read_started(run)["data"])
-    options = resumed_options(run, options, resume)
-    if options.init is not None and not (resume and checkpoint_folders(run)):
-        check_growth_from(Path(options.init), config.model)
+    resumed_options(run, options, resume)  # refuses other minutes
 
 
 def check_budget(run: Path, inferring_since: int | None, batch_size: int, images: int) -> None:

@@ -9,7 +9,6 @@ that is needed to resume, ``RUN/metrics.jsonl`` and ``RUN/tensorboard/`` the los
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,22 +21,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ade_base.errors import ConfigError, UserError
+from ade_base.errors import UserError
 from ade_base.files import alone_in as only_one_in
 from ade_base.files import new_folder, sha256_of, write_text
 from ade_model.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    read_config,
     read_tensors,
-    read_weights,
     save_model,
 )
-from ade_model.config import ModelConfig
-from training.growth import check_growth, grown_weights
 from training.step import Trainer
 
-logger = logging.getLogger(__name__)
 KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
@@ -255,57 +249,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state: dict[str, Any] = read_json(folder / STATE_NAME, *STATE)
     return state
-
-
-def check_growth_from(folder: Path, model: ModelConfig) -> ModelConfig:
-    """Check that a model can start from the weights of another run or a bundle.
-
-    Returns:
-        The configuration of these weights.
-
-    Raises:
-        RunError: there are none, or they belong to another architecture.
-    """
-    folder = latest_checkpoint(folder)
-    try:
-        before = ModelConfig.from_dict(read_config(folder)["model"])
-        check_growth(before, model)
-    except ConfigError as error:
-        raise RunError(
-            f"the weights of {folder} belong to another architecture than this recipe's: {error}"
-        ) from error
-    return before
-
-
-def start_from(folder: Path, trainer: Trainer) -> None:
-    """Take weights, but not the optimiser's state, from another run or a bundle.
-
-    A larger model than theirs begins where they ended, see :mod:`training.growth`.
-
-    Raises:
-        RunError: the weights belong to another architecture that cannot grow into this one.
-        ConfigError: a file of tensors is damaged or missing.
-    """
-    before = check_growth_from(folder, trainer.config.model)
-    folder = latest_checkpoint(folder)
-    grown_weights(read_weights(folder), before, trainer.model)
-    trainer.ema.load_state_dict(trainer.model.state_dict())
-    if trainer.discriminator is not None and (folder / DISCRIMINATOR_NAME).is_file():
-        theirs = read_tensors(folder / DISCRIMINATOR_NAME)
-        ours = trainer.discriminator.state_dict()
-        # Compared first, because loading copies what fits before it fails.
-        if _shapes(theirs) == _shapes(ours):
-            trainer.discriminator.load_state_dict(theirs)
-        else:
-            logger.warning(
-                "the discriminator of %s has another architecture: this one starts from random "
-                "weights",
-                folder,
-            )
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
