@@ -238,7 +238,7 @@ def _of_gpu_memory(args: argparse.Namespace) -> str:
     """What to do about a GPU with too little memory."""
     options = _options(args.usage)
     remedies = {
-        "--batch-size": "a smaller --batch-size and another --out",
+        "--set": "a smaller batch (--set batch_size=N) and another --out",
         # A fit keeps the device that it was begun with.
         "--device": "--device cpu" + (" and another --out" if args.verb == "fit" else ""),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 
-from ade_cli.config_options import add_config_options, given_options
 from ade_cli.data_options import (
     add_data_arguments,
     add_image_size,
@@ -16,9 +15,9 @@ from ade_cli.data_options import (
 )
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
+from ade_cli.recipe_changes import change
 from ade_cli.run_checks import check_same_data, size_checked
-from ade_model.config import ModelConfig
-from training.config import SIZES, DiscriminatorConfig, TrainConfig
+from training.config import SIZES, TrainConfig
 from training.data import CHANNELS
 from training.datasets import image_size_of
 from training.device import DEVICES, choose_device
@@ -30,11 +29,6 @@ from training.runs import RunError, alone_in, checkpoint_folders, read_json
 from training.step import TrainingDiverged
 
 IMAGES = 1_000_000
-# Fields without an option: they define a system, follow from the data and from other options, or
-# differ only in models of earlier versions.
-RECIPES_OWN = ("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality")
-MODELS_OWN = ("image_size", "channels", "encoder", "posterior_bound")
-DISCRIMINATORS_OWN = ("kind",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,20 +96,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the options and the files that they name, print the configuration and write "
         "nothing",
     )
-    settable = [
-        *add_config_options(parser, "training (default: the recipe's)", TrainConfig, RECIPES_OWN),
-        *add_config_options(
-            parser, "networks of the model (default: the recipe's)", ModelConfig, MODELS_OWN
-        ),
-        *add_config_options(
-            parser,
-            "network of the discriminator (default: the recipe's)",
-            DiscriminatorConfig,
-            DISCRIMINATORS_OWN,
-            prefix="d_",
-        ),
-    ]
-    parser.set_defaults(settable=settable)
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        type=change,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change fields of the recipe, such as batch_size=32 widths=96,64,32 flips=false, or "
+        "d_widths=64,128,256 of the discriminator; --dry-run prints all values, and `python -m "
+        "pydoc training.config` and `python -m pydoc ade_model.config` describe them",
+    )
 
 
 def resumed(args: argparse.Namespace) -> str:
@@ -152,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
             )
         },
     )
-    changes = given_options(args, args.settable)
+    changes = dict(args.changes)
     check_outside(args.out, args.data)
     make = size_checked(
         args, lambda side: recipe(args.recipe, side, CHANNELS, args.size, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from ade_base.ports import free_ports
 from ade_cli.data_options import dataset_of, dataset_of_run
 from ade_cli.evaluate import _store
 from ade_cli.main import VERBS, main
-from ade_cli.train import DISCRIMINATORS_OWN, MODELS_OWN, RECIPES_OWN, add_arguments
+from ade_cli.recipe_changes import FIXED, fields
 from ade_model.bijections import CheckerboardCoupling
 from ade_model.checkpoint import load_model, read_config, save_model
 from ade_model.config import ModelConfig
@@ -574,10 +575,9 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bytes(
 ) -> None:
     """In either phase: all that a step depends on is in the checkpoint."""
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, *NARROW]
-    arguments += ["--optimizer", "muon", "--flow-width", "16", "--widths", "16,16,16"]
-    arguments += ["--noisy-share", "0.5", "--precision", "bfloat16"]
-    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in PHASES.items()]
-    arguments += ["--images", str(16 * 8), "--checkpoint-steps", "1"]
+    arguments += ["optimizer=muon", "flow_width=16", "widths=16,16,16", "noisy_share=0.5"]
+    arguments += [f"{name}={value}" for name, value in PHASES.items()]
+    arguments += ["--images", str(16 * 8), "--checkpoint-steps", "1", "--precision", "bfloat16"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*arguments, "--out", str(whole)]) == 0
     resume: list[str] = []
@@ -1042,24 +1042,17 @@ def test_systems_of_the_papers_size_have_equally_many_weights() -> None:
     assert couplings
 
 
-def test_every_field_of_the_networks_is_an_option(
+def test_every_field_that_can_be_changed_is_described_and_has_an_effect(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Options have descriptions; a dry run prints the configuration and writes nothing."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    described = {action.dest: action.help for action in parser._actions}
-    for config, own, prefix in (
-        (TrainConfig, RECIPES_OWN, ""),
-        (ModelConfig, MODELS_OWN, ""),
-        (DiscriminatorConfig, DISCRIMINATORS_OWN, "d_"),
-    ):
-        assert all(
-            described[prefix + field.name]
-            for field in dataclasses.fields(config)
-            if field.name not in own
-        )
-    given = {
+    """A dry run prints the changed configuration and writes nothing."""
+    described = {
+        prefix + name
+        for config, prefix in ((TrainConfig, ""), (ModelConfig, ""), (DiscriminatorConfig, "d_"))
+        for name in re.findall(r"^ {4}(\w+): ", str(inspect.getdoc(config)), re.MULTILINE)
+    }
+    assert described >= {*fields(), *FIXED}
+    networks = {
         "flow_scales": 2,
         "flow_mask": "checkerboard",
         "flow_couplings": 3,
@@ -1075,38 +1068,15 @@ def test_every_field_of_the_networks_is_an_option(
         "posterior_iaf": True,
     }
     opponent = {"widths": [16, 24, 24], "plain_stages": 1, "patch": 1}
-    arguments = [
-        f"--{prefix}{name.replace('_', '-')}"
-        + (
-            ""
-            if value is True
-            else "=" + (",".join(map(str, value)) if isinstance(value, list) else str(value))
-        )
-        for prefix, values in (("", given), ("d-", opponent))
-        for name, value in values.items()
-    ]
+    given = {**networks, **{f"d_{name}": value for name, value in opponent.items()}, "flips": False}
+    listed = "".maketrans("", "", '[]" ')
+    words = [f"{name}={json.dumps(value).translate(listed)}" for name, value in given.items()]
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "train",
-                "av-ade",
-                "--data",
-                str(folder),
-                "--image-size",
-                "8",
-                "--out",
-                str(out),
-                "--dry-run",
-                "--no-flips",
-                *arguments,
-            ]
-        )
-        == 0
-    )
+    arguments = ["train", "av-ade", "--data", str(folder), "--image-size", "8", "--out", str(out)]
+    assert main([*arguments, "--dry-run", "--set", *words]) == 0
     assert not out.exists()
     config = json.loads(capsys.readouterr().out)
-    assert config["model"] == {**config["model"], **given} and config["flips"] is False
+    assert config["model"] == {**config["model"], **networks} and config["flips"] is False
     assert config["discriminator"] == {**opponent, "kind": "plain"}
 
 
@@ -1143,7 +1113,7 @@ def test_a_dry_run_writes_nothing(
             assert json.loads(capsys.readouterr().out) and tree() == before
         for more, refused in (
             ([], "run holds a run: continue it with --resume"),
-            (["--resume", "--learning-rate", "0.1"], "with learning_rate 0.0005, now 0.1\n"),
+            (["--resume", "--set", "learning_rate=0.1"], "with learning_rate 0.0005, now 0.1\n"),
         ):
             assert main([verb, *given, "--out", "run", *more, "--dry-run"]) == 2
             assert refused in capsys.readouterr().err and tree() == before
@@ -1236,23 +1206,22 @@ TRAIN = (
     "tiny",
     "--image-size",
     "8",
-    "--batch-size",
-    "16",
     "--precision",
     "float32",
     "--checkpoint-steps",
     "20",
     "--evaluate-steps",
     "50",
+    "--set",
+    "batch_size=16",
 )
-
-
 NARROW = (
-    "--widths=8,8,8",
-    "--latent-channels=3,2,2",
-    "--decoder-blocks=1,1,1",
-    "--flow-couplings=2",
-    "--flow-width=8",
+    "--set",
+    "widths=8,8,8",
+    "latent_channels=3,2,2",
+    "decoder_blocks=1,1,1",
+    "flow_couplings=2",
+    "flow_width=8",
 )
 
 
@@ -1290,7 +1259,7 @@ def test_kill_9_and_resume_reach_the_same_losses(
     assert process.wait() == -signal.SIGKILL
     for words, message in (
         ([], "with --resume"),
-        (["--resume", "--quality-weight", "3"], "started with quality_weight 0.05, now 3.0"),
+        (["--resume", "--set", "quality_weight=3"], "started with quality_weight 0.05, now 3.0"),
         (["--resume", "--seed", "3"], "--seed must be that of the run, 0, with"),
     ):
         assert main([*arguments, "--out", str(cut), *words]) == 2
@@ -1316,8 +1285,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, "--images", str(16 * 100)]
     # At low rates: a strong discriminator makes much of the last digits within thirty steps.
-    arguments += ["--device", "cpu"]
-    arguments += ["--g-learning-rate", "1e-4", "--d-learning-rate", "1e-4"]
+    arguments += ["--set", "g_learning_rate=1e-4", "d_learning_rate=1e-4", "--device", "cpu"]
     assert main([*arguments, "--out", str(one)]) == 0
     done = subprocess.run(
         [
@@ -1654,7 +1622,7 @@ def test_images_are_not_decoded_for_a_run_that_cannot_resume(
 @pytest.mark.parametrize(
     "here, nodes, total, message",
     [
-        (3, 1, 3, "--batch-size must be a multiple of 3, the number of processes, got 16"),
+        (3, 1, 3, "batch_size must be a multiple of 3, the number of processes, got 16"),
         (2, 2, 6, "every node needs the same number of processes, got 2 on this one and 6 in"),
         (4, 2, 6, "every node needs the same number of processes, got 4 on this one and 6 in"),
         (None, None, 2, "several processes must be started by torchrun, which sets LOCAL_WORLD"),
@@ -1731,7 +1699,7 @@ def trained_on(folder: Path, run: Path) -> Path:
         (
             ["train", "vae", "--data", "x", "--out", "x"],
             "train.run",
-            "a smaller --batch-size and another --out, or --device cpu",
+            "a smaller batch (--set batch_size=N) and another --out, or --device cpu",
         ),
     ],
 )
@@ -1801,7 +1769,7 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     assert capsys.readouterr().err.endswith("give --image-size 32\n")
     Image.new("RGB", (250, 150)).save(photos / "a.png")
     # Of another fault the size says nothing.
-    assert main(["train", "av-ade", *given, "--widths", "8"]) == 2
+    assert main(["train", "av-ade", *given, "--set", "widths=8"]) == 2
     assert "first image" not in capsys.readouterr().err
     # Nobody trains at the size of a photograph on purpose.
     Image.new("RGB", (500, 336)).save(photos / "a.png")
@@ -1912,12 +1880,12 @@ def test_figures_are_stored_by_part_and_are_not_lost(
             "ade train: --images must be at least 1",
         ),
         (
-            ["train", "av-ade", "--data", "DATA", "--batch-size", "0", "--out", "OUT"],
-            "ade train: --batch-size must be at least 1",
+            ["train", "av-ade", "--data", "DATA", "--set", "batch_size=0", "--out", "OUT"],
+            "ade train: batch_size must be at least 1",
         ),
         (
-            ["train", "av-ade", "--data", "DATA", "--d-widths", "0", "--out", "OUT"],
-            "ade train: --d-widths must be one or more integers",
+            ["train", "av-ade", "--data", "DATA", "--set", "d_widths=0", "--out", "OUT"],
+            "ade train: d_widths must be one or more integers",
         ),
         (
             ["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"],
@@ -1936,8 +1904,20 @@ def test_figures_are_stored_by_part_and_are_not_lost(
             "holds no run",
         ),
         (
-            ["train", "vae", "--widths", "8,x", "--data", "DATA", "--out", "OUT"],
-            "--widths: invalid integers value: '8,x'",
+            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "widths=8,x"],
+            "argument --set: widths must be integers separated by commas, got '8,x'",
+        ),
+        (
+            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "flips"],
+            "argument --set: flips must be true or false, got ''",
+        ),
+        (
+            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "flip=false"],
+            "argument --set: 'flip' is none of augment, batch_size, ",
+        ),
+        (
+            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "coverage=false"],
+            "argument --set: 'coverage' is none of ",
         ),
         (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
         (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),

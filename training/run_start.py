@@ -261,7 +261,7 @@ def different_fields(started: dict[str, Any], config: TrainConfig, data: str) ->
 
 
 def _fields(config: TrainConfig, data: str) -> dict[str, Any]:
-    """The fields of a configuration and of its networks, named like their options."""
+    """The fields of a configuration and of its networks, as changes to a recipe name them."""
     values = {"data set": data, **config.to_dict()}
     networks = values.pop("model")
     networks |= {f"d_{name}": value for name, value in (values.pop("discriminator") or {}).items()}
