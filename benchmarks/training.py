@@ -122,7 +122,7 @@ def _measure(trainers: dict[str, Trainer], size: str, peak: float, device: torch
     config = next(iter(trainers.values())).config
     batches = [
         torch.randint(0, 256, (config.batch_size, 32, 32, 3), dtype=torch.uint8)
-        for _ in range(1 + (config.d_steps if config.discriminator else 0))
+        for _ in range(2 if config.discriminator else 1)
     ]
     with _Counter() as counter:
         # As many steps as there are between gradient penalties, so that one is included.

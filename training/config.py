@@ -120,8 +120,6 @@ class TrainConfig:
         coverage: whether the model is trained with L_C, the likelihood's loss.
         free_bits: nats per latent channel and image; the KL of a channel costs nothing below it
             (reported values of L_C are without this).
-        kl_warmup: training images, from the start, over which the weight of the KL grows from 0 to
-            1.
         reconstruction_weight: weight of the mean squared error of mean reconstructions, in units of
             x, beside L_C. A strong flow predicts pixels from their neighbours and leaves little to
             the latents; this makes them hold what an image looks like.
@@ -134,7 +132,6 @@ class TrainConfig:
         flow_sees_quality: whether L_Q trains the flow too; in the paper it does not.
         inference_share: additional fraction of the budget in which an inference network and sigma
             are trained with the generator frozen, for the likelihood of a GAN.
-        d_steps: discriminator steps per model step.
         gp_weight: weight of the gradient penalty.
         gp_target: slope that the penalty enforces at random interpolates of real and generated
             images, per unit of x.
@@ -172,13 +169,11 @@ class TrainConfig:
     cooldown: float = 0.2
     coverage: bool = True
     free_bits: float = 0.0
-    kl_warmup: int = 0
     reconstruction_weight: float = 0.0
     noisy_share: float = 0.0
     quality_weight: float = 0.05
     flow_sees_quality: bool = False
     inference_share: float = 0.0
-    d_steps: int = 1
     gp_weight: float = 0.5
     gp_target: float = 0.0
     gp_every: int = 4
@@ -192,13 +187,11 @@ class TrainConfig:
             "batch_size": 1,
             "likelihood_batch_size": 0,
             "likelihood_learning_rate": 0,
-            "d_steps": 1,
             "gp_every": 1,
             "warmup_steps": 0,
             "inference_share": 0,
             "free_bits": 0,
             "reconstruction_weight": 0,
-            "kl_warmup": 0,
             "quality_weight": 0,
             "gp_weight": 0,
             "gp_target": 0,
@@ -230,7 +223,7 @@ class TrainConfig:
                 "inference_share must be 0 except for a GAN, "
                 f"got {self.inference_share} for {self.recipe}"
             )
-        for name in ("free_bits", "kl_warmup", "reconstruction_weight", "noisy_share"):
+        for name in ("free_bits", "reconstruction_weight", "noisy_share"):
             if getattr(self, name) and not self.model.widths:
                 raise ConfigError(
                     f"{name} must be 0 for a system without latents, "

@@ -21,7 +21,6 @@ def latent_surcharge(
     terms: ElboTerms,
     num_dims: int,
     free_bits: float,
-    weight: float,
     average: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The term that training adds to L_C so that latents are used; scalar, bits per dimension.
@@ -29,19 +28,18 @@ def latent_surcharge(
     The KL of each latent channel, summed over its positions and averaged over the batch, counts as
     at least ``free_bits``, so that nothing is gained by giving up a channel that carries less
     (Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016, "free
-    bits"). The sum over channels is weighted.
+    bits").
 
     Args:
         terms: result of :meth:`ade_model.model.ADEModel.elbo_terms_with_analytic_kl`.
         num_dims: values per image, ``C * H * W``.
         free_bits: nats per channel and image.
-        weight: of the KL, 1 in L_C.
         average: averages a flat vector over processes, in place; the mean decides whether a channel
             is charged.
     """
     kl = torch.cat([level.mean(0) for level in terms.kl_by_channel])
     charged = torch.where(average(kl.detach().clone()) > free_bits, kl, free_bits)
-    return (weight * charged.sum() - kl.sum()) / (num_dims * math.log(2.0))
+    return (charged.sum() - kl.sum()) / (num_dims * math.log(2.0))
 
 
 def quality_loss(logits_fake: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ _OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_ma
 _OF_VAE = {"sigma", "patch", "posterior_iaf"}
 _OF_LIKELIHOOD = {"learning_rate", "beta1", "beta2"}
 # Fields that need L_C, a discriminator of pixels, or a gradient penalty.
-_OF_COVERAGE = {"free_bits", "kl_warmup", "dequantizer_width", "posterior_iaf"}
+_OF_COVERAGE = {"free_bits", "dequantizer_width", "posterior_iaf"}
 _OF_PIXEL_DISCRIMINATOR = {"d_patch"}
 _OF_PENALTY = {"gp_target", "gp_every"}
 PAPER_WIDTH_WITH_FLOW = 472  # instead of 512, for the weights that f adds (Table 1, dagger)

@@ -222,8 +222,7 @@ class Trainer:
         """Images of each batch of the next step, as :meth:`run` takes them, over all processes."""
         if self.joint_since is None:
             return [self.config.first_batch_size]
-        of_discriminator = self.config.d_steps if self.discriminator is not None else 0
-        return [self.config.batch_size] * (of_discriminator + 1)
+        return [self.config.batch_size] * (1 if self.discriminator is None else 2)
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -236,13 +235,6 @@ class Trainer:
     def _age(self) -> int:
         """Steps of the present phase; averages, warm-up and norms restart with inference."""
         return self.step - (self.inferring_since or 0)
-
-    @property
-    def _kl_weight(self) -> float:
-        """Weight of the KL in the loss."""
-        if not self.config.kl_warmup:
-            return 1.0
-        return min(1.0, self._age * self.config.first_batch_size / self.config.kl_warmup)
 
     @property
     def _quality_weight(self) -> float:
@@ -268,12 +260,11 @@ class Trainer:
             parameter.requires_grad_(True)
 
     def run(self, batches: list[Tensor], spent: float = 0.0) -> dict[str, float]:
-        """One iteration: ``d_steps`` discriminator steps, then one joint step of the model.
+        """One iteration: a step of the discriminator, then a joint step of the model.
 
         Args:
-            batches: this process's share of uint8 images, ``(N, H, W, C)``: one batch per
-                discriminator step, then the model's; before the adversary takes part, the model's
-                alone.
+            batches: this process's share of uint8 images, ``(N, H, W, C)``: the discriminator's
+                batch, then the model's; before the adversary takes part, the model's alone.
             spent: fraction of the present phase's budget that is spent, for the cooldown.
 
         Returns:
@@ -287,32 +278,25 @@ class Trainer:
         """
         noise = _Noise(self.seed, self.step, self.device, self.rank, self.processes)
         self.spent = spent
-        *d_batches, model_batch = batches
         losses: dict[str, float] = {}
-        x_real: Tensor | None = None
         x_fake: Tensor | None = None
         if self.is_joint:
-            for i, images in enumerate(d_batches):
-                x_real = self._dequantize_uniformly(self._pixels(images, noise), noise)
-                x_fake = self._generate(len(x_real), noise, with_graph=i == len(d_batches) - 1)
-                losses.update(
-                    self._discriminator_step(
-                        x_real, x_fake.detach(), noise, self.step * self.config.d_steps + i
-                    )
-                )
-        losses.update(self._model_step(self._pixels(model_batch, noise), x_real, x_fake, noise))
+            x_real = self._dequantize_uniformly(self._pixels(batches[0], noise), noise)
+            x_fake = self._generate(len(x_real), noise)
+            losses.update(self._discriminator_step(x_real, x_fake.detach(), noise))
+        losses.update(self._model_step(self._pixels(batches[-1], noise), x_fake, noise))
         if not self.skipped_in_a_row["model"]:
             self._update_ema()
         self.step += 1
         return losses
 
-    def _generate(self, n: int, noise: _Noise, with_graph: bool) -> Tensor:
+    def _generate(self, n: int, noise: _Noise) -> Tensor:
         """Draw samples, some with the decoder's noise.
 
         Gradients reach the flow's weights only if ``flow_sees_quality``, and never reach sigma.
 
         Returns:
-            ``x``, ``(n, C, H, W)``, with the generator's graph if ``with_graph``.
+            ``x``, ``(n, C, H, W)``, with the generator's graph.
         """
         eps, y_eps = self._eps(n, noise), None
         model = self.config.model
@@ -322,7 +306,7 @@ class Trainer:
             y_eps = noise.normal(n, model.channels, side, side)
             y_eps[~self._noisy(n)] = 0
             self.model.decoder.log_sigma.requires_grad_(False)
-        with torch.set_grad_enabled(with_graph), self.autocast():
+        with self.autocast():
             x_fake = self.model.sample(eps, y_eps)
         self.model.flow.requires_grad_(True)
         if y_eps is not None:
@@ -372,17 +356,13 @@ class Trainer:
         """Images as the discriminator sees them, augmented if configured."""
         return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
 
-    def _discriminator_step(
-        self, x: Tensor, x_fake: Tensor, noise: _Noise, count: int
-    ) -> dict[str, float]:
+    def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: _Noise) -> dict[str, float]:
         """One step of the discriminator alone.
 
         Args:
             x: dequantised images, ``(N, C, H, W)``.
             x_fake: samples without a graph, of the same shape.
             noise: of this iteration.
-            count: steps of the discriminator before this one, which decide whether the gradient
-                penalty is computed.
 
         Returns:
             As :meth:`_apply`.
@@ -398,7 +378,7 @@ class Trainer:
             "logit_real": logits_real.mean().item(),
             "logit_fake": logits_fake.mean().item(),
         }
-        if self.config.gp_weight and count % self.config.gp_every == 0:
+        if self.config.gp_weight and self.step % self.config.gp_every == 0:
             mix = noise.uniform(len(x), 1, 1, 1)
             penalty = gradient_penalty(
                 self.discriminator, mix * x + (1 - mix) * x_fake, self.config.gp_target
@@ -408,21 +388,16 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _model_step(
-        self, pixels: Tensor, x_real: Tensor | None, x_fake: Tensor | None, noise: _Noise
-    ) -> dict[str, float]:
-        """One joint step: the likelihood of ``pixels``, and the quality of ``x_fake``.
-
-        ``x_real`` are the images that the discriminator saw beside ``x_fake``.
-        """
+    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
+        """One joint step: the likelihood of ``pixels``, and the quality of ``x_fake``."""
         losses: dict[str, float] = {}
         u = noise.uniform(*pixels.shape)  # without L_C too: the augmentation draws after it
         if self.config.coverage or self.inferring:
             objective, found = self._coverage_objective(pixels, u, noise)
             objective.backward()
             losses |= found
-        if self.discriminator is not None and x_real is not None and x_fake is not None:
-            # The samples of the discriminator's last step are reused: the model has not changed
+        if self.discriminator is not None and x_fake is not None:
+            # The samples of the discriminator's step are reused: the model has not changed
             # since, so their graph gives the exact gradient and saves a pass of the generator.
             self.discriminator.requires_grad_(False)
             objective, found = self._quality_objective(self.discriminator, x_fake, noise)
@@ -460,13 +435,9 @@ class Trainer:
             error = self._reconstruction_error(y_mean, x.detach())
             losses["reconstruction_error"] = error.item()
             loss = loss + self.config.reconstruction_weight * error
-        if self.config.free_bits or self._kl_weight < 1:
+        if self.config.free_bits:
             loss = loss + latent_surcharge(
-                terms,
-                self.config.model.num_dims,
-                self.config.free_bits,
-                self._kl_weight,
-                self.average,
+                terms, self.config.model.num_dims, self.config.free_bits, self.average
             )
         return loss, losses
 
