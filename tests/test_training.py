@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -70,8 +71,8 @@ from training.recipes import recipe, recipe_names
 from training.run_options import NO_LIMIT, RunOptions
 from training.run_start import (
     WRITTEN,
-    _check_nodes,
     check_folder,
+    check_start,
     last_options,
     open_run,
     read_started,
@@ -214,42 +215,23 @@ def unchanged(small_images: np.ndarray) -> torch.Tensor:
     return outcome(small_images)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"batch_size": 8},
-        {"learning_rate": 1e-2},
-        {"beta1": 0.0},
-        {"beta2": 0.5},
-        {"g_learning_rate": 1e-2},
-        {"g_beta1": 0.0},
-        {"g_beta2": 0.5},
-        {"d_beta1": 0.0},
-        {"d_beta2": 0.5},
-        {"optimizer": "adamax"},
-        {"coverage": False},
-        {"warmup_steps": 1},
-        {"cooldown": 0.5},
-        {"quality_weight": 5.0},
-        {"free_bits": 9.0},
-        {"reconstruction_weight": 5.0},
-        {"flow_sees_quality": True},
-        {"d_learning_rate": 1e-2},
-        {"gp_weight": 10.0},
-        {"gp_target": 1.0},
-        {"gp_every": 2},
-        {"ema_decay": 0.05},
-        {"clip": 1e-3},
-        {"flips": False},
-        {"likelihood_share": 0.5},
-        {"likelihood_share": 0.5, "likelihood_learning_rate": 1e-2},
-    ],
-)
+# By name; each value is another than that of SMALL.
+CHANGES = """
+    batch_size=8 learning_rate=0.01 beta1=0.0 beta2=0.5 g_learning_rate=0.01 g_beta1=0.0 g_beta2=0.5
+    d_learning_rate=0.01 d_beta1=0.0 d_beta2=0.5 optimizer="adamax" coverage=false warmup_steps=1
+    cooldown=0.5 quality_weight=5.0 free_bits=9.0 reconstruction_weight=5.0 flow_sees_quality=true
+    gp_weight=10.0 gp_target=1.0 gp_every=2 ema_decay=0.05 clip=0.001 flips=false
+    likelihood_share=0.5 likelihood_share=0.5,likelihood_learning_rate=0.01
+"""
+
+
+@pytest.mark.parametrize("changes", CHANGES.split())
 def test_every_option_changes_the_outcome(
-    small_images: np.ndarray, unchanged: torch.Tensor, change: dict
+    small_images: np.ndarray, unchanged: torch.Tensor, changes: str
 ) -> None:
-    changed = outcome(small_images, dataclasses.replace(SMALL, **change))
-    assert not torch.equal(unchanged, changed)
+    pairs = (change.split("=") for change in changes.split(","))
+    config = dataclasses.replace(SMALL, **{name: json.loads(value) for name, value in pairs})
+    assert not torch.equal(unchanged, outcome(small_images, config))
 
 
 def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
@@ -870,12 +852,6 @@ def test_a_resumed_run_keeps_its_device_and_cadence(
     ]
 
 
-def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some schedulers set WORLD_SIZE for a single process, too."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    _check_nodes()
-
-
 def test_a_run_that_diverged_says_how_to_start_again(
     folder: Path,
     tmp_path: Path,
@@ -1191,27 +1167,12 @@ def test_batches_do_not_depend_on_where_they_start(small_images: np.ndarray) -> 
     assert sorted(i.tobytes() for i in epoch) == sorted(i.tobytes() for i in small_images)
 
 
-TRAIN = (
-    "--size",
-    "tiny",
-    "--image-size",
-    "8",
-    "--precision",
-    "float32",
-    "--checkpoint-steps",
-    "20",
-    "--evaluate-steps",
-    "50",
-    "--set",
-    "batch_size=16",
+TRAIN = shlex.split(
+    "--size tiny --image-size 8 --precision float32 --checkpoint-steps 20 --evaluate-steps 50 "
+    "--set batch_size=16"
 )
-NARROW = (
-    "--set",
-    "widths=8,8,8",
-    "latent_channels=3,2,2",
-    "decoder_blocks=1,1,1",
-    "flow_couplings=2",
-    "flow_width=8",
+NARROW = shlex.split(
+    "--set widths=8,8,8 latent_channels=3,2,2 decoder_blocks=1,1,1 flow_couplings=2 flow_width=8"
 )
 
 
@@ -1566,25 +1527,13 @@ def test_a_resumed_run_keeps_its_budget(
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_gpu_is_known_before_the_images_are_read(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("ade_cli.train.dataset_of", None)
-    arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--device", "cuda"]) == 2
-    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def made_before(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of those images, ``old``."""
+    """A run of those images, ``old``, and a checkpoint without its data, ``model``."""
     made = tmp_path_factory.mktemp("before")
     trained_on(folder, made / "old")
+    (made / "model").mkdir()
+    save_model(ADEModel(narrow("vae").model), made / "model", {"recipe": "vae"})
     return made
 
 
@@ -1595,80 +1544,54 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_images_are_not_decoded_for_a_run_that_cannot_resume(
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            "train av-ade --size tiny --image-size 8 --out IN/old --resume",
+            "it was started with recipe vae, now av-ade; batch_size 16, now 32",
+        ),
+        ("train vae --image-size 8 --out IN/new --device cuda", "PyTorch finds no CUDA device"),
+        ("export IN/model IN/old", "exists: export to a new folder"),
+        ("export IN/model IN/new --name a;b", "a model's name must start with a letter"),
+        ("encoder IN/out.onnx --image-size 4", "needs images of 8 pixels or more, got 4"),
+    ],
+)
+def test_images_are_not_decoded_for_what_cannot_begin(
+    words: str,
+    message: str,
     folder: Path,
     made_before: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(shutil.copytree(made_before, tmp_path / "in"))
-    arguments = ["train", "av-ade", "--data", str(folder), "--image-size", "8", "--size", "tiny"]
-    assert main([*arguments, "--device", "cpu", "--out", "old", "--resume"]) == 2
-    said = "it was started with recipe vae, now av-ade; batch_size 16, now 32"
-    assert said in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made_before, "IN")
+    assert main([*words.split(), "--data", str(folder)]) == 2
+    assert message in capsys.readouterr().err and not Path("IN", "new").exists()
 
 
 @pytest.mark.parametrize(
     "here, nodes, total, message",
     [
-        (3, 1, 3, "batch_size must be a multiple of 3, the number of processes, got 16"),
-        (2, 2, 6, "every node needs the same number of processes, got 2 on this one and 6 in"),
-        (4, 2, 6, "every node needs the same number of processes, got 4 on this one and 6 in"),
-        (None, None, 2, "several processes must be started by torchrun, which sets LOCAL_WORLD"),
+        ("3", "1", "3", "batch_size must be a multiple of 3, the number of processes, got 16"),
+        ("2", "2", "6", "every node needs the same number of processes, got 2 on this one and 6"),
+        ("4", "2", "6", "every node needs the same number of processes, got 4 on this one and 6"),
+        (None, None, "2", "several processes must be started by torchrun, which sets LOCAL_WORLD"),
+        (None, None, "1", ""),  # some schedulers set it for a single process, too
     ],
 )
-@pytest.mark.usefixtures("no_decoding")
-def test_images_are_not_decoded_for_processes_that_cannot_train_together(
-    here: int | None,
-    nodes: int | None,
-    total: int,
-    message: str,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_processes_that_cannot_train_together_are_refused(
+    here: str | None, nodes: str | None, total: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
     for name, value in zip(names, (here, nodes, total), strict=True):
         if value is not None:
-            monkeypatch.setenv(name, str(value))
-    arguments = ["train", "vae", "--data", str(folder), *TRAIN, "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--device", "cpu"]) == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "out, option, message",
-    [
-        (".", [], "exists: export to a new folder"),
-        ("out", ["--name", "a name"], "a model's name must start with a letter"),
-    ],
-)
-@pytest.mark.usefixtures("no_decoding")
-def test_images_are_not_decoded_for_a_bundle_that_cannot_be_written(
-    out: str,
-    option: list[str],
-    message: str,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    config = narrow("vae")
-    save_model(ADEModel(config.model), tmp_path, {"recipe": config.recipe})
-    arguments = ["export", str(tmp_path), str(tmp_path / out), "--data", str(folder)]
-    assert main([*arguments, *option]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_decoding")
-def test_images_too_small_for_an_encoder_are_not_decoded(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["encoder", str(tmp_path / "out.onnx"), "--data", str(folder)]
-    assert main([*arguments, "--image-size", "4"]) == 2
-    assert "needs images of 8 pixels or more, got 4" in capsys.readouterr().err
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=message) if message else nullcontext():
+        check_start(narrow("vae"), Path("new"), RunOptions(images=1), resume=False)
 
 
 def trained_on(folder: Path, run: Path) -> Path:
@@ -1681,32 +1604,28 @@ def trained_on(folder: Path, run: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words, called, remedy",
+    "words, remedy",
     [
-        (["fit", "x"], "fit.run", "--device cpu and another --out"),
-        (["evaluate", "x"], "evaluate.run", "--device cpu"),
-        (["encoder", "x", "--data", "x"], "encoder.run", "--device cpu"),
+        ("fit x", "--device cpu and another --out"),
+        ("evaluate x", "--device cpu"),
+        ("encoder x --data x", "--device cpu"),
         (
-            ["train", "vae", "--data", "x", "--out", "x"],
-            "train.run",
+            "train vae --data x --out x",
             "a smaller batch (--set batch_size=N) and another --out, or --device cpu",
         ),
     ],
 )
 def test_every_verb_names_its_remedy_for_too_little_memory_of_a_gpu(
-    words: list[str],
-    called: str,
-    remedy: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def out_of_memory(args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"ade_cli.{called}", out_of_memory)
-    assert main(words) == 2
+    verb = words.split()[0]
+    monkeypatch.setattr(f"ade_cli.{verb}.run", out_of_memory)
+    assert main(words.split()) == 2
     said = capsys.readouterr().err
-    assert said == f"ade {words[0]}: the GPU has too little memory: give {remedy}\n"
+    assert said == f"ade {verb}: the GPU has too little memory: give {remedy}\n"
 
 
 def test_a_run_does_not_resume_on_another_folder_of_the_same_name(
@@ -1855,85 +1774,54 @@ def test_figures_are_stored_by_part_and_are_not_lost(
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "words, message",
     [
         (
-            ["train", "av-ade", "--data", "DATA", "--image-size", "50", "--out", "OUT"],
+            "train av-ade --data DATA --out OUT --image-size 50",
             "--image-size must be a multiple of 8 (3 latent resolutions, 1 flow scale), such as 32",
         ),
+        ("train av-ade --data nowhere --out OUT", "got 'nowhere', which is neither"),
+        ("train av-ade --data DATA --out OUT --images 0", "ade train: --images must be at least 1"),
+        ("train av-ade --data DATA --out OUT --seed -1", "seed must be from 0"),
+        ("train av-ade --data DATA --out OUT --minutes 0", "ade train: --minutes must be above 0"),
+        ("train av-ade --data DATA --out OUT --image-size -4", "at least 2 pixels, got -4"),
+        ("train av-ade --data DATA --out OUT --image-size 8 --resume", "holds no run"),
+        ("train av-ade --data DATA --out OUT --set batch_size=0", "train: batch_size must be at"),
+        ("train av-ade --data DATA --out OUT --set d_widths=0", "train: d_widths must be one or"),
         (
-            ["train", "av-ade", "--data", "nowhere", "--out", "OUT"],
-            "got 'nowhere', which is neither",
+            "train vae --data DATA --out OUT --set widths=8,x",
+            "integers separated by commas, got '8",
+        ),
+        ("train vae --data DATA --out OUT --set flips", "--set: flips must be true or false, got"),
+        (
+            "train vae --data DATA --out OUT --set flip=0",
+            "--set: 'flip' is none of augment, batch_",
         ),
         (
-            ["train", "av-ade", "--data", "DATA", "--images", "0", "--out", "OUT"],
-            "ade train: --images must be at least 1",
+            "train vae --data DATA --out OUT --set coverage=0",
+            "--set: 'coverage' is none of augment",
         ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--set", "batch_size=0", "--out", "OUT"],
-            "ade train: batch_size must be at least 1",
-        ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--set", "d_widths=0", "--out", "OUT"],
-            "ade train: d_widths must be one or more integers",
-        ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--seed", "-1", "--out", "OUT"],
-            "seed must be from 0",
-        ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--minutes", "0", "--out", "OUT"],
-            "ade train: --minutes must be above 0",
-        ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--image-size", "-4", "--out", "OUT"],
-            "must be at least 2 pixels, got -4",
-        ),
-        (
-            ["train", "av-ade", "--data", "DATA", "--image-size", "8", "--resume", "--out", "OUT"],
-            "holds no run",
-        ),
-        (
-            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "widths=8,x"],
-            "argument --set: widths must be integers separated by commas, got '8,x'",
-        ),
-        (
-            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "flips"],
-            "argument --set: flips must be true or false, got ''",
-        ),
-        (
-            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "flip=false"],
-            "argument --set: 'flip' is none of augment, batch_size, ",
-        ),
-        (
-            ["train", "vae", "--data", "DATA", "--out", "OUT", "--set", "coverage=false"],
-            "argument --set: 'coverage' is none of ",
-        ),
-        (["train", "best", "--data", "DATA", "--out", "OUT"], "invalid choice: 'best'"),
-        (["train", "vae", "--data", "DATA", "--out", "DATA/run"], "--out must lie outside of"),
-        (["evaluate", "OUT"], "there is no run, checkpoint or bundle"),
-        (["export", "OUT", "OUT2"], "there is no run, checkpoint or bundle"),
-        (["export", "DATA", "OUT2"], "holds no finished checkpoint"),
-        (["calibrate", "OUT", "OUT2", "--data", "DATA"], "is not a bundle"),
-        (["serve", "OUT"], "is not a bundle"),
+        ("train best --data DATA --out OUT", "invalid choice: 'best'"),
+        ("train vae --data DATA --out DATA/run", "--out must lie outside of"),
+        ("evaluate OUT", "there is no run, checkpoint or bundle"),
+        ("export OUT OUT2", "there is no run, checkpoint or bundle"),
+        ("export DATA OUT2", "holds no finished checkpoint"),
+        ("calibrate OUT OUT2 --data DATA", "is not a bundle"),
+        ("serve OUT", "is not a bundle"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(
-    arguments: list[str],
+    words: str,
     message: str,
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In this process, because each new one would load PyTorch."""
-    names = {
-        "DATA": str(folder),
-        "DATA/run": str(folder / "run"),
-        "OUT": str(tmp_path / "out"),
-        "OUT2": str(tmp_path / "out2"),
-    }
+    places = {"DATA": folder, "DATA/run": folder / "run"}
+    places |= {"OUT": tmp_path / "out", "OUT2": tmp_path / "out2"}
     try:
-        status: object = main([names.get(a, a) for a in arguments])
+        status: object = main([str(places.get(word, word)) for word in words.split()])
     except SystemExit as ended:  # of the parser
         status = ended.code
     printed = capsys.readouterr()
