@@ -23,7 +23,7 @@ from hypothesis import settings
 from PIL import Image
 
 from ade_model.checkpoint import save_model
-from tests.helpers import DATA, PRETRAINED, make_model
+from tests.helpers import DATA, PRETRAINED, make_folder, make_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -56,6 +56,12 @@ def real_images() -> np.ndarray:
 def small_images(real_images: np.ndarray) -> np.ndarray:
     """Corners of real images, uint8 ``(300, 8, 8, 3)``."""
     return np.ascontiguousarray(real_images[:, 12:20, 12:20])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
+    """A folder of these images to train on, with two files that are broken."""
+    return make_folder(tmp_path_factory.mktemp("data") / "images", small_images)
 
 
 @pytest.fixture(scope="session")

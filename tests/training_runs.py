@@ -1,0 +1,67 @@
+"""Short runs and trainers of narrow networks, for tests of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.helpers import TINY, narrow
+from training.config import DiscriminatorConfig, TrainConfig
+from training.data import ImageSet
+from training.datasets import load_dataset
+from training.loop import train
+from training.recipes import recipe
+from training.run_options import RunOptions
+from training.step import Trainer
+
+SMALL = dataclasses.replace(
+    recipe("av-ade", 8, 3),
+    model=TINY,
+    discriminator=DiscriminatorConfig(widths=(8, 8)),
+    batch_size=16,
+)
+
+
+def trainer(config: TrainConfig = SMALL, seed: int = 0) -> Trainer:
+    return Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, seed)
+
+
+def batches(
+    images: np.ndarray, steps: int, config: TrainConfig = SMALL
+) -> list[list[torch.Tensor]]:
+    source = ImageSet(images).batches(config.batch_size, 0)
+    count = 2 if config.discriminator else 1
+    return [[torch.from_numpy(next(source)) for _ in range(count)] for _ in range(steps)]
+
+
+TRAIN = shlex.split(
+    "--size tiny --image-size 8 --precision float32 --checkpoint-steps 20 --evaluate-steps 50 "
+    "--set batch_size=16"
+)
+NARROW = shlex.split(
+    "--set widths=8,8,8 latent_channels=3,2,2 decoder_blocks=1,1,1 flow_couplings=2 flow_width=8"
+)
+
+
+def losses_of(run: Path) -> dict[int, tuple]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        row["step"]: tuple(row.get(name) for name in ("bpd", "d_loss", "quality_loss"))
+        for row in rows
+        if "bpd" in row
+    }
+
+
+def trained_on(folder: Path, run: Path) -> Path:
+    """A short run that names its data set, as ``ade train`` makes them."""
+    options = RunOptions(images=16, device="cpu", precision="float32")
+    source = {"data": str(folder), "root": None}
+    dataset = load_dataset(str(folder), None, 8)
+    train(narrow("vae"), dataset, run, options, resume=False, source=source)
+    return run
