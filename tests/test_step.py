@@ -16,6 +16,7 @@ from tests.helpers import narrow, shake
 from tests.training_runs import SMALL, batches, trainer
 from training.config import TrainConfig
 from training.losses import coverage_loss, quality_loss
+from training.noise import Noise
 from training.step import (
     MAX_RESCUES,
     MAX_SKIPPED_STEPS,
@@ -23,7 +24,6 @@ from training.step import (
     SPIKE,
     Trainer,
     TrainingDiverged,
-    _Noise,
 )
 
 
@@ -88,7 +88,7 @@ def test_the_flow_gets_the_likelihood_gradient_alone(
 def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder() -> None:
     mean, mixed, noisy = (
         trainer(dataclasses.replace(SMALL, noisy_share=share))._generate(
-            32, _Noise(0, 0, torch.device("cpu"), 0, 1)
+            32, Noise(0, 0, torch.device("cpu"), 0, 1)
         )
         for share in (0.0, 0.5, 1.0)
     )

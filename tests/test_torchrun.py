@@ -26,10 +26,11 @@ from tests.helpers import ROOT, narrow
 from tests.training_runs import SMALL, TRAIN, losses_of, trainer
 from training.data import Dataset, ImageSet
 from training.loop import _check_alike, _with_others
+from training.noise import Noise
 from training.run_options import RunOptions
 from training.run_start import check_start
 from training.runs import RunError
-from training.step import Trainer, _Noise
+from training.step import Trainer
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3, 1.0])
@@ -62,8 +63,8 @@ def test_processes_share_the_reconstructions_of_one(processes: int) -> None:
 
 
 def test_processes_draw_one_batch_of_noise() -> None:
-    whole = _Noise(3, 7, torch.device("cpu"), 0, 1)
-    shares = [_Noise(3, 7, torch.device("cpu"), rank, 2) for rank in range(2)]
+    whole = Noise(3, 7, torch.device("cpu"), 0, 1)
+    shares = [Noise(3, 7, torch.device("cpu"), rank, 2) for rank in range(2)]
     for draw in ("uniform", "normal"):
         assert torch.equal(
             getattr(whole, draw)(6, 2), torch.cat([getattr(share, draw)(3, 2) for share in shares])

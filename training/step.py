@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ade_base.errors import UserError
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
-from ade_model.vae import Decoder
 from training.augment import NUMBERS, augment
 from training.config import TrainConfig
 from training.discriminator import make_discriminator
@@ -28,7 +27,16 @@ from training.losses import (
     latent_surcharge,
     quality_loss,
 )
-from training.muon import Muon
+from training.noise import Noise
+from training.optimizers import (
+    group_of,
+    groups_of,
+    inference_parameters,
+    make_optimizer,
+    rates,
+    set_clipped,
+    update_average,
+)
 
 logger = logging.getLogger(__name__)
 # A step is skipped if its gradient's norm is SPIKE times the running mean: one outlier among the
@@ -60,37 +68,6 @@ def _to_device(network: _Network, device: torch.device) -> _Network:
 
 class TrainingDiverged(UserError, RuntimeError):
     """A loss was not finite, or gradients stayed abnormally large after several rescues."""
-
-
-class _Noise:
-    """The random numbers of one step.
-
-    Each process draws those of the whole batch and keeps its share, so that the result does not
-    depend on the number of processes. A projected discriminator's does: it compares the images of
-    one process's share with each other.
-    """
-
-    def __init__(
-        self, seed: int, step: int, device: torch.device, rank: int, processes: int
-    ) -> None:
-        self._generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
-        self._device = device
-        self._rank, self._processes = rank, processes
-
-    def uniform(self, n: int, *shape: int) -> Tensor:
-        """Uniform numbers on [0, 1), ``(n, *shape)``."""
-        return self._mine(
-            torch.rand(n * self._processes, *shape, generator=self._generator, device=self._device)
-        )
-
-    def normal(self, n: int, *shape: int) -> Tensor:
-        """Standard normal numbers, ``(n, *shape)``."""
-        return self._mine(
-            torch.randn(n * self._processes, *shape, generator=self._generator, device=self._device)
-        )
-
-    def _mine(self, values: Tensor) -> Tensor:
-        return values.chunk(self._processes)[self._rank]
 
 
 class Trainer:
@@ -128,7 +105,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = _to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = self._optimizer(self.config.optimizer, self._parameter_groups())
+        self.optimizer = make_optimizer(config.optimizer, groups_of(self.model, config))
         self.discriminator: nn.Module | None = None
         self.d_optimizer: torch.optim.Optimizer | None = None
         if config.discriminator is not None:
@@ -138,9 +115,9 @@ class Trainer:
                 ),
                 device,
             )
-            self.d_optimizer = self._optimizer(
+            self.d_optimizer = make_optimizer(
                 "adam" if config.optimizer == "muon" else config.optimizer,
-                [self._group("d_", list(self.discriminator.parameters()))],
+                [group_of(config, "d_", list(self.discriminator.parameters()))],
             )
         self.step = 0
         self.spent = 0.0
@@ -153,57 +130,6 @@ class Trainer:
         # own: cut to that of the others, they would lose most of the penalty's weight.
         self.usual_norm = {"model": 0.0, "discriminator": 0.0, "penalty": 0.0}
         self.rescued_at: list[int] = []
-
-    def _optimizer(self, kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        kinds: dict[str, type[torch.optim.Adam | torch.optim.Adamax]] = {
-            "adam": torch.optim.Adam,
-            "adamax": torch.optim.Adamax,
-            "muon": Muon,
-        }
-        return kinds[kind]([group for group in groups if group["params"]])
-
-    def _group(self, prefix: str, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        """An optimiser's group of weights whose rate and betas have a prefix in the config."""
-        return {"params": parameters, "prefix": prefix, **self._rates(prefix)}
-
-    def _rates(self, prefix: str) -> dict[str, Any]:
-        """A prefix's highest rate, and its betas."""
-        rate, beta1, beta2 = (
-            getattr(self.config, prefix + name) for name in ("learning_rate", "beta1", "beta2")
-        )
-        return {"lr": rate, "betas": (beta1, beta2)}
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of the weights that only the likelihood trains, and of those that make samples.
-
-        Adversarial training needs low rates and betas, with which the likelihood learns more
-        slowly.
-        """
-        if self.config.discriminator is None:
-            return [self._group("", list(self.model.parameters()))]
-        generator = set(self.model.decoder.parameters()) - set(self._inference_parameters())
-        if self.config.flow_sees_quality:
-            generator |= set(self.model.flow.parameters())
-        return [
-            self._group("", [p for p in self.model.parameters() if p not in generator]),
-            self._group("g_", [p for p in self.model.parameters() if p in generator]),
-        ]
-
-    def _inference_parameters(self) -> list[nn.Parameter]:
-        """Weights of ``q(z | x)``, of the dequantiser, and sigma: a mean sample depends on none.
-
-        Empty for a flow alone.
-        """
-        if not isinstance(self.model.decoder, Decoder):
-            return []
-        modules = [
-            *self.model.decoder.inference_modules(),
-            *(network for network in (self.model.encoder, self.model.dequantizer) if network),
-        ]
-        return [
-            self.model.decoder.log_sigma,
-            *(p for module in modules for p in module.parameters()),
-        ]
 
     @property
     def inferring(self) -> bool:
@@ -256,7 +182,7 @@ class Trainer:
             self.usual_norm["model"] = 0.0
             self.inferring_since = self.step
         self.model.requires_grad_(False)
-        for parameter in self._inference_parameters():
+        for parameter in inference_parameters(self.model):
             parameter.requires_grad_(True)
 
     def run(self, batches: list[Tensor], spent: float = 0.0) -> dict[str, float]:
@@ -276,7 +202,7 @@ class Trainer:
         Raises:
             TrainingDiverged: a loss was not finite, or gradients stayed abnormal.
         """
-        noise = _Noise(self.seed, self.step, self.device, self.rank, self.processes)
+        noise = Noise(self.seed, self.step, self.device, self.rank, self.processes)
         self.spent = spent
         losses: dict[str, float] = {}
         x_fake: Tensor | None = None
@@ -286,11 +212,12 @@ class Trainer:
             losses.update(self._discriminator_step(x_real, x_fake.detach(), noise))
         losses.update(self._model_step(self._pixels(batches[-1], noise), x_fake, noise))
         if not self.skipped_in_a_row["model"]:
-            self._update_ema()
+            decay = min(self.config.ema_decay, (1 + self._age) / (10 + self._age))
+            update_average(self.ema, self.model, decay)
         self.step += 1
         return losses
 
-    def _generate(self, n: int, noise: _Noise) -> Tensor:
+    def _generate(self, n: int, noise: Noise) -> Tensor:
         """Draw samples, some with the decoder's noise.
 
         Gradients reach the flow's weights only if ``flow_sees_quality``, and never reach sigma.
@@ -337,26 +264,26 @@ class Trainer:
             made = self.model.flow.inverse(y_mean[:n])
         return (made.float() - x[:n]).square().mean() * (n * self.processes / count)
 
-    def _pixels(self, images: Tensor, noise: _Noise) -> Tensor:
+    def _pixels(self, images: Tensor, noise: Noise) -> Tensor:
         """A batch of images as ``(N, C, H, W)``, mirrored at random if configured."""
         pixels = images.to(self.device).permute(0, 3, 1, 2).float()
         if self.config.flips:
             pixels = torch.where(noise.uniform(len(pixels), 1, 1, 1) < 0.5, pixels.flip(3), pixels)
         return pixels
 
-    def _dequantize_uniformly(self, pixels: Tensor, noise: _Noise) -> Tensor:
+    def _dequantize_uniformly(self, pixels: Tensor, noise: Noise) -> Tensor:
         """Images for the discriminator, which needs no likelihood of them."""
         x = dequantize(pixels, noise.uniform(*pixels.shape))
         return x.contiguous(memory_format=torch.channels_last)
 
-    def _eps(self, n: int, noise: _Noise) -> list[Tensor]:
+    def _eps(self, n: int, noise: Noise) -> list[Tensor]:
         return [noise.normal(n, *shape) for shape in self.config.model.latent_shapes]
 
-    def _augmented(self, x: Tensor, noise: _Noise) -> Tensor:
+    def _augmented(self, x: Tensor, noise: Noise) -> Tensor:
         """Images as the discriminator sees them, augmented if configured."""
         return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
 
-    def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: _Noise) -> dict[str, float]:
+    def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: Noise) -> dict[str, float]:
         """One step of the discriminator alone.
 
         Args:
@@ -388,7 +315,7 @@ class Trainer:
         loss.backward()
         return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
 
-    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: _Noise) -> dict[str, float]:
+    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: Noise) -> dict[str, float]:
         """One joint step: the likelihood of ``pixels``, and the quality of ``x_fake``."""
         losses: dict[str, float] = {}
         u = noise.uniform(*pixels.shape)  # without L_C too: the augmentation draws after it
@@ -407,7 +334,7 @@ class Trainer:
         return self._apply("model", self.model, self.optimizer, losses)
 
     def _coverage_objective(
-        self, pixels: Tensor, u: Tensor, noise: _Noise
+        self, pixels: Tensor, u: Tensor, noise: Noise
     ) -> tuple[Tensor, dict[str, float]]:
         """L_C and what is added to it.
 
@@ -442,7 +369,7 @@ class Trainer:
         return loss, losses
 
     def _quality_objective(
-        self, discriminator: nn.Module, x_fake: Tensor, noise: _Noise
+        self, discriminator: nn.Module, x_fake: Tensor, noise: Noise
     ) -> tuple[Tensor, dict[str, float]]:
         """``w L_Q``.
 
@@ -482,7 +409,7 @@ class Trainer:
         kind = "penalty" if "gradient_penalty" in losses else name
         usual = self.usual_norm[kind]
         if self._is_usual(name, norm, usual):
-            self._set_clipped(gradients, flat, norm, usual)
+            set_clipped(gradients, flat, norm, self.config.clip * usual)
             self._set_rates(name, optimizer)
             with self.autocast():  # Muon's products of matrices
                 optimizer.step()
@@ -521,21 +448,6 @@ class Trainer:
             or norm < SPIKE * usual
         )
 
-    def _set_clipped(
-        self, parameters: Iterable[nn.Parameter], flat: Tensor, norm: float, usual: float
-    ) -> None:
-        """Give parameters their parts of the flat gradient, which is shortened in place.
-
-        Adam ignores the usual scale of gradients, but an outlier would move weights far and,
-        through the mean of squares, shorten the steps after it.
-        """
-        kept = min(norm, self.config.clip * usual) if usual else norm
-        flat *= kept / (norm + 1e-12)
-        offset = 0
-        for p in parameters:
-            p.grad = flat[offset : offset + p.numel()].view(p.shape)
-            offset += p.numel()
-
     def _skip(self, name: str, norm: float, usual: float) -> None:
         """Count a step that is not made; rescue the model after too many in a row."""
         self.skipped[name] += 1
@@ -553,7 +465,7 @@ class Trainer:
         is_alone = name == "model" and self.joint_since is None
         share = self._rate_share(name)
         for group in optimizer.param_groups:
-            group |= self._rates("" if is_alone else group["prefix"])
+            group |= rates(self.config, "" if is_alone else group["prefix"])
             if is_alone and self.config.likelihood_learning_rate:
                 group["lr"] = self.config.likelihood_learning_rate
             group["lr"] *= share
@@ -591,9 +503,3 @@ class Trainer:
         self.model.load_state_dict(self.ema.state_dict())
         self.optimizer.state.clear()
         self.skipped_in_a_row[name] = 0
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        decay = min(self.config.ema_decay, (1 + self._age) / (10 + self._age))
-        pairs = list(zip(self.ema.parameters(), self.model.parameters(), strict=True))
-        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
