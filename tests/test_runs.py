@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -24,7 +25,7 @@ from ade_cli.evaluate import _store
 from ade_cli.main import main
 from ade_model.checkpoint import load_model, read_config
 from export.write import ExportError, evaluation_of, export_bundle
-from tests.helpers import ROOT, interrupt_after, make_folder, narrow
+from tests.helpers import interrupt_after, make_folder, narrow
 from tests.training_runs import NARROW, losses_of, trainer
 from training.data import DataError, ImageSet
 from training.datasets import load_dataset
@@ -36,6 +37,7 @@ from training.runs import (
     Progress,
     RunError,
     checkpoint_folders,
+    folder_name,
     latest_checkpoint,
     load_checkpoint,
     read_state,
@@ -106,10 +108,8 @@ def test_the_likelihood_alone_then_both_then_lower_rates(
     assert [line[3] for line in seen[8:]] == [0.05, 0.05, 0.05, 0.05]
     assert (progress.step, progress.images) == (12, 128)
     # The end of the first phase is kept, to fall back on.
-    assert [path.name for path in checkpoint_folders(tmp_path / "run")] == [
-        "step-000000008",
-        "step-000000012",
-    ]
+    kept = [path.name for path in checkpoint_folders(tmp_path / "run")]
+    assert kept == [folder_name(8), folder_name(12)]
     timed = dataclasses.replace(options, images=10**9, minutes=0.01)
     train(config, dataset, tmp_path / "timed", timed, resume=False)
     resolved = read_started(tmp_path / "timed")["options"]
@@ -130,22 +130,13 @@ def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
     whole, cut, resume = tmp_path / "whole", tmp_path / "cut", list[str]()
     once = ["--images", "320", "--checkpoint-steps", "1", "--precision", "bfloat16"]  # are kept
     assert main([*arguments, *once, "--out", str(whole)]) == 0
+    command = [sys.executable, "-m", "ade_cli.main", *arguments, "--out", str(cut)]
     for step in (3, 8, 10):
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "ade_cli.main",
-                *arguments,
-                "--out",
-                str(cut),
-                *(resume or once),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        while not (cut / "checkpoints" / f"step-{step:09d}").exists() and process.poll() is None:
+        with open(os.devnull, "w") as null:
+            process = subprocess.Popen([*command, *(resume or once)], stdout=null, stderr=null)
+        while process.poll() is None and not any(
+            path.name >= folder_name(step) for path in checkpoint_folders(cut)
+        ):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

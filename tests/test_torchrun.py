@@ -193,6 +193,7 @@ def test_a_node_dies_and_the_run_resumes_on_the_other(folder: Path, tmp_path: Pa
         for node in nodes:
             with suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
     text = texts[nodes.index(other)].read_text()
     assert "ade train: process 0 of 2 has lost the others: one ended" in text, text
 
