@@ -93,9 +93,13 @@ def test_every_command_parses(page: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_argument_has_a_help_text(verb: str) -> None:
+def test_every_argument_has_a_help_text_and_all_fit_two_screens(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parser = argparse.ArgumentParser()
     import_module(VERBS[verb].module).add_arguments(parser)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert len(parser.format_help().splitlines()) <= 80
     parsers = [parser]
     for parser in parsers:
         for action in parser._actions:
