@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from serving.engine.signatures import inputs_of, outputs_of
 from tests.helpers import TINY, make_model, narrow, shake
-from training.step import Trainer
+from tests.training_runs import trainer
 
 LEARNED = dataclasses.replace(TINY, dequantizer_width=6)
 
@@ -133,17 +132,17 @@ def test_it_needs_an_inference_network() -> None:
 
 def test_a_training_step_trains_it_with_the_likelihood_alone() -> None:
     config = narrow("av-ade", dequantizer_width=4)
-    trainer = Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, seed=0)
-    dequantizer = trainer.model.dequantizer
+    trained = trainer(config)
+    dequantizer = trained.model.dequantizer
     assert dequantizer is not None
     rates = {
-        id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]
+        id(p): group["lr"] for group in trained.optimizer.param_groups for p in group["params"]
     }
     assert {rates[id(p)] for p in dequantizer.parameters()} == {config.learning_rate}
     before = [p.detach().clone() for p in dequantizer.parameters()]
     images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
     for _ in range(3):  # its last layers start at zero
-        losses = trainer.run([images, images])
+        losses = trained.run([images, images])
     assert np.isfinite(losses["bpd"])
     assert not any(torch.equal(p, q) for p, q in zip(dequantizer.parameters(), before, strict=True))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +11,17 @@ import torch
 
 from ade_base.errors import ConfigError
 from tests.helpers import narrow
+from tests.training_runs import batches, trainer
 from training.augment import NUMBERS, augment
-from training.config import DiscriminatorConfig, TrainConfig
-from training.data import ImageSet
+from training.config import DiscriminatorConfig
 from training.discriminator import make_discriminator
 from training.losses import discriminator_loss, hinge_discriminator_loss
 from training.projected import ProjectedDiscriminator
 from training.recipes import recipe, saw_efficientnet
-from training.runs import (
-    Progress,
-    RunError,
-    load_checkpoint,
-    save_checkpoint,
-)
-from training.step import Trainer
+from training.runs import Progress, RunError, load_checkpoint, save_checkpoint
 from training.weights import count_weights
 
 CONFIG = dataclasses.replace(narrow("av-ade-pd", image_size=32), batch_size=8)
-
-
-def trainer(config: TrainConfig = CONFIG, seed: int = 0) -> Trainer:
-    return Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, seed)
 
 
 @pytest.mark.parametrize("size", [8, 32, 48, 64, 96])
@@ -82,50 +71,36 @@ def test_the_heads_largest_singular_values_are_1() -> None:
 
 
 def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
-    trained = trainer()
+    trained = trainer(CONFIG)
     assert trained.discriminator is not None
     logits: list[torch.Tensor] = []
     trained.discriminator.register_forward_hook(lambda _, given, out: logits.append(out.detach()))
-    batches = ImageSet(real_images).batches(8, 0)
-    losses = trained.run([torch.from_numpy(next(batches)) for _ in range(2)])
+    losses = trained.run(batches(real_images, 1, CONFIG)[0])
     real, fake, _ = logits  # the last are the generator's
     assert losses["d_loss"] == pytest.approx(hinge_discriminator_loss(real, fake).item())
     assert losses["d_loss"] != pytest.approx(discriminator_loss(real, fake).item(), rel=0.01)
 
 
 def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
-    trained = trainer()
+    trained = trainer(CONFIG)
     assert trained.discriminator is not None
-    frozen = {
-        name: value.clone()
-        for name, value in trained.discriminator.named_buffers()
-        if not name.startswith(("heads.", "compare."))
-    }
+    heads_alone = ("heads.", "compare.")
+    buffers = trained.discriminator.named_buffers()
+    frozen = {n: value.clone() for n, value in buffers if not n.startswith(heads_alone)}
     assert {name.split(".")[0] for name in frozen} == {"features", "mix_channels", "mix_scales"}
-    assert all(
-        name.startswith(("heads.", "compare.")) for name in trained.discriminator.state_dict()
-    )
+    assert all(name.startswith(heads_alone) for name in trained.discriminator.state_dict())
     heads = {name: p.clone() for name, p in trained.discriminator.named_parameters()}
-    batches = ImageSet(real_images).batches(8, 0)
-    for _ in range(2):
-        losses = trained.run([torch.from_numpy(next(batches)) for _ in range(2)])
+    for batch in batches(real_images, 2, CONFIG):
+        losses = trained.run(batch)
     assert {"d_loss", "quality_loss", "bpd"} <= losses.keys() and "gradient_penalty" not in losses
-    assert all(
-        torch.equal(value, frozen[name])
-        for name, value in trained.discriminator.named_buffers()
-        if name in frozen
-    )
-    assert all(
-        not torch.equal(p, heads[name])
-        for name, p in trained.discriminator.named_parameters()
-        if p.ndim > 1
-    )
+    parameters = trained.discriminator.named_parameters()
+    assert not any(torch.equal(p, heads[name]) for name, p in parameters if p.ndim > 1)
     # Frozen parts are the same for every seed: they are rebuilt, not stored.
-    again = trainer(seed=5).discriminator
+    again = trainer(CONFIG, seed=5).discriminator
     assert again is not None
-    assert all(
-        torch.equal(value, frozen[name]) for name, value in again.named_buffers() if name in frozen
-    )
+    for discriminator in (trained.discriminator, again):
+        now = dict(discriminator.named_buffers())
+        assert all(torch.equal(value, now[name]) for name, value in frozen.items())
     counted = count_weights(recipe("av-ade-pd", 32, 3, "tiny")).discriminator
     full = make_discriminator(recipe("av-ade-pd", 32, 3).discriminator, 32, 3)
     assert counted == sum(p.numel() for p in full.parameters()) == 906_949
@@ -135,45 +110,27 @@ def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
     real_images: np.ndarray,
 ) -> None:
     """Its loss falls, and only the generator's path gets a gradient, not the flow."""
-    trained = trainer(
-        dataclasses.replace(
-            CONFIG,
-            d_learning_rate=2e-3,
-            warmup_steps=1,
-            coverage=False,
-            free_bits=0.0,
-            reconstruction_weight=0.0,
-            noisy_share=0.0,
-        )
-    )
+    alone = {"coverage": False, "free_bits": 0.0, "reconstruction_weight": 0.0, "noisy_share": 0.0}
+    trained = trainer(dataclasses.replace(CONFIG, d_learning_rate=2e-3, warmup_steps=1, **alone))
     seen: set[str] = set()
     step = trained.optimizer.step
 
     def look() -> None:
-        seen.update(
-            n
-            for n, p in trained.model.named_parameters()
-            if p.grad is not None and p.grad.abs().sum() > 0
-        )
+        parameters = trained.model.named_parameters()
+        seen.update(n for n, p in parameters if p.grad is not None and p.grad.any())
         step()
 
     trained.optimizer.step = look  # type: ignore[method-assign,assignment]
-    batches = ImageSet(real_images).batches(8, 0)
-    losses = [
-        trained.run([torch.from_numpy(next(batches)) for _ in range(2)])["d_loss"]
-        for _ in range(20)
-    ]
+    losses = [trained.run(batch)["d_loss"] for batch in batches(real_images, 20, CONFIG)]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
-    assert any("to_mean" in name for name in seen) and not any(
-        name.startswith("flow.") for name in seen
-    )
+    assert any("to_mean" in n for n in seen) and not any(n.startswith("flow.") for n in seen)
 
 
 def test_a_run_that_compares_images_resumes_with_as_many_processes(tmp_path: Path) -> None:
     """Another number of them would give each comparison another number of images."""
-    folder = save_checkpoint(tmp_path, trainer(), Progress(), {"recipe": "av-ade-pd"})
-    load_checkpoint(folder, trainer())
-    after = trainer()
+    folder = save_checkpoint(tmp_path, trainer(CONFIG), Progress(), {"recipe": "av-ade-pd"})
+    load_checkpoint(folder, trainer(CONFIG))
+    after = trainer(CONFIG)
     after.processes = 2
     with pytest.raises(RunError, match="cannot be resumed by 2 processes: .* needs 1 as before"):
         load_checkpoint(folder, after)
