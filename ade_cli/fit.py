@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = sizes_in(survey_before(out))
     if not sizes:
         say(f"looking at {len(files)} files")
-        sizes = picture_sizes(files, say)
+        sizes = picture_sizes(files)
     plan = plan_for(choose_image_size(sizes) if side is None else side)
     fitted = fit_folder(plan, files, sizes, out, say)
     print(f"report: {fitted.report}\nserve it: {command('serve', fitted.bundle)}")

@@ -17,7 +17,7 @@ from ade_base.pictures.read import file_size
 from ade_base.system import available_cores
 from export.gate.images import counting
 from export.gate.split import MAX_CALIBRATING, MAX_FITTED
-from training.data import PARTS, REPEATS, Dataset, Report
+from training.data import PARTS, REPEATS, Dataset
 from training.datasets.files import unusable_hint
 
 SMALLEST, LARGEST = 16, 64  # sides of a fitting's models, pixels
@@ -73,7 +73,7 @@ class Survey:
         return "" if self.content == before.get("content") else "names or pixels differ"
 
 
-def picture_sizes(files: Sequence[Path], report: Report = lambda line: None) -> Sizes:
+def picture_sizes(files: Sequence[Path]) -> Sizes:
     """Count image files by the width and height in their headers, or ``None`` if unreadable."""
 
     def sizes() -> Iterator[tuple[int, int] | None]:
@@ -81,7 +81,7 @@ def picture_sizes(files: Sequence[Path], report: Report = lambda line: None) -> 
             for first in range(0, len(files), CHUNK):  # the pool keeps what it is given in memory
                 yield from pool.map(size_of, files[first : first + CHUNK])
 
-    return Counter(counting("sizes", sizes(), report))
+    return Counter(counting("sizes", sizes()))
 
 
 def are_larger(sizes: Sizes, side: int) -> bool:

@@ -327,19 +327,6 @@ def test_grey_images_are_corrupted_as_grey_ones(small_images: np.ndarray) -> Non
         assert (alone[name] != alone[name][..., :1]).any() and alone[name].shape == coloured.shape
 
 
-def test_reading_training_images_is_reported(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """There may be many more than those that calibrate or are tested."""
-    monkeypatch.setattr("export.gate.images.REPORT_S", -1)
-    trained, others = small_images[:3], small_images[100:200]
-    told: list[str] = []
-    _parts(open_bundle(tiny_bundle), others[:50], others[50:], trained, told.append)
-    assert told.count("training: read 3 images") == 1
-
-
 def test_a_picture_that_repeats_is_not_rejected_for_it(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:

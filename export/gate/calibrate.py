@@ -330,7 +330,7 @@ def _digests(
     images = prepared(trained, image_shape, True, lambda resized: look)
     return {
         image_digest(image.pixels)
-        for _, image in counting("training", images, report)
+        for _, image in counting("training", images)
         if isinstance(image, Picture)
     }
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
 from ade_base.files import read_file
 from ade_base.messages import commonest, counted
@@ -25,7 +26,6 @@ from training.datasets.files import check_storage, may_pass
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
-REPORT_S = 10.0  # between lines on progress
 MAX_SHOWN = 5
 
 Images = Iterable[bytes | np.ndarray | Picture]  # files, uint8 (H, W, C), or of the model's size
@@ -99,14 +99,17 @@ def prepared(
             yield from threads.map(prepare, few)
 
 
-def counting(name: str, images: Iterable[Item], report: Report) -> Iterator[Item]:
-    """Yield the same images, and report their number while reading them takes long."""
-    reported = time.monotonic()
-    for count, item in enumerate(images, 1):
-        yield item
-        if time.monotonic() - reported > REPORT_S:
-            reported = time.monotonic()
-            report(f"{name}: read {count:,} images")
+def bar(name: str, total: int | None = None) -> tqdm[Any]:
+    """A progress bar on a terminal; elsewhere nothing, because a bar there is many lines."""
+    return tqdm(total=total, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
+
+
+def counting(name: str, images: Iterable[Item]) -> Iterator[Item]:
+    """Yield the same images, with a progress bar."""
+    with bar(name, length_hint(images) or None) as shown:
+        for image in images:
+            yield image
+            shown.update()
 
 
 def usable(
@@ -123,7 +126,7 @@ def usable(
         name: of the images.
         images: see :func:`prepared`.
         image_shape: ``(H, W, C)`` of the model.
-        report: called with a line if images are left out, and while reading takes long.
+        report: called with a line if images are left out.
         may_be_empty: whether there may be no images.
         look_of: how an encoder sees them.
 
@@ -132,7 +135,7 @@ def usable(
     """
     found: list[Picture] = []
     errors: list[tuple[str, str]] = []
-    for its, image in counting(name, prepared(images, image_shape, True, look_of), report):
+    for its, image in counting(name, prepared(images, image_shape, True, look_of)):
         if isinstance(image, Picture):
             found.append(image)
         else:

@@ -25,7 +25,7 @@ def read_known_bad(
     Raises:
         CalibrationError: too few.
     """
-    found = list(counting(NAME, prepared(images, image_shape, True, look_of), report))
+    found = list(counting(NAME, prepared(images, image_shape, True, look_of)))
     errors = [(name, its.message) for name, its in found if not isinstance(its, Picture)]
     report_left_out(NAME, errors, report)
     usable = [(name, its) for name, its in found if isinstance(its, Picture)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import length_hint
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from export.gate.images import (
     MAX_THREADS,
     Images,
     Prepared,
+    bar,
     none_usable,
     prepared,
     report_left_out,
@@ -41,7 +43,8 @@ def statistics_of(
 ) -> dict[str, np.ndarray]:
     """The statistics of images of the model's size, by name; see :func:`measured`."""
     them = prepared(images, engine.image_shape, False)
-    return measured(engine, them, name, report, (memory, memory)).statistics
+    total = length_hint(images) or None
+    return measured(engine, them, name, report, (memory, memory), total).statistics
 
 
 def measured(
@@ -50,6 +53,7 @@ def measured(
     name: str,
     report: Report,
     memories: tuple[EncoderMemory | None, EncoderMemory | None] = (None, None),
+    total: int | None = None,
 ) -> Measured:
     """Compute the statistics of many images, a chunk at a time.
 
@@ -60,9 +64,10 @@ def measured(
         engine: with ``score``.
         images: see :func:`export.gate.images.prepared`.
         name: of the images, for progress and errors.
-        report: called with each line of progress.
+        report: called with a line if images are left out.
         memories: measure patches at once, which take much memory, of images of the model's size and
             of resized ones. A statistic that only one kind has is 0 for the other.
+        total: number of the images, if it is known, for the progress bar.
 
     Raises:
         CalibrationError: no image could be used.
@@ -79,10 +84,8 @@ def measured(
     resized: list[bool] = []
     errors: list[tuple[str, str]] = []
     kinds: tuple[list[tuple[str, Picture]], ...] = [], []
-    done = 0
 
     def flush(waiting: list[tuple[str, Picture]]) -> None:
-        nonlocal done
         if waiting:
             them = [image for _, image in waiting]
             batches = [them[i : i + MAX_ROWS] for i in range(0, len(them), MAX_ROWS)]
@@ -95,11 +98,10 @@ def measured(
             if finite.any():
                 chunks.append({key: values[finite] for key, values in found.items()})
                 resized.extend(waiting[row][1].resized for row in np.flatnonzero(finite))
-            done += len(waiting)
+            shown.update(len(waiting))
             waiting.clear()
-            report(f"{name}: scored {done} images")
 
-    with thread_pool() as threads:
+    with thread_pool() as threads, bar(name, total) as shown:
         for its, image in images:
             if isinstance(image, Picture):
                 waiting = kinds[are_apart and image.resized]

@@ -154,7 +154,6 @@ def _calibrated(
         named = [(kept, f"good {kind}images for the lesson"), (bad, f"known bad {kind}images")]
         shown = [statistics_of(engine, some, name, report, memory) for some, name in named]
         calibration = taught(calibration, (known, calibrating, *shown), report)
-    report(f"corrupting {len(good[:CORRUPTED])} {kind}images")
     caught, some = {}, good[:CORRUPTED]
     ways = {**corruptions_of(some, look.ignored), **damaged(some, look.ignored)}
     for way, changed in ways.items():

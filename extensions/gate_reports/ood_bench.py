@@ -56,7 +56,7 @@ def bench(
     copies = prepared(trained, shape, True, lambda resized: Look(0, ignored))
     known = digests_of(calibrations) | {
         short_digest(image.pixels)
-        for _, image in counting("training", copies, report)
+        for _, image in counting("training", copies)
         if isinstance(image, Picture)
     }
 

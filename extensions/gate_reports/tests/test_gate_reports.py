@@ -17,7 +17,6 @@ from ade_cli import calibrate as calibrate_command
 from ade_cli.main import main
 from export.gate.measuring import Measured
 from export.gate.separation import COMBINED, NO_FEATURES, RAW_BPD, Figures
-from extensions.gate_reports.ood_bench import bench
 from extensions.gate_reports.ood_bench_report import _histogram, _write_csv, write_report
 from extensions.gate_reports.verbs import ood_bench
 from extensions.gate_reports.what_if import ALPHAS, Alarms, Way, WhatIf
@@ -189,17 +188,6 @@ def test_the_bench_tests_on_images_that_calibrated_nothing(
     assert set(copies) == trained and set(tested) == unseen
     _, tested, _ = ood_bench._id_images(bench, opened, "other")
     assert set(tested) == unseen if is_known else set(tested) > fit | calibration
-
-
-def test_reading_training_images_is_reported(
-    tiny_bundle: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("export.gate.images.REPORT_S", -1)
-    told: list[str] = []
-    engine = InferenceEngine(tiny_bundle, device="cpu")
-    others = small_images[100:200]
-    bench(engine, "inverted", 255 - others, {}, 2, tmp_path, told.append, small_images[:3])
-    assert told.count("training: read 3 images") == 1
 
 
 def test_a_folder_is_benched_whatever_its_name(
