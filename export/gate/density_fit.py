@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 
 from serving.verdict.calibration import ESTIMATOR, Calibration, CalibrationError
 from serving.verdict.density import FARTHEST, Mixture, NormalScores
-from serving.verdict.encoder import DISTANCES, OF_ENCODER, EncoderMemory
+from serving.verdict.encoder import DISTANCES, OF_ENCODER, SEEN, EncoderMemory
 from serving.verdict.semantic import FEATURES, OF_NETWORK, SEMANTIC_PREFIX, KnownImages
 from serving.verdict.statistics import PIXEL_PREFIX, finite_rows
 
@@ -29,6 +29,8 @@ RIDGE = 0.02  # added to a variance of about one
 # Weight of one unit of the mean semantic normal score, in standard deviations of the density's
 # score. Chosen on held-out classes and corruptions: docs/explanation/trials.md#the-gate.
 SEMANTIC_WEIGHT = 1.5
+# The same of two networks' combined score: docs/explanation/trials.md#two-encoders.
+BOTH_WEIGHT = 2.0
 # Share of known images whose scores of the density count alike: less if the distance is in all
 # directions, because then it sees less.
 FLOOR, FLOOR_OUTSIDE_MAIN = 1 / 2, 3 / 4
@@ -96,8 +98,10 @@ def fit_calibration(
         low, floor, high = np.quantile(
             _held_out_scores(scores[:, np.logical_not(semantic)]), [0.16, alike, 0.84]
         )
-        times = PATCHES_WEIGHT if sees_patches else SEMANTIC_WEIGHT
-        weight = float(times * (high - low) / 2 / sum(semantic))
+        times = (PATCHES_WEIGHT if sees_patches else SEMANTIC_WEIGHT) / sum(semantic)
+        if 0 < len({*names} & {*SEEN}) < sum(semantic):
+            times = BOTH_WEIGHT
+        weight = float(times * (high - low) / 2)
         if known is not None:
             known = replace(known, weight=weight, floor=float(floor))
         if encoder is not None:

@@ -50,6 +50,8 @@ CORRUPTED_PREFIX = "corrupted: "  # of the arrays of corrupted images' scores
 MAX_NAMES = 1000  # of statistics; a model has some dozens
 MAX_NAME = 100  # characters of one
 MAX_SHOWN = 5  # of them, in a message
+# Between the larger of two networks' normal scores, 0, and their sum.
+SOFTNESS = 2.0
 ESTIMATOR = "elbo"  # of the bits per dimension that verdicts use
 
 
@@ -282,8 +284,8 @@ class Calibration:
         This is minus the log-density of the statistics of the generative model and the pixels. With
         semantic statistics it is at least the known images' floor, and the weighted sum of their
         normal scores is added. Inside the density, one or two among dozens would hardly count. Of
-        two networks, the one that finds an image more unusual counts more. A lesson's normal score
-        is added with a weight of its own.
+        two networks, each gives the mean of its normal scores, and the one that finds an image more
+        unusual counts more. A lesson's normal score is added with a weight of its own.
         """
         width = self.mixture.means.shape[1]
         scores = density = self.mixture.negative_log_density(normal[:, :width])
@@ -296,8 +298,8 @@ class Calibration:
         if memory is not None and (seen.all() or not seen.any()):
             scores = np.maximum(density, memory.floor) + memory.weight * semantic.sum(1)
         elif memory is not None:
-            means = [semantic[:, its].mean(1) for its in (seen, ~seen)]
-            both = len(seen) / 2 * memory.weight * np.logaddexp(*means)
+            means = [semantic[:, its].mean(1) / SOFTNESS for its in (seen, ~seen)]
+            both = memory.weight * SOFTNESS * np.logaddexp(*means)
             scores = np.maximum(density, memory.floor) + both
         scores = scores + lesson
         # Minus infinity would be accepted.
