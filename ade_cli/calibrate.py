@@ -12,6 +12,7 @@ import numpy as np
 from ade_base.files import read_file
 from ade_base.pictures.ignored import Ignored
 from ade_base.pictures.read import MAX_FILE_BYTES
+from ade_base.pictures.view import LARGE
 from ade_cli.advice import advice
 from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of, say
@@ -37,6 +38,7 @@ from training.datasets.files import shuffled
 from training.datasets.folder import image_files
 
 OWN = "bundle"  # of --features
+MAX_DETAIL = 4
 ALPHAS = (0.1, 0.05, 0.01)
 HALF = 0.5  # share of damaged images below which a gate does not see the damage
 
@@ -76,6 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MASK.png",
         help="white pixels of this picture are ignored in every picture, also in use: nothing "
         "looks at them. All pictures must have its width and height (default: ignore nothing)",
+    )
+    parser.add_argument(
+        "--detail",
+        type=int,
+        choices=range(1, MAX_DETAIL + 1),
+        default=1,
+        metavar="N",
+        help="look at pictures larger than the model N times as finely in each direction, for "
+        f"small damage in large pictures: at {LARGE} × N pixels. A score takes N² times as long, "
+        f"also in use (1 to {MAX_DETAIL}; default: 1)",
     )
     parser.add_argument(
         "--keep-examples",
@@ -140,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
         sees_originals=False if args.features == Path(OWN) else None,
         known_bad=readable(known_bad, say),
         ignored=ignored,
+        detail=args.detail,
     )
     assert made.exact is not None
     _tell(made)

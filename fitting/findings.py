@@ -180,5 +180,5 @@ def _caught(engine: InferenceEngine, images: Sequence[Picture]) -> list[Caught]:
             name in CORRUPTIONS,
             tuple(rejected(engine, engine.calibrations, its, ALPHAS)),
         )
-        for name, its in corruptions_of(images).items()
+        for name, its in corruptions_of(images)
     ]

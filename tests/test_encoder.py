@@ -189,6 +189,33 @@ def test_the_networks_of_the_bundle_can_be_kept(
     assert any("so no encoder sees the originals" in line for line in lines)
 
 
+def test_more_detail_looks_more_finely_at_larger_pictures_alone(
+    tiny_bundle: Path,
+    real_images: np.ndarray,
+    small_images: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("export.gate.pair.CORRUPTED", 1)  # each takes four times as long
+    files, out = _larger(real_images[:60]), tmp_path / "fine"
+    made = calibrate_bundle(tiny_bundle, out, files[:25], files[25:], "larger", detail=2)
+    assert made.look_of(True).size == made.look_of(False).size == 448
+    decisions = Gate(out).check([files[0], write_png(small_images[0])])
+    assert [its.p_value is not None for its in decisions] == [True, True]
+    engine = InferenceEngine(out)
+    image = _picture(files[0], engine)
+    (score,) = engine.score(image.pixels[None], resized=[True], views=[image.view])
+    assert isinstance(score, Score) and score.verdict and score.verdict.patches is not None
+    assert score.verdict.patches.shape == ((448 // STRIDE) ** 2,)
+    for small in ({}, {"sees_originals": True}, {"sees_originals": False}):
+        with pytest.raises(CalibrationError, match="more detail needs images larger than"):
+            calibrate_bundle(
+                tiny_bundle, tmp_path / "no", small_images[:25], small_images[25:60], "small",
+                detail=2, **small,
+            )  # fmt: skip
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(
     seeing: Path, tmp_path: Path
 ) -> None:

@@ -226,7 +226,7 @@ def test_corrupted_pictures_keep_what_is_ignored(large_images: np.ndarray) -> No
     look = Look(LARGE, Ignored.read(mask_of(40, 60, np.s_[20:, :])))
     made = [prepare_image(its, (8, 12, 3), True, lambda resized: look) for its in large_images[:3]]
     pictures = [its for its in made if isinstance(its, Picture)]
-    (changed, *_) = corruptions_of(pictures, look.ignored)["uniform noise"]
+    (changed, *_) = dict(corruptions_of(pictures, look.ignored))["uniform noise"]
     assert changed.view is not None and pictures[0].view is not None
     for its, own, edge in (
         (changed.pixels, pictures[0].pixels, 4),

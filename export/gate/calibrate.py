@@ -69,6 +69,7 @@ def calibrate_bundle(
     sees_originals: bool | None = None,
     known_bad: Images = (),
     ignored: Ignored | None = None,
+    detail: int = 1,
 ) -> Calibrations:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
@@ -103,6 +104,8 @@ def calibrate_bundle(
         known_bad: images that the gate should reject. A third of those that would calibrate is
             kept to tell them from good ones (:mod:`export.gate.teach`).
         ignored: regions of all images that nothing looks at.
+        detail: how many times finer the encoder looks at images larger than the model, in each
+            direction.
         calibration: the name of the calibration; requests that give none are judged by that of
             :data:`serving.verdict.calibration_file.DEFAULT`. One of this name is replaced.
 
@@ -111,8 +114,8 @@ def calibrate_bundle(
             encoder's file is damaged.
         FeaturesError: the network cannot be used.
         CalibrationError: ``out`` exists or was written by another process meanwhile, too few
-            images, examples of images with ignored regions, the name cannot be used, or scores
-            cannot.
+            images, examples of images with ignored regions, detail that nothing sees, the name
+            cannot be used, or scores cannot.
     """
     check_out(out)
     if ignored is not None and keep_examples:  # which are small, and refused as of another size
@@ -121,13 +124,17 @@ def calibrate_bundle(
     bundle = verify_bundle(folder)
     examples = Examples(bundle.image_shape)
     encoder = _encoder(bundle, sees_originals, report) if features is None else None
-    large = looks(encoder is not None, ignored)[1]
+    large = looks(encoder is not None, ignored, detail)[1]
     look_of = lambda resized: large if resized else Look(0, ignored)
     named = read_known_bad(known_bad, bundle.image_shape, look_of, report)
     parts = _parts(bundle, fit, examples.passing(calibrate), trained, report, look_of)
     are_large = 2 * sum(i.resized for part in parts for i in part) >= sum(map(len, parts))
     bad = others_than(parts, named, report)
     is_seen = encoder is not None and (sees_originals or are_large or bundle.has(ENCODER_NAME))
+    if detail > 1 and not (is_seen and are_large):
+        raise CalibrationError(
+            "more detail needs images larger than the model, which the encoder of originals sees"
+        )
     if bad:
         check_can_teach(parts, is_seen or features is not None or bundle.has(FEATURES_NAME))
     with new_folder(out, CalibrationError) as temporary:
@@ -150,7 +157,7 @@ def calibrate_bundle(
                 write_manifest(temporary, fields)
             report(f"{ENCODER_NAME}: EfficientNet-Lite0 sees each image, whole")
         own = _own_calibration(bundle) if features is None else None
-        sees = looks(is_seen, ignored)
+        sees = looks(is_seen, ignored, detail)
         made, about = _calibrate(open_bundle(temporary), parts, own, report, unseen, sees, bad)
         content = made.to_bytes()
         (temporary / file).write_bytes(content)

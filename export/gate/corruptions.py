@@ -61,6 +61,7 @@ def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack(made)
 
 
+AT_ONCE = 32  # images, for which noise is drawn as float64
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 CORRUPTIONS: dict[str, Corruption] = {
     "constant": constant,
@@ -76,16 +77,22 @@ SUBTLE: dict[str, Corruption] = {
     "JPEG, quality 10": lambda images, rng: jpeg(images, 10),
 }
 
+ALL = {**CORRUPTIONS, **SUBTLE}  # gross ones first
+
 
 def corrupt(images: np.ndarray, corruption: Corruption) -> np.ndarray:
     """Corrupt images in one way. Grey ones, whose channels are equal, stay grey."""
-    made = corruption(images, np.random.default_rng(0))
-    grey = (images == images[..., :1]).all((1, 2, 3))
-    if grey.any():  # colours, which no grey camera makes, would give them away
-        made[grey] = corruption(images[grey][..., :1], np.random.default_rng(0))
+    made = np.empty_like(images)
+    for first in range(0, len(images), AT_ONCE):
+        some = images[first : first + AT_ONCE]
+        its = corruption(some, np.random.default_rng(first))
+        grey = (some == some[..., :1]).all((1, 2, 3))
+        if grey.any():  # colours, which no grey camera makes, would give them away
+            its[grey] = corruption(some[grey][..., :1], np.random.default_rng(first))
+        made[first : first + AT_ONCE] = its
     return made
 
 
 def corrupted(images: np.ndarray) -> dict[str, np.ndarray]:
     """Corrupt images in each way; returns them by the name of the corruption, gross ones first."""
-    return {name: corrupt(images, one) for name, one in {**CORRUPTIONS, **SUBTLE}.items()}
+    return {name: corrupt(images, one) for name, one in ALL.items()}

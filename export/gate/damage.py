@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -23,20 +23,23 @@ LENGTH, WIDTH = 0.3, 0.012  # of a scratch, in shorter sides of the picture
 RADIUS, SIDE = 0.08, 0.15  # of a stain, and of a part
 
 
-def damaged(images: Sequence[Picture], ignored: Ignored | None = None) -> dict[str, list[Picture]]:
-    """The pictures damaged in each way, by its name; empty unless an encoder sees their parts.
+def damaged(
+    images: Sequence[Picture], ignored: Ignored | None = None
+) -> Iterator[tuple[str, list[Picture]]]:
+    """The pictures damaged in each way, after its name; none unless an encoder sees their parts.
 
     The view and the pixels are damaged at the same place of the picture, which is not ignored.
     """
     seen = [its for its in images if its.view is not None and len(its.view.pixels) >= LARGE]
-    return {
-        kind: [
-            _damaged(image, image.view, kind, ignored, np.random.default_rng(row))
-            for row, image in enumerate(seen)
-            if image.view is not None
-        ]
-        for kind in (DAMAGES if seen else ())
-    }
+    for kind in DAMAGES if seen else ():
+        yield (
+            kind,
+            [
+                _damaged(image, image.view, kind, ignored, np.random.default_rng(row))
+                for row, image in enumerate(seen)
+                if image.view is not None
+            ],
+        )
 
 
 def _damaged(

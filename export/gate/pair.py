@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ NO_LOOKS = Look(0), Look(0)
 Parts = tuple[list[Picture], list[Picture]]  # that fit the density, that calibrate
 
 
-def looks(is_seen: bool, ignored: Ignored | None) -> Looks:
+def looks(is_seen: bool, ignored: Ignored | None, detail: int = 1) -> Looks:
     """How an encoder sees images, if it does, and what of them is ignored."""
-    return Look(SMALL * is_seen, ignored), Look(LARGE * is_seen, ignored)
+    return Look(SMALL * is_seen, ignored), Look(LARGE * detail * is_seen, ignored)
 
 
 def _of_kind(parts: Parts, resized: bool) -> Parts | None:
@@ -155,8 +156,7 @@ def _calibrated(
         shown = [statistics_of(engine, some, name, report, memory) for some, name in named]
         calibration = taught(calibration, (known, calibrating, *shown), report)
     caught, some = {}, good[:CORRUPTED]
-    ways = {**corruptions_of(some, look.ignored), **damaged(some, look.ignored)}
-    for way, changed in ways.items():
+    for way, changed in chain(corruptions_of(some, look.ignored), damaged(some, look.ignored)):
         try:
             found = statistics_of(engine, changed, way, memory=memory)
         except CalibrationError as error:  # none has a finite likelihood

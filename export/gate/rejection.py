@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ade_base.pictures.ignored import WHITE, Ignored
 from ade_base.pictures.show import resize_centre
 from ade_base.pictures.view import View
-from export.gate.corruptions import corrupted
+from export.gate.corruptions import ALL, corrupt
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture
 from serving.verdict.calibration_file import Calibrations
@@ -41,25 +41,27 @@ def p_values(
 
 def corruptions_of(
     images: Sequence[Picture], ignored: Ignored | None = None
-) -> dict[str, list[Picture]]:
-    """The images corrupted in each way, by the name of the corruption; gross ones first.
+) -> Iterator[tuple[str, list[Picture]]]:
+    """The images corrupted in each way, after the name of the corruption; gross ones first.
 
     Pixels that are ignored stay as they are.
     """
-    made = corrupted(np.stack([image.pixels for image in images]))
-    views = [image.view for image in images if image.view is not None]
-    seen = corrupted(np.stack([view.pixels for view in views])) if views else {}
-    return {
-        name: [
-            dataclasses.replace(
-                image,
-                pixels=_kept(ignored, image.pixels, its),
-                view=_view(image, seen.get(name), row, ignored),
-            )
-            for row, (image, its) in enumerate(zip(images, changed, strict=True))
-        ]
-        for name, changed in made.items()
-    }
+    pixels = np.stack([image.pixels for image in images])
+    views = [image.view.pixels for image in images if image.view is not None]
+    for name, corruption in ALL.items():
+        made = corrupt(pixels, corruption)
+        seen = corrupt(np.stack(views), corruption) if views else None
+        yield (
+            name,
+            [
+                dataclasses.replace(
+                    image,
+                    pixels=_kept(ignored, image.pixels, its),
+                    view=_view(image, seen, row, ignored),
+                )
+                for row, (image, its) in enumerate(zip(images, made, strict=True))
+            ],
+        )
 
 
 def _kept(ignored: Ignored | None, pixels: np.ndarray, changed: np.ndarray) -> np.ndarray:

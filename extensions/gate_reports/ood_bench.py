@@ -73,7 +73,7 @@ def bench(
     sets = {name: measure(ready(images), name) for name, images in ood_sets.items()}
     found = (image for _, image in unused(lambda line: None) if isinstance(image, Picture))
     few = list(islice(found, corrupt))
-    for name, changed in corruptions_of(few, ignored).items():
+    for name, changed in corruptions_of(few, ignored):
         if name not in CORRUPTIONS:
             continue
         try:

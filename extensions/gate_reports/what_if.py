@@ -9,6 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -160,7 +161,7 @@ def what_if(
         ways.append(_way(resized, judge, found[mine], known[mine], count, level))
     caught = {}
     changed = corruptions_of(images[:corrupt], calibrations.exact.ignored)
-    for name, its in {**changed, **unlike}.items():
+    for name, its in chain(changed, unlike.items()):
         report(f"{name}: {len(its)} images")
         caught[name] = rejected(engine, calibrations, its, ALPHAS, report)
     return WhatIf(

@@ -113,7 +113,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
     images, _ = usable("blank", blank, engine.image_shape, print)
     history = images * 500
     monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, []))
-    monkeypatch.setattr(what_if_module, "corruptions_of", lambda *_: {})
+    monkeypatch.setattr(what_if_module, "corruptions_of", lambda *_: ())
     resized = np.array([image.resized for image in history])
     warned = 0
     for i in range(400):
@@ -146,7 +146,7 @@ def test_a_calibration_says_what_it_catches(
     assert set(calibrations.exact.corrupted) == {*CORRUPTIONS, *SUBTLE}
     calibrating = small_images[150 : 150 + kinds.CORRUPTED]
     images, _ = usable("calibrating", calibrating, engine.image_shape, print)
-    for name, its in corruptions_of(images).items():
+    for name, its in corruptions_of(images):
         (share,) = rejected(engine, calibrations, its, [0.1])
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
     assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
