@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.gate.density_fit import fit_calibration
+from export.gate.density_fit import fit_seen
 from export.gate.measuring import statistics_of
 from serving.engine.engine import InferenceEngine
 from serving.verdict.conformal import conformal_p_values
@@ -38,16 +38,20 @@ def main() -> None:
         engine,
         np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]),
         "held out",
+        look_of=engine.calibrations.look_of,
     )
-    test = statistics_of(engine, parts["test"].images[:], "test")
+    test = statistics_of(
+        engine, parts["test"].images[:], "test", look_of=engine.calibrations.look_of
+    )
     count, m = len(held_out["bpd"]), len(test["bpd"])
     print(f"{m:,} test images, band of {LEVEL:.4%}\n")
     print("| split | alpha | rejected | band | |\n|---|---|---|---|---|")
     for split in range(SPLITS):
         order = np.random.default_rng(split).permutation(count) if split else np.arange(count)
-        fitted = fit_calibration(
+        fitted = fit_seen(
             {k: v[order[:FIT]] for k, v in held_out.items()},
             {k: v[order[FIT:]] for k, v in held_out.items()},
+            engine.calibrations.look_of(False),
         )
         p_values = conformal_p_values(fitted.scores, fitted.scores_of(test))
         for alpha in ALPHAS:

@@ -9,22 +9,22 @@ the bundle: the one for resized images, and the one for images of the model's si
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
-from ade_base.pictures.show import resize_centre
 from export.gate.measuring import statistics_of
 from export.gate.pair import resize_and_back
 from serving.engine.engine import InferenceEngine
+from serving.ingest.picture import Picture
 from serving.verdict.false_alarms import false_alarm_band
 from training.datasets import load_dataset
 
 ALPHAS = (0.1, 0.05, 0.01)
-OOD_COUNT = 600
+COUNT, OOD_COUNT = 2000, 600
 WAYS = (
     (48, Resampling.BICUBIC),
     (64, Resampling.BILINEAR),
@@ -35,16 +35,10 @@ WAYS = (
 )
 
 
-def resized(images: Iterable[np.ndarray], size: int, kind: Resampling) -> np.ndarray:
-    """Images uint8 ``(N, H, W, C)``, brought to ``size`` and back as a request does it."""
-    return np.stack(
-        [
-            resize_centre(
-                np.asarray(Image.fromarray(image).resize((size, size), kind)), *image.shape[:2]
-            )
-            for image in images
-        ]
-    )
+def resized(images: Iterable[np.ndarray], size: int, kind: Resampling) -> Iterator[np.ndarray]:
+    """Square images of ``size``, uint8 ``(size, size, C)``, which a request resizes."""
+    for image in images:
+        yield np.asarray(Image.fromarray(image).resize((size, size), kind))
 
 
 def main() -> None:
@@ -54,14 +48,14 @@ def main() -> None:
     parser.add_argument("--ood", type=Path, nargs="*", default=[], metavar="NPZ")
     args = parser.parse_args()
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
-    test = load_dataset("cifar10", args.root).parts["test"].images[:]
+    test = load_dataset("cifar10", args.root).parts["test"].images[:COUNT]
     calibrations = engine.calibrations
     if calibrations.resized is None or calibrations.exact is None:
         parser.error(f"{args.bundle} must have calibrations for resized images and for others")
     judges = (calibrations.resized, calibrations.exact)
 
-    def report(name: str, images: np.ndarray) -> None:
-        statistics = statistics_of(engine, images, name)
+    def report(name: str, images: Iterable[np.ndarray | Picture]) -> None:
+        statistics = statistics_of(engine, images, name, look_of=calibrations.look_of, resize=True)
         cells = []
         for judge in judges:
             p_values = np.array([verdict.p_value for verdict in judge.verdicts(statistics)])
@@ -72,7 +66,8 @@ def main() -> None:
     print(f"| rejected at alpha {alphas} | resized calibration | judged as if not resized |")
     print("|---|---|---|")
     report(
-        "as the calibration simulates", np.stack([resize_and_back(image).pixels for image in test])
+        "as the calibration simulates",
+        (resize_and_back(image, calibrations.look_of(True)) for image in test),
     )
     for size, kind in WAYS:
         report(f"{size} pixels, {kind.name.lower()}", resized(test, size, kind))

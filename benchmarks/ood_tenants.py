@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from export.gate.corruptions import blur, jpeg
-from export.gate.density_fit import fit_calibration
+from export.gate.density_fit import fit_seen
 from export.gate.measuring import statistics_of
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
@@ -64,12 +64,13 @@ def shares_of(
     classes = np.sort(rng.choice(10, rng.integers(*CLASSES, endpoint=True), replace=False))
     name = list(CHANGES)[tenant % len(CHANGES)]
     rows = rng.permutation(np.flatnonzero(np.isin(labels, classes)))[: FIT + CALIBRATE + TEST]
-    found = statistics_of(engine, CHANGES[name](images[rows]), name)
+    look_of = engine.calibrations.look_of
+    found = statistics_of(engine, CHANGES[name](images[rows]), name, look_of=look_of)
     fit, calibrate, test = (
         {key: values[part] for key, values in found.items()}
         for part in (slice(FIT), slice(FIT, FIT + CALIBRATE), slice(FIT + CALIBRATE, None))
     )
-    calibration = fit_calibration(fit, calibrate)
+    calibration = fit_seen(fit, calibrate, look_of(False))
     scores = calibration.scores_of(test)
     p_values = conformal_p_values(calibration.scores, scores)
     shares = [float((p_values <= alpha).mean()) for alpha in ALPHAS]

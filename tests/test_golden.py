@@ -99,10 +99,11 @@ def noise(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.n
 
 
 def prepared() -> dict[str, Picture]:
-    """The pictures as the model sees them, every other one read from a PNG file."""
-    found = {}
+    """The pictures as model and encoder see them, every other one read from a PNG file."""
+    found, look_of = {}, InferenceEngine(PRETRAINED, device="cpu").calibrations.look_of
     for i, (name, pixels) in enumerate(pictures()):
-        image = prepare_image(write_png(pixels) if i % 2 else pixels, (32, 32, 3), resize=True)
+        source = write_png(pixels) if i % 2 else pixels
+        image = prepare_image(source, (32, 32, 3), True, look_of)
         assert isinstance(image, Picture), image
         found[name] = image
     return found
@@ -116,7 +117,9 @@ def verdicts(images: dict[str, Picture], backend: str = "onnxruntime") -> dict[s
     """By name: bits per dimension, their parts, the score of the verdict, p-value, decision."""
     engine = InferenceEngine(PRETRAINED, backend, device="cpu", operations=("score",))
     resized = [image.resized for image in images.values()]
-    scores = engine.score(np.stack([image.pixels for image in images.values()]), resized=resized)
+    pixels = np.stack([image.pixels for image in images.values()])
+    views = [image.view for image in images.values()]
+    scores = engine.score(pixels, resized=resized, views=views)
     found = {}
     for name, is_resized, score in zip(images, resized, scores, strict=True):
         assert isinstance(score, Score) and score.verdict is not None, name

@@ -12,8 +12,9 @@ from PIL import Image
 from scipy import stats
 
 from export.gate.corruptions import CORRUPTIONS
-from export.gate.density_fit import fit_calibration
+from export.gate.density_fit import fit_seen
 from export.gate.measuring import statistics_of
+from export.gate.rejection import p_values
 from export.gate.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
@@ -34,14 +35,17 @@ def test_corrupted_images_are_found_among_a_few(
     engine: InferenceEngine, real_images: np.ndarray
 ) -> None:
     """Uses only the images of this repository, so that it always runs."""
-    typical = scores_of(engine.calibration, engine.statistics(real_images))
+    look_of = engine.calibrations.look_of
+    typical = scores_of(
+        engine.calibration, statistics_of(engine, real_images, "real", look_of=look_of)
+    )
     assert (
         conformal_p_values(engine.calibration.scores, typical[COMBINED]) <= 0.1
     ).mean() < 0.1 + 4 * math.sqrt(0.09 / 300)
     for name, corrupt in CORRUPTIONS.items():
+        corrupted = corrupt(real_images[:40], np.random.default_rng(0))
         unusual = scores_of(
-            engine.calibration,
-            engine.statistics(corrupt(real_images[:40], np.random.default_rng(0))),
+            engine.calibration, statistics_of(engine, corrupted, name, look_of=look_of)
         )
         assert compare_scores(typical[COMBINED], unusual[COMBINED]).auroc > 0.985, name
 
@@ -51,28 +55,22 @@ def test_resized_images_have_a_verdict_of_their_own(
 ) -> None:
     """On images enlarged by factors that the shipped bundle's calibration did not use."""
 
-    def resized(images: np.ndarray) -> np.ndarray:
+    def p_values_of(images: np.ndarray) -> np.ndarray:
         larger = (
             np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING))
             for image in images
         )
-        made = [prepare_image(image, (32, 32, 3), True) for image in larger]
-        return np.stack([image.pixels for image in made if isinstance(image, Picture)])
+        made = [
+            prepare_image(image, (32, 32, 3), True, engine.calibrations.look_of) for image in larger
+        ]
+        pictures = [image for image in made if isinstance(image, Picture)]
+        return p_values(engine, engine.calibrations, pictures)
 
-    typical = engine.score(resized(real_images[:150]), resized=[True] * 150)
-    p_values = np.array([score.verdict.p_value for score in typical])
-    assert (p_values <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 150) and np.median(p_values) > 0.3
+    typical = p_values_of(real_images[:150])
+    assert (typical <= 0.1).mean() < 0.1 + 4 * math.sqrt(0.09 / 150) and np.median(typical) > 0.3
     for name in ("constant", "uniform noise", "permuted pixels"):
-        unusual = resized(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
-        assert (
-            np.mean(
-                [
-                    score.verdict.p_value <= 0.05
-                    for score in engine.score(unusual, resized=[True] * 20)
-                ]
-            )
-            > 0.9
-        ), name
+        unusual = p_values_of(CORRUPTIONS[name](real_images[:20], np.random.default_rng(0)))
+        assert (unusual <= 0.05).mean() > 0.9, name
 
 
 @pytest.mark.slow
@@ -82,24 +80,27 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
 
     parts = load_dataset("cifar10", str(large_data("data/cifar10"))).parts
     test_images = np.asarray(parts["test"].images[:])
-    test = statistics_of(engine, test_images, "test")
+    look_of = engine.calibrations.look_of
+    test = statistics_of(engine, test_images, "test", look_of=look_of)
     held_out = statistics_of(
         engine,
         np.concatenate([parts["select"].images[:], parts["calibrate"].images[:]]),
         "held out",
+        look_of=look_of,
     )
     level = 1 - 0.05 / 9
     for split in range(3):
         order = np.random.default_rng(split).permutation(5000) if split else np.arange(5000)
-        fitted = fit_calibration(
+        fitted = fit_seen(
             {k: v[order[:2000]] for k, v in held_out.items()},
             {k: v[order[2000:]] for k, v in held_out.items()},
+            look_of(False),
         )
-        p_values = conformal_p_values(fitted.scores, fitted.scores_of(test))
+        found = conformal_p_values(fitted.scores, fitted.scores_of(test))
         for alpha in ALPHAS:
             k = math.floor(alpha * 3001)
             low, high = stats.betabinom.ppf([(1 - level) / 2, (1 + level) / 2], 10_000, k, 3001 - k)
-            assert low <= (p_values <= alpha).sum() <= high, (split, alpha)
+            assert low <= (found <= alpha).sum() <= high, (split, alpha)
     typical = scores_of(engine.calibration, test)
     for name, least in LEAST.items():
         images = (
@@ -107,7 +108,9 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
             if name not in CORRUPTIONS
             else CORRUPTIONS[name](test_images[:500], np.random.default_rng(0))
         )
-        unusual = scores_of(engine.calibration, statistics_of(engine, images, name))
+        unusual = scores_of(
+            engine.calibration, statistics_of(engine, images, name, look_of=look_of)
+        )
         found = {
             score: compare_scores(typical[score], unusual[score]).auroc
             for score in (COMBINED, RAW_BPD, NO_MODEL)

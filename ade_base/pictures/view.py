@@ -79,7 +79,8 @@ class Look:
             )
         )
         pixels = np.empty((self.size, self.size, 3), np.uint8)
-        pixels[:] = np.rint(shown.mean((0, 1)))
+        if (rows, columns) != pixels.shape[:2]:
+            pixels[:] = np.rint(shown.mean((0, 1)))
         top, left = (self.size - rows) // 2, (self.size - columns) // 2
         pixels[top : top + rows, left : left + columns] = shown
         box = top, left, rows, columns

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from ade_base.pictures.view import Look
 from serving.verdict.calibration import ESTIMATOR, Calibration, CalibrationError
 from serving.verdict.density import FARTHEST, Mixture, NormalScores
 from serving.verdict.encoder import DISTANCES, OF_ENCODER, SEEN, EncoderMemory
@@ -122,6 +123,16 @@ def fit_calibration(
         encoder,
     )
     return replace(made, scores=np.sort(made.ood_scores(normal(reference))))
+
+
+def fit_seen(
+    fit: Mapping[str, np.ndarray], calibrate: Mapping[str, np.ndarray], look: Look
+) -> Calibration:
+    """:func:`fit_calibration` with an encoder, if it looked at the images so."""
+    if not look.size:
+        return fit_calibration(fit, calibrate)
+    encoder, fit = EncoderMemory.of(fit, look)
+    return fit_calibration(fit, encoder.measured(calibrate), encoder=encoder)
 
 
 def _semantic(

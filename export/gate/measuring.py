@@ -19,7 +19,7 @@ from export.gate.images import (
     thread_pool,
 )
 from serving.engine.engine import MAX_ROWS, InferenceEngine
-from serving.ingest.picture import Picture
+from serving.ingest.picture import LookOf, Picture, no_look
 from serving.verdict.encoder import EncoderMemory
 from serving.verdict.statistics import finite_rows
 from training.data import Report
@@ -40,9 +40,11 @@ def statistics_of(
     name: str,
     report: Report = lambda line: None,
     memory: EncoderMemory | None = None,
+    look_of: LookOf = no_look,
+    resize: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The statistics of images of the model's size, by name; see :func:`measured`."""
-    them = prepared(images, engine.image_shape, False)
+    """The statistics of images, by name; see :func:`prepared` and :func:`measured`."""
+    them = prepared(images, engine.image_shape, resize, look_of)
     total = length_hint(images) or None
     return measured(engine, them, name, report, (memory, memory), total).statistics
 

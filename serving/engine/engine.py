@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ade_base.messages import show
-from ade_base.pictures.view import LARGE, View
+from ade_base.pictures.view import LARGE, SMALL, View
 from ade_client.contract import DEFAULT
 from serving.engine.backends import Backend, OnnxRuntimeBackend, load_backend
 from serving.engine.bundle import ENCODER_NAME, FEATURES_NAME, Bundle, open_bundle
@@ -37,6 +37,7 @@ from serving.verdict.statistics import (
 
 MAX_ROWS = 32  # larger batches are not faster (docs/performance.md)
 ENCODER = ENCODER_NAME.removesuffix(".onnx")
+ENCODER_PIXELS = 8 * SMALL**2  # of the views in a batch: eight small ones are fastest
 BUCKETS = (1, 2, 4, 8, 16, 32)  # batch sizes for backends with fixed sizes
 
 
@@ -453,7 +454,7 @@ class InferenceEngine:
         return compute_statistics(images, {**outputs, **features})
 
     def encoded(self, views: Sequence[View]) -> dict[str, np.ndarray]:
-        """Run the encoder on views of one size, one by one.
+        """Run the encoder on views of one size.
 
         Returns:
             ``pooled``, float32 ``(N, F)``; of large views also ``patches``, float16 ``(N, P, f)``,
@@ -462,7 +463,13 @@ class InferenceEngine:
         if self._encoder is None:
             raise ValueError("the bundle has no encoder")
         names = [POOLED, PATCHES] if len(views[0].pixels) >= LARGE else [POOLED]
-        rows = [self._encoder.run(ENCODER, {"images": v.pixels[None]}, names) for v in views]
+        few = max(1, ENCODER_PIXELS // views[0].pixels[..., 0].size)
+        rows = [
+            self._encoder.run(
+                ENCODER, {"images": np.stack([v.pixels for v in views[i : i + few]])}, names
+            )
+            for i in range(0, len(views), few)
+        ]
         found = {POOLED: np.concatenate([row[POOLED] for row in rows])}
         if PATCHES in names:
             patches = np.concatenate([row[PATCHES] for row in rows]).astype(np.float16)
