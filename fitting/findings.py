@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fitting.held_out import held_out_images, rows_of
 from fitting.plan import Plan
 from fitting.report import (
     ALPHAS,
+    DEFAULT_ALPHA,
     Caught,
     EncoderFindings,
     Findings,
@@ -28,10 +30,10 @@ from fitting.report import (
     write_report,
 )
 from fitting.survey import Survey, size_of
-from serving.engine.bundle import CALIBRATION_NAME, open_bundle
+from serving.api.regions import outlined_view, regions_of
+from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture, prepare_source
-from serving.verdict.calibration_file import Calibrations
 from serving.verdict.semantic import LOGITS
 from training.data import Dataset
 from training.datasets.files import shuffled
@@ -60,22 +62,23 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
     engine = InferenceEngine(opened, device="cpu")
     folder = Path(plan.folder)
     p_values: dict[bool, list[float]] = {False: [], True: []}
-    calibrations = Calibrations.load(bundle / CALIBRATION_NAME)
-    tested = _tested(dataset, rows_of(dataset, found, "test"), calibrations)
+    tested = _tested(dataset, rows_of(dataset, found, "test"), digests_of(engine.calibrations))
     for _, is_resized, score in _scores(engine, dataset, "test", tested, folder):
         if score.verdict is not None:
             p_values[is_resized].append(score.verdict.p_value)
     scanned = shuffled(range(len(dataset.files["train"])))[:SCANNED_IMAGES]
     judged = [
-        (score.verdict.ood_score, row, score.verdict.p_value, score.bpd)
+        (-score.verdict.ood_score, row, score)
         for row, _, score in _scores(engine, dataset, "train", scanned, folder)
         if score.verdict is not None
     ]
-    judged.sort(key=lambda one: -one[0])
-    names, images = dataset.files["train"], dataset.parts["train"].images
+    unusual = sorted(judged, key=itemgetter(0))[:SHOWN_OUTLIERS]
+    seen = dict(_pictures(engine, dataset, "train", [row for _, row, _ in unusual], folder))
+    names = dataset.files["train"]
     outliers = [
-        Outlier(names[row], p_value, bpd, images[row])
-        for _, row, p_value, bpd in judged[:SHOWN_OUTLIERS]
+        Outlier(names[row], score.verdict.p_value, score.bpd, _shown(seen[row], score))
+        for _, row, score in unusual
+        if row in seen and score.verdict is not None
     ]
     held_out = held_out_images(dataset, found, RECONSTRUCTED)
     to_corrupt = rows_of(dataset, found, "test")[:CORRUPTED_IMAGES]
@@ -88,7 +91,7 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
         samples=engine.sample([0] * SAMPLES, range(SAMPLES)),
         held_out=held_out,
         rebuilt=engine.reconstruct(held_out),
-        alarms=false_alarms(p_values, calibrations),
+        alarms=false_alarms(p_values, engine.calibrations),
         scanned=len(scanned),
         outliers=outliers,
         corrupted=len(pictures),
@@ -98,11 +101,11 @@ def report_on(plan: Plan, found: Survey, dataset: Dataset, bundle: Path, out: Pa
     write_report(findings, out / "report.html")
 
 
-def _tested(dataset: Dataset, rows: Sequence[int], calibrations: Calibrations) -> list[int]:
+def _tested(dataset: Dataset, rows: Sequence[int], known: set[int]) -> list[int]:
     """The first rows of test images that are not copies of those that made a calibration."""
     pixels = dataset.parts["test"].images
     images = ((str(row), Picture(pixels[row], [])) for row in rows)
-    unknown = others("test", images, digests_of(calibrations), lambda line: None)
+    unknown = others("test", images, known, lambda line: None)
     return [int(row) for row, _ in islice(unknown, TEST_IMAGES)]
 
 
@@ -152,6 +155,14 @@ def _pictures(
             for row, found in zip(chunk, pool.map(picture, chunk), strict=True):
                 if found is not None:
                     yield row, found
+
+
+def _shown(picture: Picture, score: Score) -> np.ndarray:
+    """The picture with its unusual parts outlined, or its pixels at the model's size."""
+    if picture.view is None or score.verdict is None or score.verdict.patches is None:
+        return picture.pixels
+    regions = regions_of(score.verdict.patches, picture.view)
+    return outlined_view(picture.view, regions, DEFAULT_ALPHA)
 
 
 def _encoder_findings(

@@ -37,7 +37,7 @@ TEMPLATE = "report.html"
 
 @dataclass(frozen=True)
 class Outlier:
-    """A training image with its verdict; ``pixels`` is uint8 ``(H, W, C)``."""
+    """A training image with its verdict; ``pixels``, which show it, are uint8 ``(H, W, C)``."""
 
     path: str
     p_value: float

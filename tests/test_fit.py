@@ -27,6 +27,7 @@ from ade_base.pictures.show import write_png
 from ade_cli.main import main
 from export.features import data_of
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
+from export.gate.images import digests_of
 from export.parity import ParityError
 from fitting.encoder import ENCODER_ABOUT, fit_encoder
 from fitting.findings import _caught, _scores, _tested
@@ -652,7 +653,8 @@ def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(
     calibration = dataclasses.replace(shipped, fitted_digests=digests)
     rows = [5, 0, 6, *[1] * REPEATS, 7]
     dataset = Dataset("d", {"test": ImageSet(small_images[rows])}, {})
-    tested = _tested(dataset, range(len(rows)), Calibrations(calibration, calibration))
+    known = digests_of(Calibrations(calibration, calibration))
+    tested = _tested(dataset, range(len(rows)), known)
     assert [rows[row] for row in tested] == [5, 6, 1, 7]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ade_base.pictures.show import write_png
-from fitting.findings import _caught, _pictures, _scores
+from fitting.findings import _caught, _pictures, _scores, _shown
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture, prepare_image
 from training.data import Dataset, ImageSet
@@ -47,6 +47,10 @@ def test_a_fit_judges_the_originals(
     assert [(row, is_resized) for row, is_resized, _ in found] == [(3, True), (5, True)]
     mine = [score.verdict.ood_score for _, _, score in found if score.verdict]
     assert mine == scores_of(seeing, [pictures[3], pictures[5]])
+    for image, (_, _, score) in zip([pictures[3], pictures[5]], found, strict=True):
+        assert image.view is not None
+        shown, box = _shown(image, score), image.view.box
+        assert shown.shape == (*box[2:], 3)  # as the encoder sees it, with outlines
     read = [its for _, its in _pictures(seeing, dataset, "test", range(20), tmp_path)]
     shares = {its.corruption: its.rejected for its in _caught(seeing, read)}
     assert (shares["uniform noise"][0] or 0) >= 0.9

@@ -6,6 +6,7 @@ import numpy as np
 
 from ade_base.pictures.view import STRIDE, View
 from ade_client.contract import Regions
+from ade_client.outlines import outlined
 
 DIGITS = 4  # after the point, of a p-value; rounded up, so that a mark at alpha has at most alpha
 SLACK = 1e-3  # of the last digit: a p-value of 0.05 is a bit more in float32
@@ -33,3 +34,15 @@ def regions_of(p_values: np.ndarray, view: View) -> Regions:
         image_width=view.original[1],
         image_height=view.original[0],
     )
+
+
+def outlined_view(view: View, regions: Regions, alpha: float) -> np.ndarray:
+    """The picture as the encoder saw it, with outlines around its unusual parts.
+
+    Args:
+        view: of the picture.
+        regions: of it.
+        alpha: parts of at most this p-value are outlined.
+    """
+    top, left, height, width = view.box
+    return outlined(view.pixels[top : top + height, left : left + width], regions, alpha)

@@ -21,10 +21,9 @@ from ade_client.contract import (
     Unusual,
 )
 from ade_client.model import to_json
-from ade_client.outlines import outlined
 from serving.api.heat_map import heat_map
 from serving.api.operations.base import Format, ImageOperation
-from serving.api.regions import CELL_BYTES, regions_of
+from serving.api.regions import CELL_BYTES, outlined_view, regions_of
 from serving.api.responses import (
     HEAD_BYTES,
     PNG_TYPE,
@@ -253,9 +252,7 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
                 "the calibration judges only the whole of this image, not its regions: ade "
                 "calibrate with images larger than the model's makes one for such images",
             )
-        top, left, height, width = image.view.box
-        picture = image.view.pixels[top : top + height, left : left + width]
-        png = write_png(outlined(picture, its, request.parameters.alpha))
+        png = write_png(outlined_view(image.view, its, request.parameters.alpha))
         return Response(200, PNG_TYPE, png)
 
 
