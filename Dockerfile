@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # docker build -t av-ade .                                     serves on the CPU
 # docker build -t av-ade --build-arg DEVICE=cuda .             serves on an NVIDIA GPU (docker run --gpus all)
+# docker build -t av-ade --build-arg ENGINE=process .          without TorchServe and Java
 # docker build -t av-ade --build-arg ENGINE=ray .              for a Ray cluster
 # docker run -p 127.0.0.1:8080:8080 -p 127.0.0.1:7860:7860 av-ade
 ARG PYTHON=3.11
@@ -8,7 +9,7 @@ ARG DEVICE=cpu
 
 FROM python:${PYTHON}-slim AS build
 ARG DEVICE
-ARG ENGINE=serve
+ARG ENGINE=torchserve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
@@ -30,7 +31,7 @@ RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}-slim
 ARG DEVICE
-ARG ENGINE=serve
+ARG ENGINE=torchserve
 # tini reaps orphans: as zombies they would keep process groups alive, for whose end a stop waits. KubeRay's probes call wget.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini $(if [ "$ENGINE" = ray ]; then echo wget; fi) \

@@ -92,10 +92,10 @@ $(VENV)/.device: FORCE | $(BIN)/python
 	{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV); echo "$$now" > $@; }
 
 $(VENV)/.serve: pyproject.toml $(VENV)/.device | $(BIN)/python
-	$(call install,serve)
+	$(call install,torchserve)
 
 $(VENV)/.fit: pyproject.toml $(VENV)/.device | $(BIN)/python
-	$(call install,serve$(comma)fit)
+	$(call install,torchserve$(comma)fit)
 
 $(VENV)/.test: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,dev)

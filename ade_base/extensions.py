@@ -41,12 +41,14 @@ class Engine(NamedTuple):
         extra: of pyproject.toml, with its packages.
         line: what is special about it, for ``--help``.
         on_clusters: whether the option ``--address`` can name a cluster.
+        packages: by which the engine is recognised as installed; imported by no other one.
     """
 
     code: str
     extra: str | None
     line: str = ""
     on_clusters: bool = False
+    packages: tuple[str, ...] = ()
 
 
 class DataSet(NamedTuple):

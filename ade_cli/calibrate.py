@@ -18,7 +18,7 @@ from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import check_writable
-from ade_cli.paths import given_path, say_what_is_not_followed
+from ade_cli.paths import given_bundle, given_path, say_what_is_not_followed
 from ade_client.contract import DEFAULT
 from export.feature_source import FORMAT, SCALES, FeaturesError, FeatureSource
 from export.gate.calibrate import calibrate_bundle, check_out
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "differs from the model's are resized. The result is a new bundle: OUT. Prints the "
         "false-alarm rates to expect and the share of corrupted images that is rejected."
     )
-    parser.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("bundle", type=given_bundle, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
         "out", type=given_path, metavar="OUT", help="folder of the new bundle; must not exist"
     )

@@ -11,7 +11,7 @@ from ade_base.panel import panel_rows
 from ade_base.reports import markdown_table
 from ade_cli.data_options import add_data_arguments, dataset_of_run, say, source_of
 from ade_cli.help_texts import DEVICE, RUN_OR_BUNDLE
-from ade_cli.paths import given_path
+from ade_cli.paths import given_bundle
 from ade_model.checkpoint import load_model, read_config
 from training.device import DEVICES, choose_device
 from training.measure import FINAL, SELECT, Measurer
@@ -19,7 +19,7 @@ from training.runs import RunError, latest_checkpoint, read_json, run_of, write_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=given_path, metavar="RUN_OR_BUNDLE", help=RUN_OR_BUNDLE)
+    parser.add_argument("run", type=given_bundle, metavar="RUN_OR_BUNDLE", help=RUN_OR_BUNDLE)
     add_data_arguments(parser, required=False)
     parser.add_argument(
         "--final",

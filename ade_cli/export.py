@@ -8,7 +8,7 @@ from ade_base.extensions import added, load
 from ade_cli.commands import command
 from ade_cli.data_options import add_data_arguments, dataset_of_run, say
 from ade_cli.help_texts import RUN_OR_BUNDLE
-from ade_cli.paths import given_path
+from ade_cli.paths import given_bundle, given_path
 from ade_model.checkpoint import read_config
 from export.parity import parity_images
 from export.write import ExportError, add_graphs, evaluation_of, export_bundle
@@ -18,7 +18,7 @@ from training.runs import latest_checkpoint, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=given_path, metavar="RUN", help=RUN_OR_BUNDLE)
+    parser.add_argument("run", type=given_bundle, metavar="RUN", help=RUN_OR_BUNDLE)
     parser.add_argument(
         "out", type=given_path, metavar="OUT", help="the bundle's folder; must not exist"
     )

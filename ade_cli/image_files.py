@@ -16,7 +16,7 @@ from ade_base.files import image_paths, read_file
 from ade_base.messages import visible
 from ade_base.pictures.read import in_options
 from ade_cli.help_texts import BUNDLE
-from ade_cli.paths import given_path, say_what_is_not_followed
+from ade_cli.paths import given_bundle, given_path, say_what_is_not_followed
 from ade_client.contract import MAX_SEED
 from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine
@@ -42,7 +42,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="image files, or folders of them (searched recursively)",
     )
-    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_bundle, required=True, help=BUNDLE)
     parser.add_argument("--resize", choices=["fit"], help="resize images of another size")
     parser.add_argument(
         "--seed", type=_seed, default=0, help="seed of the latents' noise (default: %(default)s)"

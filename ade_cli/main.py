@@ -63,8 +63,6 @@ VERBS: dict[str, Verb] = {
     **added("verbs"),
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-# Extras with gradio, for which pip installs a Pillow without security fixes; see pyproject.toml.
-WITH_GRADIO = {"process", "ray", "serve"}
 HELP = {"-h", "--help"}
 
 
@@ -273,11 +271,11 @@ def _extra(verb: str, given: Sequence[str]) -> str | None:
     """The extra that a verb needs, if any; that of ``serve`` depends on the given engine."""
     if verb != "serve":
         return VERBS[verb].extra
-    from handlers.launch.engines import DEFAULT, ENGINES
+    from handlers.launch.engines import ENGINES, default_engine
 
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--engine", default=DEFAULT)
-    return ENGINES.get(parser.parse_known_args(given)[0].engine, ENGINES[DEFAULT]).extra
+    parser.add_argument("--engine", default=default_engine())
+    return ENGINES.get(parser.parse_known_args(given)[0].engine, ENGINES[default_engine()]).extra
 
 
 def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:
@@ -291,7 +289,10 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | Non
         raise error
     extras = [_runtime(), *([extra] if extra else [])]
     needed = [_requirement(extras)]
-    if WITH_GRADIO.intersection(",".join(extras).split(",")):
+    from handlers.launch.engines import ENGINES
+
+    # For gradio pip installs a Pillow without security fixes; see pyproject.toml.
+    if {each.extra for each in ENGINES.values()}.intersection(",".join(extras).split(",")):
         needed.append("--no-deps 'pillow>=13,<14'")
     print(
         f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:",

@@ -11,6 +11,8 @@ from pathlib import Path
 from ade_base.files import linked_folders
 from ade_base.messages import visible
 
+SHIPPED_NAME = Path("pretrained", "cifar10")
+SHIPPED = Path(__file__).parents[1] / SHIPPED_NAME  # of a clone, or installed with the wheel
 # Pictures that people have among their images, and that nothing here reads.
 OTHER_PICTURES = frozenset(
     [
@@ -46,6 +48,12 @@ def given(text: str) -> str:
 def given_path(text: str) -> Path:
     """The same as a path."""
     return Path(given(text))
+
+
+def given_bundle(text: str) -> Path:
+    """The same of what is read as a bundle: the shipped one has its name in every folder."""
+    path = given_path(text)
+    return SHIPPED if path == SHIPPED_NAME and not path.exists() else path
 
 
 def say_what_is_not_followed(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ade_base.ports import VARIABLES, Ports
-from ade_cli.paths import given_path
+from ade_cli.paths import given_bundle
 from handlers.launch.publish import PUBLISH
 from handlers.processes.channel import ChannelError, ask
 from handlers.processes.run_folder import find_service
@@ -13,7 +13,7 @@ from handlers.processes.run_folder import find_service
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "bundle", type=given_path, metavar="BUNDLE", help="folder of the bundle to serve"
+        "bundle", type=given_bundle, metavar="BUNDLE", help="folder of the bundle to serve"
     )
     parser.description = (
         "Replace the bundle of this user's running service, on the ports that ADE_…_PORT set, "

@@ -8,7 +8,7 @@ import secrets
 from ade_base.files import replacing
 from ade_cli.help_texts import BUNDLE, KIND
 from ade_cli.image_files import check_parent, load_engine
-from ade_cli.paths import given_path
+from ade_cli.paths import given_bundle, given_path
 from serving.api.operations.sample import MAX_DRAWN_SEED
 from serving.api.service import Service
 from serving.ingest.errors import ApiError
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw samples into a picture (.png, with text that reproduces it) or an array (.npy). The "
         "service returns the same samples."
     )
-    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_bundle, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
         type=given_path,

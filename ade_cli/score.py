@@ -13,7 +13,7 @@ from ade_base.extensions import Engine, added, engine_help, load
 from ade_base.system import available_cores
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent
-from ade_cli.paths import given, given_path, say_what_is_not_followed
+from ade_cli.paths import given, given_bundle, say_what_is_not_followed
 from ade_cli.progress import progress_bar
 from ade_client.contract import DEFAULT
 from serving.bulk import (
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGES",
         help="files, or one folder (searched recursively)",
     )
-    parser.add_argument("--bundle", type=given_path, required=True, help=BUNDLE)
+    parser.add_argument("--bundle", type=given_bundle, required=True, help=BUNDLE)
     parser.add_argument(
         "--out",
         type=given,

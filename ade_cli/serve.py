@@ -1,4 +1,4 @@
-"""``ade serve BUNDLE [BUNDLE …]``."""
+"""``ade serve [BUNDLE …]``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import argparse
 from ade_base.extensions import engine_help
 from ade_base.ports import LOOPBACK, VARIABLES
 from ade_cli.help_texts import DEVICE
-from ade_cli.paths import given_path
+from ade_cli.paths import SHIPPED, given_bundle, given_path
 from handlers.front.settings import MIN_TOKEN, TOKEN_VARIABLE
 from handlers.launch import serve
-from handlers.launch.engines import DEFAULT, ENGINES
+from handlers.launch.engines import ENGINES, default_engine
 from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.processes.supervision import LaunchError
 from serving.engine.backends import BACKENDS, DEVICES
@@ -30,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(address=None)  # of engines on clusters
     parser.add_argument(
         "bundles",
-        type=given_path,
-        nargs="+",
+        type=given_bundle,
+        nargs="*",
+        default=[SHIPPED],
         metavar="BUNDLE",
-        help="folder of a bundle, such as pretrained/cifar10; its operations are served at "
-        "/predictions/OPERATION, those of each further bundle at /predictions/NAME-OPERATION, with "
-        "the name in its manifest.json",
+        help="folder of a bundle (default: the shipped one, pretrained/cifar10); its operations "
+        "are served at /predictions/OPERATION, those of each further bundle at "
+        "/predictions/NAME-OPERATION, with the name in its manifest.json",
     )
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        default=DEFAULT,
+        default=default_engine(),
         help=f"what serves: {engine_help(ENGINES)} (default: %(default)s)",
     )
     parser.add_argument(
@@ -98,6 +99,8 @@ def extra(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.bundles == [SHIPPED] and not SHIPPED.is_dir():
+        raise LaunchError("give BUNDLE, the folder of a bundle: this installation has none")
     if args.cuda_graphs:
         if args.device == "cpu" or args.backend != "onnxruntime":
             raise LaunchError(

@@ -38,7 +38,7 @@ import pytest
 from PIL import Image
 
 from ade_base.system import numerics
-from handlers.launch.engines import DEFAULT, ENGINES
+from handlers.launch.engines import ENGINES, default_engine
 from tests.contract import REQUESTS, SERVERS_OWN
 from tests.helpers import DATA, PRETRAINED, ROOT
 from tests.in_process import ServiceHere
@@ -184,7 +184,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     if request.param == IN_PROCESS:
         with client_here() as without_server:
             yield without_server
-    elif request.param == DEFAULT:
+    elif request.param == default_engine():
         with client_of(request.getfixturevalue("service")) as default:
             yield default
     else:

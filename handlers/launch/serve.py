@@ -37,6 +37,7 @@ from serving.verdict.calibration_file import Calibrations
 MAX_SCORE_WORKERS = 4
 WATCH_S = 0.5
 PACKAGES = {"onnxruntime": "onnxruntime", "torchscript": "torch"}  # required by each backend
+EXAMPLE = Path(__file__).parents[2] / "serving" / "examples" / "cat.png"
 SIGNS_OF_A_GPU = (Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
 
 
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     }
     threads = max(1, cores // (len(bundles) * sum(workers.values())))
     options = ServingOptions(args.backend, "cuda" if on_gpu else "cpu", threads, args.cuda_graphs)
+    models = ", ".join(bundle.model_id for bundle in bundles)
+    tell(f"starting {models} on the {options.device.upper()}, with --engine {args.engine}")
     with (
         _alone_with_logs(args.logs),
         run_folder() as folder,
@@ -265,12 +268,13 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
     auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
+    file = f"-F {shlex.quote(f'image=@{EXAMPLE}')} -F resize=fit"
     requests = {
+        "score": f"score {file}",
         "sample": "sample -H 'Content-Type: application/json'"
         ' -d \'{"n": 16, "seed": 7}\' -o samples.png',
-        "score": "score -F image=@image.png -F resize=fit",
-        "reconstruct": "reconstruct -F image=@image.png -F resize=fit -o reconstruction.png",
-        "encode": "encode -F image=@image.png -F resize=fit -o latents.json",
+        "reconstruct": f"reconstruct {file} -o reconstruction.png",
+        "encode": f"encode {file} -o latents.json",
     }
     curls = [
         f"curl{auth} {url}/predictions/{line}"
@@ -283,6 +287,7 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
         f"API      {url}/predictions/{{sample|encode|reconstruct|score}}\n"
         f"metrics  http://127.0.0.1:{plan.ports.metrics}/metrics\n{token}"
         f"logs     {plan.logs}\n",
+        "Open the page, or try:",
         *curls,
         "\nCtrl-C stops everything.",
     ]

@@ -10,7 +10,7 @@ from ade_cli.data_options import say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_parent, load_engine
 from ade_cli.image_sets import GivenImages, name_of
-from ade_cli.paths import given_path
+from ade_cli.paths import given_bundle, given_path
 from ade_client.contract import DEFAULT
 from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from extensions.gate_reports.what_if import what_if
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bundle(task: argparse.ArgumentParser) -> None:
-    task.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
+    task.add_argument("bundle", type=given_bundle, metavar="BUNDLE", help=BUNDLE)
     task.add_argument(
         "--calibration",
         default=DEFAULT,

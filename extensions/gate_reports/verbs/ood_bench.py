@@ -10,7 +10,7 @@ from ade_cli.data_options import check_outside, say
 from ade_cli.help_texts import BUNDLE
 from ade_cli.image_files import FileError, check_folder, load_engine
 from ade_cli.image_sets import GivenImages, name_of
-from ade_cli.paths import given, given_path
+from ade_cli.paths import given, given_bundle, given_path
 from export.gate.corruptions import CORRUPTIONS
 from export.gate.images import Images, readable
 from export.gate.split import as_read, files_that_test
@@ -22,7 +22,7 @@ from training.datasets import NAMES, load_dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=given_path, metavar="BUNDLE", help=BUNDLE)
+    parser.add_argument("bundle", type=given_bundle, metavar="BUNDLE", help=BUNDLE)
     parser.add_argument(
         "--id",
         required=True,
