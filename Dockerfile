@@ -15,8 +15,7 @@ RUN python -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 # The dependencies first, without our packages: this layer is kept until one of these three files changes.
-RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]" \
-    && /opt/venv/bin/pip install --no-deps "pillow>=13,<14"  # pyproject.toml says why
+RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 COPY ade_base ade_base
 COPY ade_model ade_model
 COPY training training

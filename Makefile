@@ -22,7 +22,6 @@ test-slow: $(VENV)/.test  ## the slow tests: training, resuming, all sizes, fuzz
 
 test-ray: $(VENV)/.test  ## the engine on Ray, installed first: its contract, what dies under load, bulk scoring
 	$(BIN)/python -m pip install --quiet --editable ".[$(DEVICE),dev,ray]" "moto[server]>=5.1,<6" "s3fs>=2024.6"
-	$(BIN)/python -m pip install --quiet --no-deps "pillow>=13,<14"
 	$(BIN)/python -m pytest -m "" extensions/ray/tests
 	$(BIN)/python -m pytest -m "" tests/test_contract.py
 
@@ -77,12 +76,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # pip install --editable .[cpu,EXTRAS], or .[cuda,EXTRAS]. The files of the two ONNX Runtime wheels overlap: to replace
-# one by the other, both have to be removed first. pyproject.toml says why Pillow comes last.
+# one by the other, both have to be removed first.
 define install
 @if $(BIN)/python -m pip show --quiet $(OTHER_RUNTIME) 2>/dev/null; then \
 	$(BIN)/python -m pip uninstall --yes onnxruntime onnxruntime-gpu; fi
 $(BIN)/python -m pip install --editable ".[$(DEVICE),$(1)]"
-$(BIN)/python -m pip install --no-deps "pillow>=13,<14"
 @touch $@
 endef
 

@@ -288,16 +288,9 @@ def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | Non
     if (Path(__file__).parents[1] / package).is_dir():
         raise error
     extras = [_runtime(), *([extra] if extra else [])]
-    needed = [_requirement(extras)]
-    from handlers.launch.engines import ENGINES
-
-    # For gradio pip installs a Pillow without security fixes; see pyproject.toml.
-    if {each.extra for each in ENGINES.values()}.intersection(",".join(extras).split(",")):
-        needed.append("--no-deps 'pillow>=13,<14'")
     print(
-        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:",
-        *(f"{shlex.quote(sys.executable)} -m pip install {one}" for one in needed),
-        sep="\n",
+        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
+        f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",
         file=sys.stderr,
     )
 

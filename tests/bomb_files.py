@@ -100,6 +100,12 @@ def jpeg(*segments: bytes) -> bytes:
     return b"\xff\xd8" + b"".join(segments) + saved(grey(), "JPEG")[2:]
 
 
+def jpeg_frame(width: int, height: int) -> bytes:
+    """The header of a frame in colour."""
+    sides = struct.pack(">BHHB", 8, height, width, 3)
+    return segment(0xC0, sides + b"\1\x11\0\2\x11\0\3\x11\0")
+
+
 def jpeg_of_many_scans(width: int = 4000, height: int = 3900, times: int = 250) -> bytes:
     """A progressive JPEG whose last scan is repeated; each scan visits all blocks."""
     data = saved(grey(width, height, "L"), "JPEG", progressive=True)
@@ -202,6 +208,30 @@ def tiff_of_tiles(width: int, height: int, across: int, down: int) -> bytes:
             325: (4, count, offsets + 4 * count),
         },
         places + lengths + packed,
+    )
+
+
+def tiff_of_two_kinds(side: int = 512) -> bytes:
+    """A TIFF whose kind of colours is two numbers: of YCbCr for Pillow, of RGB for libtiff.
+
+    Pillow 12 takes four bytes per pixel out of a tile with three.
+    """
+    packed = zlib.compress(bytes(3 * side**2))
+    end = 10 + 12 * 10 + 4
+    return tiff(
+        {
+            256: (4, 1, side),
+            257: (4, 1, side),
+            258: (3, 3, end),
+            259: (3, 1, 8),
+            262: (3, 2, 6 | 2 << 16),
+            277: (3, 1, 3),
+            322: (4, 1, side),
+            323: (4, 1, side),
+            324: (4, 1, end + 6),
+            325: (4, 1, len(packed)),
+        },
+        struct.pack("<3H", 8, 8, 8) + packed,
     )
 
 

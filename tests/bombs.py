@@ -36,6 +36,7 @@ from tests.bomb_files import (
     gif_with,
     grey,
     jpeg,
+    jpeg_frame,
     jpeg_of_many_scans,
     jpeg_of_stated_size,
     loop_of_directories,
@@ -48,6 +49,7 @@ from tests.bomb_files import (
     tiff_of_strips,
     tiff_of_tags,
     tiff_of_tiles,
+    tiff_of_two_kinds,
     tiff_tile,
     webp,
     webp_of_codes,
@@ -97,6 +99,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg-8192x6144": lambda: saved(
         grey(8192, 6144), "JPEG", progressive=True, subsampling=0, quality=95
     ),
+    "jpeg-two-frames": lambda: jpeg(jpeg_frame(4000, 32)),
     "webp-codes": lambda: webp_of_codes(32),
     "bmp-rle-delta": bmp_delta,
     "bmp-jpeg": lambda: bmp_delta()[:30] + struct.pack("<I", 4) + bmp_delta()[34:],
@@ -115,6 +118,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "tiff-loop": loop_of_directories,
     "tiff-tile": tiff_tile,
+    "tiff-two-kinds": tiff_of_two_kinds,
     "tiff-tiles-beyond": lambda: tiff_of_tiles(8000, 1, 16, 2**16),
     "tiff-strips": tiff_of_strips,
     "tiff-strips-of-1x16M": lambda: tiff(
@@ -234,6 +238,8 @@ REASONS = {
     "gif-comment": "bytes of comments",
     "jpeg-scans": "100 scans",
     "tiff-tile": "tiles not larger than the image",
+    "tiff-two-kinds": "one integer in tag 262",
+    "jpeg-two-frames": "has two frames",
     "tiff-tiles-beyond": "pixels in tiles",
     "tiff-strips": "strips or tiles",
     "tiff-strips-of-1x64K": "strips or tiles",

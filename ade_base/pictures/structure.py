@@ -152,6 +152,8 @@ def _jpeg(data: bytes) -> Structure:
         else:
             tables.add(length)
             if kind not in (0xC4, 0xCC) and kind <= 0xCF and not scans.total:  # a frame's header
+                if width:  # of which Pillow takes the last, for whose width it has memory
+                    raise ImageError("not_an_image", "the image is damaged: a JPEG has two frames")
                 height, width = struct.unpack_from(">HH", data, body + 1)
                 plain = plain and kind in (0xC0, 0xC1)
         position += length

@@ -171,6 +171,10 @@ def read_tiff(data: bytes) -> Structure:
     compression = number(259, 1)
     if compression not in _TIFF_COMPRESSIONS:
         raise _not_plain("no compression, LZW, Deflate or PackBits", f"compression {compression}")
+    # Of several numbers Pillow 12 and libtiff take different ones, and then read beyond a tile.
+    number(262, 0)
+    if 258 in tags and tags[258].count not in (1, number(277, 1)):
+        raise _not_plain("one number of bits per value", f"{tags[258].count}")
     planes = number(277, 1) if number(284, 1) == 2 else 1
     if width and height:
         if 322 in tags or 323 in tags or 324 in tags:
