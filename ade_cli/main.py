@@ -7,24 +7,20 @@ import contextlib
 import errno
 import importlib
 import io
-import json
 import os
-import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
-from urllib.parse import unquote
 
 from ade_base.errors import UserError
 from ade_base.extensions import Verb, added, extensions, load
 from ade_cli.absent import import_for_help
+from ade_cli.install import PROJECT, say_what_to_install
 
-PROJECT = "av-ade"
 VERBS: dict[str, Verb] = {
     "fit": Verb(
         "turn a folder of images into a bundle that can be served, in one command",
@@ -53,13 +49,16 @@ VERBS: dict[str, Verb] = {
     "encode": Verb("write the latents of image files", "ade_cli.encode"),
     "reconstruct": Verb("encode and decode image files", "ade_cli.reconstruct"),
     "score": Verb("score image files, or a folder of any size into a table", "ade_cli.score"),
-    "serve": Verb("serve a bundle over HTTP, with a web page", "ade_cli.serve", "serve"),
+    "serve": Verb("serve a bundle over HTTP, with a web page", "ade_cli.serve", "process"),
     "publish": Verb(
         "replace the bundle of a running service, without an interruption",
         "ade_cli.publish",
         "process",
     ),
     "status": Verb("report the state of the service on this machine", "ade_cli.status", "process"),
+    "doctor": Verb(
+        "report what is installed, what is missing for what, and how to add it", "ade_cli.doctor"
+    ),
     **added("verbs"),
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -195,7 +194,7 @@ def _run(args: argparse.Namespace) -> int:
         return 141
     except ModuleNotFoundError as error:  # of a package that only some of the verb's options need
         extra = module.extra(args) if hasattr(module, "extra") else VERBS[args.verb].extra
-        _say_what_to_install(args.verb, error, extra)
+        say_what_to_install(args.verb, error, extra)
         return 2
     except MemoryError as error:
         reason = f": {error}" if str(error) else ""
@@ -263,7 +262,7 @@ def _module(verb: str, given: Sequence[str] = ()) -> ModuleType:
     try:
         return importlib.import_module(name) if HELP.isdisjoint(given) else import_for_help(name)
     except ModuleNotFoundError as error:
-        _say_what_to_install(verb, error, _extra(verb, given))
+        say_what_to_install(verb, error, _extra(verb, given))
         raise SystemExit(2) from None
 
 
@@ -276,42 +275,6 @@ def _extra(verb: str, given: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--engine", default=default_engine())
     return ENGINES.get(parser.parse_known_args(given)[0].engine, ENGINES[default_engine()]).extra
-
-
-def _say_what_to_install(verb: str, error: ModuleNotFoundError, extra: str | None) -> None:
-    """Print which package is missing and the command that installs it.
-
-    Raises:
-        ModuleNotFoundError: the missing module is our own, which is a bug.
-    """
-    package = str(error.name).partition(".")[0]
-    if (Path(__file__).parents[1] / package).is_dir():
-        raise error
-    extras = [_runtime(), *([extra] if extra else [])]
-    print(
-        f"ade {verb}: the package {package} is not installed. Install what ade {verb} needs:\n"
-        f"{shlex.quote(sys.executable)} -m pip install {_requirement(extras)}",
-        file=sys.stderr,
-    )
-
-
-def _runtime() -> str:
-    """The extra with the ONNX Runtime that is installed, else ``cpu``; they exclude each other."""
-    names = {str(distribution.name).lower() for distribution in metadata.distributions()}
-    return "cuda" if "onnxruntime-gpu" in names else "cpu"
-
-
-def _requirement(extras: list[str]) -> str:
-    """This project with extras, for pip; from a folder if it was installed from one."""
-    listed = f"[{','.join(extras)}]"
-    source = json.loads(metadata.distribution(PROJECT).read_text("direct_url.json") or "{}")
-    url = str(source.get("url", ""))
-    path = unquote(url.removeprefix("file://"))
-    # The image of the Dockerfile no longer has the folder, but pip knows what is installed.
-    if not url.startswith("file://") or not Path(path).exists():
-        return shlex.quote(PROJECT + listed)
-    editable = "--editable " if source.get("dir_info", {}).get("editable") else ""
-    return editable + shlex.quote(path + listed)
 
 
 if __name__ == "__main__":

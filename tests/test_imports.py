@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from ade_base.extensions import added
-from ade_cli.main import VERBS, _requirement, main
+from ade_cli.install import requirement
+from ade_cli.main import VERBS, main
 from tests.helpers import PRETRAINED, ROOT
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -135,7 +136,9 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
     _, command = done.stderr.strip().splitlines()
-    extras = rf"\[(cpu|cuda){f',{extra}' if extra else ''}\]"
+    extras = (
+        rf"\[((cpu|cuda){f',{extra}' if extra else ''}|{'serve' if extra == 'process' else '-'})\]"
+    )
     pattern = rf"{re.escape(sys.executable)} -m pip install .*{extras}'?"
     assert re.fullmatch(pattern, command), command
     printed = command[command.rindex("[") + 1 : command.rindex("]")].split(",")
@@ -149,10 +152,10 @@ def test_a_folder_of_any_name_can_be_installed_from(
     clone.mkdir()
     source = json.dumps({"url": clone.as_uri(), "dir_info": {"editable": True}})
     installed = SimpleNamespace(read_text=lambda name: source)
-    monkeypatch.setattr("ade_cli.main.metadata.distribution", lambda name: installed)
-    assert shlex.split(_requirement(["cpu", "fit"])) == ["--editable", f"{clone}[cpu,fit]"]
+    monkeypatch.setattr("ade_cli.install.metadata.distribution", lambda name: installed)
+    assert shlex.split(requirement(["cpu", "fit"])) == ["--editable", f"{clone}[cpu,fit]"]
     clone.rmdir()  # as in an image that was built from it
-    assert shlex.split(_requirement(["cpu", "fit"])) == ["av-ade[cpu,fit]"]
+    assert shlex.split(requirement(["cpu", "fit"])) == ["av-ade[cpu,fit]"]
 
 
 def test_the_process_engine_needs_no_java_and_no_model_server() -> None:
