@@ -122,8 +122,8 @@ def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
             full.close()
 
 
-def test_a_service_whose_addresses_cannot_be_printed_keeps_running(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_addresses_are_printed_for_any_proxy_and_need_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan: Any = SimpleNamespace(
         bundles=[open_bundle(PRETRAINED)],
@@ -138,6 +138,13 @@ def test_a_service_whose_addresses_cannot_be_printed_keeps_running(
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
+    for direct in (False, True):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv("no_proxy", "127.0.0.1" if direct else "")
+        serve._print_addresses(plan, RunFolder(tmp_path), 1.0)
+        requests = re.findall("^curl.*", capsys.readouterr().out, re.MULTILINE)
+        assert len(requests) == 4
+        assert all(direct != ("--noproxy '*'" in request) for request in requests)
 
 
 def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(

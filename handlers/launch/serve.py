@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
+from urllib.request import getproxies, proxy_bypass
 
 from ade_base.errors import UserError
 from ade_base.files import alone_in
@@ -241,17 +242,17 @@ def _gpu_for(device: str, backend: str) -> bool:
     if device == "cpu":
         return False
     found = False
+    has_driver = any(path.exists() for path in SIGNS_OF_A_GPU)
     # Without a driver, skip the import of PyTorch, which takes a second.
-    if (
-        any(path.exists() for path in SIGNS_OF_A_GPU)
-        and importlib.util.find_spec("torch") is not None
-    ):
+    if has_driver and importlib.util.find_spec("torch") is not None:
         import torch
 
         found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise BackendError(
             "--device cuda: PyTorch finds no CUDA device, or is not installed (extra cuda)"
+            if has_driver
+            else "--device cuda: there is no NVIDIA driver; leave --device out to use the CPU"
         )
     if found and backend == "onnxruntime" and not has_cuda_provider():
         cure = "pip uninstall onnxruntime, then install the extra cuda instead of cpu"
@@ -266,6 +267,8 @@ def _print_addresses(plan: Plan, folder: RunFolder, seconds: float) -> None:
     url = inference_url(plan.ports, plan.host)
     needs_token = plan.token is not None
     auth = f" -H @{shlex.quote(str(folder.header_file))}" if needs_token else ""
+    if getproxies() and not proxy_bypass(plan.host):
+        auth += " --noproxy '*'"
     login = f"  (user {USER}, password: the token)" if needs_token else ""
     token = f"token    {folder.token_file}\n" if needs_token else ""
     file = f"-F {shlex.quote(f'image=@{EXAMPLE}')} -F resize=fit"

@@ -239,9 +239,11 @@ def open_bundle(folder: Path) -> Bundle:
     if folder.is_file():
         raise BundleError(f"{folder} is not a bundle but a file: give its folder, {folder.parent}")
     if not path.is_file():
+        inside = sorted(folder.glob(f"*/{MANIFEST_NAME}"))
         raise BundleError(
             f"{folder} is not a bundle: "
             + (f"it has no {MANIFEST_NAME}" if folder.is_dir() else "the folder does not exist")
+            + (f"; give the one in it, {inside[0].parent}" if inside else "")
         )
     try:
         manifest = json.loads(path.read_text())
@@ -250,8 +252,8 @@ def open_bundle(folder: Path) -> Bundle:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}; "
-            "export the model again"
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}: it is a bundle of "
+            "another version of this program; export the model again, or change the version"
         )
     try:
         check_types(dict.fromkeys(REQUIRED) | manifest, MANIFEST, "")
