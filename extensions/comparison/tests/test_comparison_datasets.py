@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import ROOT
-from tests.test_datasets import archive, planes
+from tests.test_cifar10 import archive, planes
 from training.data import DataError
 from training.datasets import image_size_of, load_dataset
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ade_cli import calibrate as calibrate_command
 from ade_cli.main import main
-from export.gate.measuring import Measured
+from export.gate.measuring import Measured, statistics_of
 from export.gate.separation import COMBINED, NO_FEATURES, RAW_BPD, Figures
 from extensions.gate_reports.ood_bench_report import _histogram, _write_csv, write_report
 from extensions.gate_reports.verbs import ood_bench
@@ -135,11 +135,14 @@ def test_the_bench_tells_what_the_features_add(
     pretrained_engine: InferenceEngine, real_images: np.ndarray, tmp_path: Path
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+    both = pretrained_engine.calibrations
     its, other = (
-        Measured(pretrained_engine.statistics(images), np.zeros(30, bool))
+        Measured(
+            statistics_of(pretrained_engine, images, "corners", look_of=both.look_of),
+            np.zeros(30, bool),
+        )
         for images in (real_images[:30], noise)
     )
-    both = pretrained_engine.calibrations
     report = write_report(both, "m", "corners", its, {"noise": other}, tmp_path)
     rows = [line for line in report.read_text().splitlines() if NO_FEATURES in line]
     assert rows[0].startswith(f"|  | {NO_FEATURES} | 1.0000 ± ") and "features.onnx" in rows[1]
