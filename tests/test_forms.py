@@ -185,7 +185,7 @@ def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
         found = 200 if raw_request("multipart/form-data; boundary=B", body).fields else None
     except ApiError as error:
         found = error.status
-    assert found == status and time.process_time() - started < 0.5
+    assert found == status and time.process_time() - started < 3
 
 
 def test_url_encoded_forms() -> None:

@@ -472,7 +472,7 @@ def test_thousands_of_pipelined_requests_end_their_connection(
         with contextlib.suppress(ConnectionError):
             connection.sendall(b"GET /ping HTTP/1.1\r\n\r\n" * 20_000)
         assert httpx.get(f"{front.url}/ping", timeout=60).status_code == 200
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         with contextlib.suppress(ConnectionError):
             while connection.recv(2**16):
                 pass
@@ -795,7 +795,7 @@ def test_bodies_that_trickle_are_refused(short: RunningFront, upstream: Upstream
         while not answered([connection]):
             connection.sendall(b"x")
             time.sleep(0.3)
-        assert read_answer(connection)[0] == 408 and 1.5 < time.monotonic() - started < 5
+        assert read_answer(connection)[0] == 408 and 1.5 < time.monotonic() - started < 20
     assert upstream.seen == []
 
 
@@ -994,7 +994,7 @@ def test_an_upstream_that_hangs_is_answered_for(short: RunningFront, upstream: U
     with ThreadPoolExecutor(3) as pool:
         started = time.monotonic()
         answers = list(pool.map(lambda _: post(short, "wait"), range(3)))
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 25
     codes = sorted(error_of(answer) for answer in answers)
     assert codes == ["overloaded", "unavailable", "unavailable"]
     assert all(is_refused(answer, error_of(answer)) for answer in answers)

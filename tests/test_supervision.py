@@ -251,14 +251,14 @@ def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
 
 def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers get one grace period for all of them."""
-    monkeypatch.setattr("handlers.processes.supervision.STOP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("handlers.processes.supervision.STOP_TIMEOUT_S", 3.0)
     stubborn = ["sh", "-c", "trap '' TERM; touch \"$0\"; exec sleep 1000"]
     with Supervisor(tmp_path) as supervisor:
         for name in ("one", "two", "three"):
             supervisor.start(name, [*stubborn, f"{name}.deaf"], dict(os.environ))
         assert until(lambda: len(list(tmp_path.glob("*.deaf"))) == 3)
         pids, started = list(supervisor.pids.values()), time.monotonic()
-    assert 1.0 <= time.monotonic() - started < 3.0
+    assert 3.0 <= time.monotonic() - started < 8.5
     assert not any(map(is_running, pids))
 
 
