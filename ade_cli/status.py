@@ -8,7 +8,7 @@ from typing import Any
 
 from ade_base.ports import Ports, check_host
 from handlers.front.settings import given_token
-from handlers.torchserve.status import read_status
+from handlers.launch.status import read_status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,8 @@ import psutil
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
+from handlers.launch.status import describe_models
 from handlers.processes.run_folder import find_service
-from handlers.torchserve.status import describe_models
 from serving.page.models import EXAMPLES
 
 OUTCOMES = ("right", "refused", "failed", "silent", "wrong")

@@ -46,7 +46,7 @@ BASE = {"ade_base"}
 ENGINE = {"serving.engine", "serving.verdict"}
 SERVED = {"ade_base", "ade_client", "serving.ingest", "serving.api", *ENGINE}
 POOLS = {"handlers.process", "handlers.torchserve"}
-BELOW_POOLS = {"handlers.launch", "handlers.processes"}
+HANDLING = {*SERVED, "handlers.front", "handlers.processes"}
 ANYTHING = {"*"}  # but extensions: each can be deleted, so only its own modules import it
 MAY_IMPORT = {
     "ade_base": set(),
@@ -59,12 +59,13 @@ MAY_IMPORT = {
     "serving.gate": {*BASE, "serving.ingest", *ENGINE},
     "serving.bulk": {*BASE, "serving.ingest", *ENGINE},
     "serving.page": {*BASE, "ade_client", "serving.ingest", "serving.verdict"},
-    # Each of these layers may import those below it; no pool another pool.
-    "handlers.front": {*SERVED, "handlers.service", *POOLS, *BELOW_POOLS},
-    "handlers.service": {*SERVED, *POOLS, *BELOW_POOLS},
-    **dict.fromkeys(POOLS, {*SERVED, *BELOW_POOLS}),
-    "handlers.launch": {*SERVED, "handlers.processes"},
+    # From the socket to the verbs, each knows those before it; no pool knows another pool, and the
+    # others know pools by name alone.
+    "handlers.front": SERVED,
     "handlers.processes": SERVED,
+    "handlers.service": HANDLING,
+    **dict.fromkeys(POOLS, {*HANDLING, "handlers.service"}),
+    "handlers.launch": {*HANDLING, "handlers.service"},
     "training": {*BASE, "ade_model", "serving.engine"},
     "export": {
         *BASE,
@@ -84,10 +85,7 @@ MOVES = {
         "handlers.limits handlers.service.metrics handlers.torchserve.exposition "
         "handlers.torchserve.reporter serving.api.pipelining"
     ),
-    "handlers.service": ("handlers.launch.engines handlers.torchserve.wire"),
-    "handlers.launch": (
-        "handlers.process.launcher handlers.processes.one_process handlers.torchserve.status"
-    ),
+    "handlers.service": ("handlers.torchserve.wire"),
 }
 MOVING = {module: room for room, modules in MOVES.items() for module in modules.split()}
 

@@ -18,9 +18,9 @@ from handlers.front.admission import Limits
 from handlers.front.front import Answer, Endpoint, Request
 from handlers.front.listen import built
 from handlers.front.settings import FrontSettings
-from handlers.launch.options import served_name
 from handlers.service import worker
 from handlers.service.application import Application
+from handlers.service.options import served_name
 from handlers.service.protocols import metadata
 from serving.api.openapi import openapi_document
 from serving.api.service import Service

@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 
 from handlers.limits import LARGE_BYTES, MAX_BATCH
-from handlers.process import batches
-from handlers.process.batches import BatchQueue
+from handlers.service import batches
+from handlers.service.batches import BatchQueue
 
 
 @dataclasses.dataclass(eq=False)

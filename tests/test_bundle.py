@@ -513,7 +513,7 @@ def test_archives_leave_other_temporary_files_alone(
 ) -> None:
     import tempfile
 
-    from handlers.launch.options import ServingOptions
+    from handlers.service.options import ServingOptions
     from handlers.torchserve.archives import write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
@@ -534,7 +534,7 @@ def test_archives_leave_other_temporary_files_alone(
 
 
 def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_path: Path) -> None:
-    from handlers.launch.options import ServingOptions
+    from handlers.service.options import ServingOptions
     from handlers.torchserve.archives import write_archives
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))

@@ -21,7 +21,7 @@ import pytest
 from ade_base.ports import Ports
 from ade_client.client import MAX_WAIT_S, AdeClient, AdeError, asked_to_wait
 from handlers.front.admission import Limits
-from handlers.torchserve.status import read_status
+from handlers.launch.status import read_status
 from serving.ingest.errors import ApiError
 from tests.helpers import ROOT, b64, npy
 

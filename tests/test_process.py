@@ -33,7 +33,7 @@ from ade_cli.status import _text
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.launch import engines
-from handlers.launch.options import ServingOptions
+from handlers.launch.status import read_status
 from handlers.process.pool import Pool, WorkerError
 from handlers.processes.channel import ask
 from handlers.processes.run_folder import run_folder
@@ -41,9 +41,9 @@ from handlers.service import wire, worker
 from handlers.service.application import READY, Application, ApplicationSettings, served_models
 from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics
+from handlers.service.options import ServingOptions
 from handlers.service.release import CurrentRelease, Release
 from handlers.service.worker import WorkerSettings
-from handlers.torchserve.status import read_status
 from serving.api.journal import last_errors
 from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS

@@ -41,8 +41,8 @@ from ade_cli.status import _publishing
 from ade_client.client import AdeClient, AdeError
 from handlers.front.admission import Limits
 from handlers.launch.engines import PublishingEngine
+from handlers.launch.pooled import ProcessEngine
 from handlers.launch.publish import Publisher, PublishError, check_contract
-from handlers.process.launcher import ProcessEngine
 from handlers.processes.channel import ChannelError, Listener, ask
 from handlers.processes.supervision import LaunchError
 from handlers.service.application import ApplicationSettings, build_release

@@ -23,8 +23,8 @@ from tests.house import (
 
 LIBRARIES = ("ade_model", "training", "export", "fitting", "extensions/codec")
 SERVER = "handlers/torchserve/"
-# Beside the server's own room and the docs: `ade serve --engine` must know its name.
-MAY_NAME_THE_SERVER = {"handlers/launch/engines.py"}
+# Beside the server's own room and the docs: `ade serve --engine` and `ade status` know its name.
+MAY_NAME_THE_SERVER = {"handlers/launch/engines.py", "handlers/launch/status.py"}
 
 
 def test_imports_between_rooms_are_right_or_on_the_list() -> None:

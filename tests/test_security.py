@@ -21,9 +21,9 @@ from ade_base.ports import PortError, Ports
 from ade_client.client import AdeClient, AdeError
 from handlers.launch.page_process import Page
 from handlers.launch.serve import _token
+from handlers.launch.status import read_status
 from handlers.processes.environment import child_environment
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
-from handlers.torchserve.status import read_status
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
 from tests.helpers import PRETRAINED, address_beyond_loopback, wait_for
 from tests.service import CANARIES, RunningService, error_of_serve

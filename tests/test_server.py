@@ -29,11 +29,11 @@ from ade_base.system import available_cores
 from ade_cli.main import main
 from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_model.checkpoint import save_model
-from handlers.launch.options import ServingOptions
 from handlers.launch.serve import MAX_SCORE_WORKERS
+from handlers.launch.status import describe_models
 from handlers.processes.run_folder import RunFolder
+from handlers.service.options import ServingOptions
 from handlers.torchserve.configuration import BROADCAST, write_configuration
-from handlers.torchserve.status import describe_models
 from tests.helpers import (
     PRETRAINED,
     ROOT,

@@ -37,6 +37,7 @@ from ade_base.ports import Ports, free_ports
 from ade_client.client import AdeClient, AdeError
 from handlers.launch import serve
 from handlers.launch.page_process import Page
+from handlers.launch.status import describe_models
 from handlers.processes import watchdog as hangs
 from handlers.processes.run_folder import (
     PREFIX,
@@ -56,7 +57,6 @@ from handlers.processes.supervision import (
 from handlers.processes.watchdog import MAX_UNANSWERED, MAX_UNANSWERED_AT_START
 from handlers.torchserve import launcher
 from handlers.torchserve.launcher import TorchServe
-from handlers.torchserve.status import describe_models
 from serving.api.guard import check_host
 from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle

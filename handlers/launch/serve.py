@@ -23,12 +23,12 @@ from ade_base.ports import LOOPBACK, USER, Ports, check_host
 from ade_base.system import available_cores
 from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
 from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
-from handlers.launch.options import ServingOptions, check_names
 from handlers.launch.page_process import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.publish import Publisher
 from handlers.processes.channel import Listener
 from handlers.processes.run_folder import RunFolder, run_folder
 from handlers.processes.supervision import LaunchError, Supervisor, tell
+from handlers.service.options import ServingOptions, check_names
 from serving.api.guard import is_address
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, open_bundle

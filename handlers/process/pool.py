@@ -18,9 +18,9 @@ from typing import Any
 
 from handlers.front.front import Answer, Request
 from handlers.limits import RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
-from handlers.process.batches import BatchQueue
 from handlers.processes.environment import child_environment
 from handlers.service import wire
+from handlers.service.batches import BatchQueue
 from handlers.service.metrics import ANSWER_SECONDS, FAILURES, MODEL, QUEUE_SECONDS, Metrics
 from handlers.service.worker import WorkerSettings
 from serving.api.telemetry import STARTS, Metric

@@ -25,10 +25,10 @@ from handlers.front.admission import Lane, Limits
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.settings import FrontSettings
-from handlers.launch.options import ServingOptions, check_names, served_name
 from handlers.process.pool import Pool
 from handlers.service import control
 from handlers.service.metrics import Metrics
+from handlers.service.options import ServingOptions, check_names, served_name
 from handlers.service.protocols import V2 as v2
 from handlers.service.protocols import metadata as v2_metadata
 from handlers.service.release import CurrentRelease, Release
@@ -62,7 +62,7 @@ class ApplicationSettings(FrontSettings):
     Attributes:
         release: fields of the :class:`handlers.service.release.Release`.
         workers: processes of each bundle, by operation.
-        options: fields of :class:`handlers.launch.options.ServingOptions`.
+        options: fields of :class:`handlers.service.options.ServingOptions`.
         logs: an existing folder.
         control: path of the socket at which releases are published, see
             :mod:`handlers.service.control`.

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.launch.options import ServingOptions
 from handlers.service import protocols, wire
+from handlers.service.options import ServingOptions
 from serving.api.guard import error_answer
 from serving.api.journal import Journal
 from serving.api.responses import Response

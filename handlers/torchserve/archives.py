@@ -13,8 +13,8 @@ import yaml
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from handlers.launch.options import ServingOptions, served_name
 from handlers.limits import MAX_BATCH, MAX_BATCH_DELAY_S, RESPONSE_TIMEOUT_S, STARTUP_TIMEOUT_S
+from handlers.service.options import ServingOptions, served_name
 from serving.engine.bundle import (
     ENCODER_NAME,
     FEATURES_NAME,

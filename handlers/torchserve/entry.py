@@ -1,7 +1,7 @@
 """TorchServe's entry point. TorchServe copies this file, and allows only one class in it."""
 
-from handlers.torchserve import base
+from handlers.torchserve import handler
 
 
-class Handler(base.OperationHandler):
-    """See :class:`handlers.torchserve.base.OperationHandler`."""
+class Handler(handler.OperationHandler):
+    """See :class:`handlers.torchserve.handler.OperationHandler`."""

@@ -8,6 +8,7 @@ import time
 
 from handlers.launch.engines import Plan
 from handlers.launch.page_process import wait_until
+from handlers.launch.status import queued_requests
 from handlers.processes.environment import child_environment
 from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import Child, Supervisor
@@ -15,7 +16,6 @@ from handlers.processes.watchdog import end_if_it_hangs
 from handlers.torchserve.archives import write_archives
 from handlers.torchserve.configuration import write_configuration
 from handlers.torchserve.front import ServerSettings
-from handlers.torchserve.status import queued_requests
 
 DRAIN_TIMEOUT_S = 30.0
 EMPTY_TIMES = 5  # that the queues are found empty before workers reject requests

@@ -18,9 +18,9 @@ import pytest
 import tritonclient.http
 
 from extensions.open_inference import translation as v2
-from handlers.launch.options import ServingOptions
 from handlers.limits import MAX_REQUEST_BYTES
 from handlers.service import worker
+from handlers.service.options import ServingOptions
 from handlers.service.worker import WorkerSettings
 from serving.api.journal import last_errors
 from serving.api.responses import Response

@@ -42,7 +42,7 @@ class DriverSettings(FrontSettings):
     Attributes:
         bundles: their folders, the first served under the plain names.
         workers: replicas of each bundle at most, by operation.
-        options: fields of :class:`handlers.launch.options.ServingOptions`.
+        options: fields of :class:`handlers.service.options.ServingOptions`.
         logs: a folder of each node, created if it is missing; by default those of
             :class:`extensions.ray.serve.settings.ServeSettings` and of Ray.
         address: of a cluster; our own instance if there is none.

@@ -8,7 +8,7 @@ import os
 
 from extensions.ray.serve.driver import DriverSettings
 from extensions.ray.serve.environment import of_cluster
-from handlers.processes.one_process import OneProcess
+from handlers.launch.one_process import OneProcess
 
 if importlib.util.find_spec("ray") is None:  # it takes a second to import
     raise ModuleNotFoundError("--engine ray", name="ray")

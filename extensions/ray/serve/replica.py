@@ -16,7 +16,7 @@ from extensions.ray.serve.logs import open_log
 from extensions.ray.serve.reporter import Measured, Reporter
 from extensions.ray.serve.scaling import REQUESTS, WAITING
 from handlers.limits import RESPONSE_TIMEOUT_S
-from handlers.process.batches import BatchQueue
+from handlers.service.batches import BatchQueue
 from handlers.service.metrics import MODEL, QUEUE_SECONDS
 from handlers.service.worker import WorkerSettings, answer_batch, load_service, measurements
 from serving.api.telemetry import STARTS

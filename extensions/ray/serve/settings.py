@@ -10,7 +10,7 @@ from typing import Any
 
 from ade_base.errors import UserError
 from handlers.front.settings import TOKEN_VARIABLE, TokenError, given_token
-from handlers.launch.options import ServingOptions
+from handlers.service.options import ServingOptions
 from serving.engine.backends import BACKENDS, DEVICES
 from serving.engine.signatures import OPERATIONS
 

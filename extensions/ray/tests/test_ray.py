@@ -47,9 +47,9 @@ from extensions.ray.serve.guard import end_all, processes_of
 from extensions.ray.serve.settings import LOGS, Access, ServeSettings, SettingsError
 from handlers.front.admission import Limits
 from handlers.front.front import Request
-from handlers.launch.options import ServingOptions
 from handlers.limits import MAX_BATCH
 from handlers.processes.run_folder import RunFolder
+from handlers.service.options import ServingOptions
 from serving.engine.bundle import BundleError, open_bundle
 from serving.ingest.errors import ApiError
 from tests.helpers import PRETRAINED, ROOT, with_calibrations

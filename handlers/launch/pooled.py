@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from handlers.launch.engines import Plan
+from handlers.launch.one_process import OneProcess
 from handlers.processes.channel import DESCRIBE_S, ChannelError, RefusedError, ask
-from handlers.processes.one_process import OneProcess
 from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import Supervisor
 from handlers.processes.watchdog import end_if_it_hangs
