@@ -35,8 +35,8 @@ class Engine(NamedTuple):
     """What computes, of ``ade serve`` or ``ade score``.
 
     Attributes:
-        code: of ``ade serve``, a module with an :class:`handlers.launch.engines.Engine` as
-            ``ENGINE``; of ``ade score``, a function such as
+        code: of ``ade serve``, a :class:`handlers.service.pool.Pool`, or a
+            :class:`handlers.launch.engines.Engine`; of ``ade score``, a function such as
             :func:`extensions.ray.bulk.score.score_on_ray`.
         extra: of pyproject.toml, with its packages.
         line: what is special about it, for ``--help``.

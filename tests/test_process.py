@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -33,8 +32,9 @@ from ade_cli.status import _text
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
 from handlers.launch import engines
+from handlers.launch.engines import ENGINES
 from handlers.launch.status import read_status
-from handlers.process.pool import Pool, WorkerError
+from handlers.process.pool import Pool
 from handlers.processes.channel import ask
 from handlers.processes.run_folder import run_folder
 from handlers.service import wire, worker
@@ -42,6 +42,7 @@ from handlers.service.application import READY, Application, ApplicationSettings
 from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics
 from handlers.service.options import ServingOptions
+from handlers.service.pool import PooledModel, WorkerError
 from handlers.service.release import CurrentRelease, Release
 from handlers.service.worker import WorkerSettings
 from serving.api.journal import last_errors
@@ -74,6 +75,24 @@ def release_of(*folders: Path, number: int = 1) -> Release:
     return engines.release_of(number, [open_bundle(folder) for folder in folders])
 
 
+def one_model(metrics: Metrics | None = None, folder: Path = Path("folder")) -> PooledModel:
+    """A model with one worker, which nobody has started."""
+    options = ServingOptions(device="cpu")
+    settings = WorkerSettings(
+        str(folder), "tiny@1", "", "score", "score", "1", str(folder), options
+    )
+    return PooledModel("score", [settings], metrics or Metrics(Counter()), 60.0, {})
+
+
+def pool_of(process: Any, model: PooledModel) -> Pool:
+    """A pool whose only worker has a stand-in for its process."""
+    pool = Pool([model], Path("unused"))
+    (place,) = pool._workers
+    place.is_ready = True
+    pool._tasks.append(asyncio.create_task(place.keep(process)))
+    return pool
+
+
 class RunningApplication:
     """``python -m handlers.service.application``, as ``ade serve`` starts it, without a page.
 
@@ -83,6 +102,7 @@ class RunningApplication:
         folder: for its files.
         limits: replace the default ones.
         constants: replace those of the module, such as ``STOP_S``.
+        pool: of an engine.
         settings: replace those below.
     """
 
@@ -91,6 +111,7 @@ class RunningApplication:
         folder: Path,
         limits: dict[str, Any] | None = None,
         constants: dict[str, Any] | None = None,
+        pool: str = ENGINES["process"].code,
         **settings: Any,
     ) -> None:
         self.port, self.metrics_port = free_ports(2)
@@ -112,7 +133,8 @@ class RunningApplication:
             "workers": dict.fromkeys(OPERATIONS, 1),
             "options": dataclasses.asdict(ServingOptions(device="cpu")),
             "logs": str(self.logs),
-            "control": str(self.control),
+            "folder": str(folder),
+            "pool": pool,
         }
         ApplicationSettings(**{**given, **settings}).save(self.settings)
         self.output = folder / "front.out"
@@ -555,15 +577,11 @@ def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
             return 0
 
     async def text() -> str:
-        settings = WorkerSettings(
-            *("folder", "tiny@1", "", "score", "score", "1"),
-            *("logs", ServingOptions(device="cpu")),
-        )
         metrics, limits = Metrics(Counter()), Limits(in_flight=(1, 1, 1))
-        pool = Pool("score", [settings], metrics, 60.0, {})
-        process: Any = Slow()
-        pool._tasks.append(asyncio.create_task(pool._workers[0].keep(process)))
-        front = Front(Application([pool], {}, limits).api, limits, Memory(limits), "", Counter())
+        pool = pool_of(Slow(), one_model(metrics))
+        front = Front(
+            Application(pool.models, {}, limits).api, limits, Memory(limits), "", Counter()
+        )
 
         async def post() -> None:
             messages = [{"type": "http.request", "body": IMAGE}]
@@ -652,23 +670,19 @@ def test_metrics_add_up() -> None:
     assert metrics.text().splitlines()[-4:] == lines[-4:]
 
 
-def test_requests_that_a_worker_fails_are_counted_by_bundle(tmp_path: Path) -> None:
+def test_requests_that_a_worker_fails_are_counted_by_bundle() -> None:
     """A release whose workers end over each request must not look healthy."""
 
     async def fail() -> str:
-        settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
-            *(str(tmp_path), ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        model = one_model(metrics := Metrics(Counter()))
         for is_probe in (False, True):
             request = Request("POST", "/predictions/score", {}, "", bytearray(), is_probe)
-            asked = asyncio.create_task(pool.answer(request))
-            (job,) = await pool.waiting.next_batch()
+            asked = asyncio.create_task(model.answer(request))
+            (job,) = await model.waiting.next_batch()
             job.fail(worker_died())
             with pytest.raises(ApiError):
                 await asked
-        return pool.metrics.text()
+        return metrics.text()
 
     text = asyncio.run(fail())
     line = 'ade_worker_failures_total{model_name="score",code="unavailable",bundle="tiny@1"} 1.0'
@@ -693,19 +707,6 @@ def test_bundles_of_one_name_do_not_take_each_other_s_place() -> None:
     copies = [dataclasses.replace(first, folder=Path(name)) for name in ("a", "b")]
     with pytest.raises(BundleError, match="need different names"):
         served_models([first, *copies])
-
-
-def pool_of(process: Any, folder: Path) -> Pool:
-    """A pool whose only worker has a stand-in for its process."""
-    settings = WorkerSettings(
-        *(str(folder), "tiny@1", "", "score", "score", "1"),
-        *(str(folder), ServingOptions(device="cpu")),
-    )
-    pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
-    (place,) = pool._workers
-    place.is_ready = True
-    pool._tasks.append(asyncio.create_task(place.keep(process)))
-    return pool
 
 
 def test_whatever_fails_at_a_worker_it_is_replaced(
@@ -735,12 +736,12 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
         return Failing()
 
     async def answer() -> None:
-        pool = pool_of(Failing(), tmp_path)
+        pool = pool_of(Failing(), model := one_model())
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(20):
             for _ in range(2):
                 with pytest.raises(ApiError, match="worker"):
-                    await pool.answer(request)
+                    await model.answer(request)
             await pool.stop()
 
     monkeypatch.setattr("handlers.process.pool._Worker.start", start)
@@ -776,11 +777,11 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
 
     async def answer() -> None:
         process = Answering()
-        pool = pool_of(process, tmp_path)
+        pool = pool_of(process, model := one_model(metrics := Metrics(Counter())))
         (place,) = pool._workers
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(5):
-            found = await pool.answer(request)
+            found = await model.answer(request)
             assert (found.status, found.body) == (200, b"x")
             if rest != "late":
                 while not process.is_ended:
@@ -789,7 +790,7 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
             await pool.stop()
         assert process.is_ended
         # Another release may have the same labels, and does not know this calibration.
-        assert "missing" not in pool.metrics.text()
+        assert "missing" not in metrics.text()
 
     asyncio.run(answer())
 
@@ -829,11 +830,7 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
     others = psutil.Process().children()
 
     async def start() -> None:
-        settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
-            *(str(tmp_path), ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
+        pool = Pool([one_model(folder=tmp_path)], tmp_path)
         with pytest.raises(WorkerError, match="did not start: its measurements are invalid"):
             await pool.start()
         assert not pool.is_ready and psutil.Process().children() == others
@@ -859,20 +856,14 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
             return 0
 
     async def stop_busy() -> list[Any]:
-        settings = WorkerSettings(
-            *(str(tmp_path), "tiny@1", "", "score", "score", "1"),
-            *(str(tmp_path), ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
-        process = Busy()
-        pool._tasks.append(asyncio.create_task(pool._workers[0].keep(process)))  # type: ignore[arg-type]
+        pool = pool_of(process := Busy(), model := one_model())
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
-        requests = [asyncio.create_task(pool.answer(request))]
+        requests = [asyncio.create_task(model.answer(request))]
         await process.is_asked.wait()
-        requests.append(asyncio.create_task(pool.answer(request)))
+        requests.append(asyncio.create_task(model.answer(request)))
         await asyncio.sleep(0)
-        await pool.stop()
-        requests.append(asyncio.create_task(pool.answer(request)))
+        await pool.__aexit__()
+        requests.append(asyncio.create_task(model.answer(request)))
         async with asyncio.timeout(5):
             return await asyncio.gather(*requests, return_exceptions=True)
 
@@ -883,23 +874,18 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_steps", range(8))
 def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps: int) -> None:
     async def check() -> None:
-        settings = WorkerSettings(
-            *("folder", "tiny@1", "", "score", "score", "1"),
-            *("logs", ServingOptions(device="cpu")),
-        )
-        pool = Pool("score", [settings], Metrics(Counter()), 60.0, {})
-        process: Any = SimpleNamespace(gone=asyncio.get_running_loop().create_future())
-        taking = asyncio.create_task(pool._workers[0]._next_batch(process))
+        model, gone = one_model(), asyncio.get_running_loop().create_future()
+        taking = asyncio.create_task(model.next_batch(gone))
         await asyncio.sleep(0)
         request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
-        answer = asyncio.create_task(pool.answer(request))
+        answer = asyncio.create_task(model.answer(request))
         for _ in range(num_steps):
             await asyncio.sleep(0)
-        process.gone.set_result(0)
+        gone.set_result(0)
         (taken,) = await asyncio.gather(taking, return_exceptions=True)
         for _ in range(8):
             await asyncio.sleep(0)
-        assert len(pool.waiting) == 1 if isinstance(taken, WorkerError) else len(taken) == 1
+        assert len(model.waiting) == 1 if isinstance(taken, WorkerError) else len(taken) == 1
         answer.cancel()
 
     asyncio.run(check())

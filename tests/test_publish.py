@@ -41,9 +41,10 @@ from ade_cli.status import _publishing
 from ade_client.client import AdeClient, AdeError
 from handlers.front.admission import Limits
 from handlers.launch.engines import PublishingEngine
-from handlers.launch.pooled import ProcessEngine
+from handlers.launch.pooled import PooledEngine
 from handlers.launch.publish import Publisher, PublishError, check_contract
 from handlers.processes.channel import ChannelError, Listener, ask
+from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import LaunchError
 from handlers.service.application import ApplicationSettings, build_release
 from handlers.service.control import DESCRIBE, PUBLISH
@@ -540,8 +541,8 @@ def test_a_front_that_ends_while_it_publishes(
     def refuse(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         raise BundleError("an error after the settings were written")
 
-    engine: Any = ProcessEngine.__new__(ProcessEngine)
-    engine._control, engine._settings = tmp_path / "front.sock", tmp_path / "front.json"
+    engine: Any = PooledEngine.__new__(PooledEngine)
+    engine._folder, engine._settings = RunFolder(tmp_path), tmp_path / "front.json"
     ApplicationSettings(
         **{
             field.name: None
@@ -551,7 +552,7 @@ def test_a_front_that_ends_while_it_publishes(
         release=dataclasses.asdict(release_of(PRETRAINED, number=kept)),
     ).save(engine._settings)
     if is_refusal:
-        listener = Listener(engine._control, refuse, (BundleError,))
+        listener = Listener(engine._folder.front_socket, refuse, (BundleError,))
     with nullcontext() if is_done else pytest.raises(ChannelError):
         engine.publish(release)
     if is_refusal:

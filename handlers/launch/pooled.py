@@ -16,25 +16,32 @@ from handlers.service.control import DESCRIBE, PUBLISH
 from handlers.service.release import Release
 
 
-class ProcessEngine(OneProcess):
-    """An :class:`handlers.launch.engines.PublishingEngine`."""
+class PooledEngine(OneProcess):
+    """An :class:`handlers.launch.engines.PublishingEngine` over any pool.
+
+    Args:
+        pool: see :class:`handlers.service.application.ApplicationSettings`.
+        plan, folder, supervisor: of the service.
+    """
 
     drain_s = STOP_S + 5
 
-    def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
+    def __init__(self, pool: str, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None:
         super().__init__(plan, folder, supervisor)
-        self._control = folder.front_socket
+        self._pool = pool
+        self._folder = folder
 
     def start(self) -> None:
-        """Start the application; its process starts the workers and then listens."""
+        """Start the application; its process starts the pool and then listens."""
         plan = self._plan
         settings = ApplicationSettings(
             **plan.front,
+            pool=self._pool,
             release=dataclasses.asdict(plan.release),
             workers=plan.workers,
             options=dataclasses.asdict(plan.options),
             logs=str(plan.logs),
-            control=str(self._control),
+            folder=str(self._folder.path),
         )
         self._start("handlers.service.application", settings)
         end_if_it_hangs(self._child, plan.ports.metrics, self._supervisor)
@@ -42,7 +49,7 @@ class ProcessEngine(OneProcess):
     def publish(self, release: Release) -> None:
         """See :meth:`handlers.launch.engines.PublishingEngine.publish`."""
         try:
-            ask(self._control, {"do": PUBLISH, "release": dataclasses.asdict(release)})
+            ask(self._folder.front_socket, {"do": PUBLISH, "release": dataclasses.asdict(release)})
         except RefusedError:
             raise
         except ChannelError:  # the front was killed: it may start again with the new release
@@ -52,7 +59,4 @@ class ProcessEngine(OneProcess):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`handlers.launch.engines.PublishingEngine.describe`."""
-        return ask(self._control, {"do": DESCRIBE}, seconds=DESCRIBE_S)
-
-
-ENGINE = ProcessEngine
+        return ask(self._folder.front_socket, {"do": DESCRIBE}, seconds=DESCRIBE_S)

@@ -81,6 +81,10 @@ class RunFolder:
         """While it exists, workers reject requests, and each creates a file in it once idle."""
         return self.path / "stopping"
 
+    def of_release(self, number: int) -> Path:
+        """The folder of the processes of a release."""
+        return self.path / f"r{number}"
+
     @property
     def token_file(self) -> Path:
         return self.path / "token"

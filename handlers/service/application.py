@@ -1,7 +1,6 @@
-"""The service as one ASGI application: the API over pools of worker processes.
+"""The service as one ASGI application: the API over the pool of an engine.
 
-``ade serve --engine process`` runs it under uvicorn: ``python -m handlers.service.application
-SETTINGS``.
+``ade serve`` runs it under uvicorn: ``python -m handlers.service.application SETTINGS``.
 """
 
 from __future__ import annotations
@@ -20,15 +19,17 @@ from typing import Any, Protocol
 
 import orjson
 
+from ade_base.extensions import load
 from handlers.front import listen
 from handlers.front.admission import Lane, Limits
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.settings import FrontSettings
-from handlers.process.pool import Pool
+from handlers.processes.run_folder import RunFolder
 from handlers.service import control
 from handlers.service.metrics import Metrics
 from handlers.service.options import ServingOptions, check_names, served_name
+from handlers.service.pool import Pool, PooledModel
 from handlers.service.protocols import V2 as v2
 from handlers.service.protocols import metadata as v2_metadata
 from handlers.service.release import CurrentRelease, Release
@@ -60,19 +61,20 @@ class ApplicationSettings(FrontSettings):
     """Settings of the application, besides those of its front.
 
     Attributes:
+        pool: the engine's subclass of :class:`handlers.service.pool.Pool`, ``"module:name"``.
         release: fields of the :class:`handlers.service.release.Release`.
         workers: processes of each bundle, by operation.
         options: fields of :class:`handlers.service.options.ServingOptions`.
         logs: an existing folder.
-        control: path of the socket at which releases are published, see
-            :mod:`handlers.service.control`.
+        folder: of the service, see :class:`handlers.processes.run_folder.RunFolder`.
     """
 
+    pool: str
     release: dict[str, Any]
     workers: dict[str, int]
     options: dict[str, Any]
     logs: str
-    control: str
+    folder: str
 
 
 class Model(Protocol):
@@ -222,20 +224,12 @@ class Application:
 
 
 class PooledApplication(Application):
-    """The same over pools of worker processes: what answers for a release."""
+    """The same over a pool: what answers for a release."""
 
-    def __init__(self, pools: Sequence[Pool], document: dict[str, Any], limits: Limits) -> None:
-        super().__init__(pools, document, limits)
-        self._pools = pools
-
-    def refuse(self) -> None:
-        """Answer 503 to requests that wait for a worker and to all further ones."""
-        for pool in self._pools:
-            pool.refuse()
-
-    def describe(self) -> dict[str, Any]:
-        """Workers and queue by model, as ``ade status`` shows them."""
-        return {pool.name: pool.describe() for pool in self._pools}
+    def __init__(self, pool: Pool, document: dict[str, Any], limits: Limits) -> None:
+        super().__init__(pool.models, document, limits)
+        self.refuse = pool.refuse
+        self.describe = pool.describe
 
 
 async def _infer(model: Model, request: Request) -> Answer:
@@ -271,15 +265,15 @@ def served_models(bundles: Sequence[Bundle]) -> list[tuple[str, str, Bundle]]:
     ]
 
 
-def make_pools(
+def _pooled_models(
     settings: ApplicationSettings,
     release: Release,
     bundles: list[Bundle],
     metrics: Metrics,
     limits: Limits,
-) -> list[Pool]:
-    """A pool for each operation of each bundle; nothing is started."""
-    pools = []
+) -> list[PooledModel]:
+    """A model for each operation of each bundle."""
+    models = []
     for name, operation, bundle in served_models(bundles):
         # Journals of two releases must not have the same name; see remove_journals.
         journal = name if release.number == 1 else f"{name}-release{release.number}"
@@ -297,8 +291,8 @@ def make_pools(
             for number in range(settings.workers[operation])
         ]
         described = v2_metadata(name, operation, bundle, settings.options["backend"])
-        pools.append(Pool(name, workers, metrics, limits.upstream_s, described))
-    return pools
+        models.append(PooledModel(name, workers, metrics, limits.upstream_s, described))
+    return models
 
 
 def remove_journals(logs: Path, kept: Collection[int]) -> None:
@@ -330,18 +324,13 @@ async def build_release(
     for bundle, model, digest in zip(bundles, release.models, release.digests, strict=True):
         check_same(bundle, model, digest)
     document = openapi_document("/", bundles, settings.token is not None)
-    pools = make_pools(settings, release, bundles, metrics, limits)
+    models = _pooled_models(settings, release, bundles, metrics, limits)
+    make_pool: type[Pool] = load(settings.pool)
     with metrics.of_models(release.models):
-        try:
-            started = await asyncio.gather(
-                *(pool.start() for pool in pools), return_exceptions=True
-            )
-            for error in started:
-                if error is not None:
-                    raise error
-            yield PooledApplication(pools, document, limits)
-        finally:
-            await asyncio.gather(*(pool.stop() for pool in pools))
+        async with make_pool(
+            models, RunFolder(Path(settings.folder)).of_release(release.number)
+        ) as pool:
+            yield PooledApplication(pool, document, limits)
 
 
 @contextlib.asynccontextmanager
@@ -380,7 +369,7 @@ async def build_app(
 
     async with (
         current.run(Release.from_dict(settings.release)),
-        control.listen(Path(settings.control), current),
+        control.listen(RunFolder(Path(settings.folder)).front_socket, current),
     ):
         yield listen.built(
             settings, limits, current.api, scrape, refusals, OPEN, on_stop=refuse_later

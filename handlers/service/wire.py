@@ -18,7 +18,8 @@ LENGTH = struct.Struct(">I")  # of the head
 MAX_HEAD_BYTES = 2**24
 MAX_BODIES_BYTES = 2**29
 Body = bytes | bytearray
-Message = tuple[dict[str, Any], list[bytes]]
+Head = dict[str, Any]
+Message = tuple[Head, list[bytes]]
 
 
 def pack(head: dict[str, Any], bodies: Sequence[Body] = ()) -> list[Body]:

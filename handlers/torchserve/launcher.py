@@ -110,6 +110,3 @@ class TorchServe:
 
     def _is_running(self) -> bool:
         return self._server.process.poll() is None
-
-
-ENGINE = TorchServe

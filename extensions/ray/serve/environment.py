@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ade_base.ports import free_ports
 from handlers.front.admission import Limits
-from handlers.process.pool import VARIABLES
+from handlers.service.pool import VARIABLES
 from serving.api.pipelining import MAX_FIELDS
 from serving.ingest.errors import ApiError
 

@@ -36,6 +36,3 @@ class RayServe(OneProcess):
         )
         variables = of_cluster(os.environ) if plan.address else {}
         self._start("extensions.ray.serve.driver", settings, **variables)
-
-
-ENGINE = RayServe
