@@ -66,9 +66,7 @@ def _text(found: dict[str, Any]) -> str:
             )
             or "none"
         )
-        room = "" if model.get("queue_room") is None else f", room for {model['queue_room']}"
-        queue = f"queued: {model['queued']}{room}"
-        lines.append(f"{name:11} workers: {states}; {queue}")
+        lines.append(f"{name:11} workers: {states}; queued: {model['queued']}")
     if found["requests"] is not None:
         counts = ", ".join(
             f"{kind}: {count:.0f}" for kind, count in sorted(found["requests"].items())

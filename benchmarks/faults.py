@@ -232,7 +232,7 @@ FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = 
     hang,
     stop,
 )
-OF_WORKERS = (kill_each, exhaust, hang)  # which only TorchServe describes to this benchmark
+OF_WORKERS = (kill_each, exhaust, hang)  # which Ray does not describe
 
 
 def _held(service: Running) -> dict[str, int]:
@@ -255,7 +255,7 @@ def main() -> None:
         help=f"{DEFAULT} (default), or another one without the faults of workers",
     )
     args = parser.parse_args()
-    possible = [fault for fault in FAULTS if args.engine == DEFAULT or fault not in OF_WORKERS]
+    possible = [fault for fault in FAULTS if args.engine != "ray" or fault not in OF_WORKERS]
     chosen = [
         fault for fault in possible if args.only is None or fault.__name__ in args.only.split(",")
     ]

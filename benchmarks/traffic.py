@@ -24,7 +24,8 @@ import psutil
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, Ports, free_ports
-from handlers.launch.status import describe_models
+from handlers.launch.publish import DESCRIBE
+from handlers.processes import channel
 from handlers.processes.run_folder import find_service
 from serving.page.models import EXAMPLES
 
@@ -84,11 +85,16 @@ class Running:
         return [parent, *parent.children(recursive=True)]
 
     def workers(self) -> dict[int, tuple[str, str]]:
-        """Model and state by process id, as TorchServe reports them."""
+        """Model and state by process id, as the engine reports them."""
         folder = find_service(self.ports)
-        described = {} if folder is None else describe_models(folder)
+        if folder is None:
+            return {}
+        try:
+            described = channel.ask(folder.control_socket, {"do": DESCRIBE})["workers"] or {}
+        except channel.ChannelError:
+            return {}
         return {
-            w["pid"]: (name, w["status"])
+            w["pid"]: (name, w["state"])
             for name, model in described.items()
             for w in model["workers"]
         }

@@ -1,44 +1,90 @@
-"""Runs the real front in a process, with a small HTTP server behind it instead of TorchServe."""
+"""Runs the real front in a process, with a small HTTP server behind it instead of a pool."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 
 from ade_base.ports import free_ports
-from handlers.torchserve.front import ServerSettings
-from handlers.torchserve.wire import TYPE_HEADER
+from ade_client.contract import PROBE_HEADER
+from handlers.front import listen
+from handlers.front.admission import Limits
+from handlers.front.exposition import metrics_answer
+from handlers.front.front import Answer, Endpoint, Request
+from handlers.front.settings import FrontSettings
+from handlers.service.application import Application
+from handlers.service.metrics import Metrics
+from serving.ingest.errors import ApiError, no_answer
 from tests.helpers import ROOT, wait_for
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from handlers.front.admission import Limits
-from handlers.torchserve.front import ServerSettings, run
-run(ServerSettings.load(Path(sys.argv[1])), Limits(**json.loads(sys.argv[2])))
-"""
-TORCHSERVE_ERRORS = {  # status, type, message: as TorchServe answers them
-    "died": (500, "InternalServerException", "Worker died."),
-    "full": (
-        503,
-        "ServiceUnavailableException",
-        'Model "score" has no worker to serve inference request.',
-    ),
-    "memory": (507, "InternalServerException", "out of memory"),
-    "fault": (500, "InternalServerException", "Exception at /home/somebody"),
-    "model": (404, "ModelNotFoundException", "Model not found: score"),
-    "key": (400, "InvalidKeyException", "Token Authorization failed."),
-    "bad": (400, "BadRequestException", "bad"),
-}
+TYPE_HEADER = "X-Ade-Content-Type"
+SCRIPT = "import sys; from tests.front import run; run(*sys.argv[1:])"
+OF_SERVER = {"Content-Length", "Date", "Server"}
+MODELS = {"score": "m@1", "sample": "m@1", "tiny-score": "tiny@1"}
+
+
+class Forwarder:
+    """A model whose only worker is the upstream."""
+
+    metadata: dict[str, Any] = {}
+    num_workers = 1
+    is_ready = True
+
+    def __init__(self, name: str, http: aiohttp.ClientSession) -> None:
+        self.name, self.identity = name, MODELS[name]
+        self._http = http
+
+    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+        headers = {TYPE_HEADER: request.content_type} if request.content_type else {}
+        if request.is_probe:
+            headers[PROBE_HEADER] = "1"
+        asked = self._http.request(
+            request.method, request.path, data=bytes(request.body) or None, headers=headers
+        )
+        try:
+            async with asked as response:
+                kept = {k: v for k, v in response.headers.items() if k not in OF_SERVER}
+                return Answer(response.status, list(kept.items()), await response.read())
+        except TimeoutError:
+            raise no_answer() from None
+        except aiohttp.ClientError:
+            raise ApiError(503, "unavailable", "the upstream is gone: try again later") from None
+
+
+def run(settings_file: str, socket_file: str, limits_json: str) -> None:
+    """The front with its application, in this process."""
+    settings, limits = FrontSettings.load(Path(settings_file)), Limits(**json.loads(limits_json))
+
+    @contextlib.asynccontextmanager
+    async def build() -> AsyncIterator[listen.Built]:
+        refusals = Counter[str]()
+
+        async def scrape(request: Request) -> Answer:
+            return metrics_answer(Metrics(refusals).text())
+
+        async with aiohttp.ClientSession(
+            "http://localhost",
+            connector=aiohttp.UnixConnector(socket_file, limit=0),
+            skip_auto_headers=("Content-Type", "User-Agent", "Accept", "Accept-Encoding"),
+            timeout=aiohttp.ClientTimeout(total=limits.upstream_s),
+        ) as http:
+            application = Application([Forwarder(name, http) for name in MODELS], {}, limits)
+            yield listen.built(settings, limits, application.api, Endpoint(scrape), refusals)
+
+    listen.run(settings, limits, build)
 
 
 class Upstream:
@@ -47,7 +93,6 @@ class Upstream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seen: list[dict[str, Any]] = []
-        self.metrics: str | None = None  # what /metrics answers, instead
         self.num_waiting = 0  # requests that wait for :meth:`release`
         self._loop = asyncio.new_event_loop()
         self._gate = asyncio.Event()
@@ -96,16 +141,8 @@ class Upstream:
             "x-request-id": secrets.token_hex(8),
             "X-Ade-Model": "m@1",
             "Server-Timing": "parse;dur=1",
-            "Keep-Alive": "timeout=5",
-            "X-Hop": "1",
-            "Connection": "X-Hop",
         }
         word = request.headers.get(TYPE_HEADER, "").removeprefix("test/")
-        if word in TORCHSERVE_ERRORS:
-            status, kind, message = TORCHSERVE_ERRORS[word]
-            return web.json_response(
-                {"code": status, "type": kind, "message": message}, status=status, headers=headers
-            )
         if word == "ours":
             return web.Response(
                 body=b'{"error": {"code": "not_an_image", "message": "m"}}',
@@ -113,10 +150,6 @@ class Upstream:
                 content_type="application/json",
                 headers={**headers, "Retry-After": "3"},
             )
-        if request.path == "/metrics" and self.metrics is not None:
-            return web.Response(text=self.metrics)
-        if word == "413":
-            return web.Response(status=413, headers=headers)
         if word == "large":
             return web.Response(body=b"\0" * int(body), headers=headers)
         if word == "wait":
@@ -134,17 +167,12 @@ class RunningFront:
     def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
         self.port, self.metrics_port = free_ports(2)
         self.socket = folder / "inference.sock"
-        self.settings = ServerSettings(
+        self.settings = FrontSettings(
             **{
                 "host": "127.0.0.1",
                 "port": self.port,
                 "metrics_port": self.metrics_port,
                 "exposes_metrics": False,
-                "inference_socket": str(self.socket),
-                "metrics_socket": str(self.socket),
-                "server_key": "key-of-torchserve",
-                "models": {"score": 1, "sample": 1, "tiny-score": 1},
-                "identities": {"score": "m@1", "sample": "m@1", "tiny-score": "tiny@1"},
                 "token": None,
                 "allowed_hosts": ("ade.example.org",),
                 "probe_secret": "secret-of-probes",
@@ -158,7 +186,14 @@ class RunningFront:
         self.log = folder / "front.out"
         with open(self.log, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(path), json.dumps(limits or {})],
+                [
+                    sys.executable,
+                    "-c",
+                    SCRIPT,
+                    str(path),
+                    str(self.socket),
+                    json.dumps(limits or {}),
+                ],
                 cwd=ROOT,
                 stdout=out,
                 stderr=out,

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 DATA_VARIABLE = "ADE_TEST_DATA"
 PRETRAINED = ROOT / "pretrained" / "cifar10"
+WORKER_LABELS = ("model_name", "worker", "bundle")  # of all that workers measure
 TINY = ModelConfig(
     image_size=8,
     channels=3,

@@ -17,7 +17,10 @@ import pytest
 
 from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_cli.main import main
+from handlers.launch.publish import DESCRIBE
+from handlers.processes.channel import ask
 from handlers.processes.run_folder import RunFolder, find_service
+from handlers.torchserve.configuration import ServerFolder
 from tests.helpers import PRETRAINED, ROOT
 
 # In the environment of ``ade serve``; its child processes must not have them.
@@ -84,11 +87,24 @@ class RunningService:
         return folder
 
     @property
+    def torchserve(self) -> ServerFolder:
+        """The working folder of the TorchServe of its first release."""
+        return ServerFolder(self.folder.of_release(1))
+
+    @property
     def pids(self) -> dict[str, int]:
         """Process ids of its parts, as its folder records them, without TorchServe's workers."""
         found = self.folder.read_description()
         assert found is not None
         return found["pids"]
+
+    def worker_pids(self) -> dict[str, list[int]]:
+        """Process ids of the workers that are ready, by model."""
+        described = ask(self.folder.control_socket, {"do": DESCRIBE})["workers"] or {}
+        return {
+            name: [one["pid"] for one in model["workers"] if one["state"] == "READY"]
+            for name, model in described.items()
+        }
 
     def descendants(self) -> list[psutil.Process]:
         """All its processes, without those that have ended and are not reaped yet."""

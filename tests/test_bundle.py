@@ -508,40 +508,43 @@ def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bun
     assert found("lsun", more, "lsun", by_name) == "model was trained on lsun"
 
 
+def write_archives(folder: Path, store: Path) -> None:
+    from handlers.service.options import ServingOptions
+    from handlers.service.worker import WorkerSettings
+    from handlers.torchserve.archives import write_archive
+
+    bundle = open_bundle(folder)
+    for operation in OPERATIONS:
+        settings = WorkerSettings(
+            *(str(folder), bundle.model_id, bundle.digest, operation, operation),
+            *(f"{operation}-0", "logs", ServingOptions(device="cpu")),
+        )
+        write_archive(settings, store, 1)
+
+
 def test_archives_leave_other_temporary_files_alone(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tempfile
-
-    from handlers.service.options import ServingOptions
-    from handlers.torchserve.archives import write_archives
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "store").mkdir()
-    names = write_archives(
-        open_bundle(tiny_bundle),
-        tmp_path / "store",
-        ServingOptions(),
-        dict.fromkeys(OPERATIONS, 1),
-    )
+    write_archives(tiny_bundle, tmp_path / "store")
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == sorted(
-        f"{name}.mar" for name in names
+        f"{name}.mar" for name in OPERATIONS
     )
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
 
 
 def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_path: Path) -> None:
-    from handlers.service.options import ServingOptions
-    from handlers.torchserve.archives import write_archives
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
     os.utime(bundle.folder / MANIFEST_NAME, (0, 0))  # as a reproducible archive may set it
     (tmp_path / "store").mkdir()
-    workers = dict.fromkeys(OPERATIONS, 1)
-    write_archives(bundle, tmp_path / "store", ServingOptions(), workers)
+    write_archives(bundle.folder, tmp_path / "store")
     for operation in OPERATIONS:
         with zipfile.ZipFile(tmp_path / "store" / f"{operation}.mar") as archive:
             found = {Path(name).name for name in archive.namelist()}

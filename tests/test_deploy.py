@@ -25,17 +25,14 @@ from ade_cli.main import parse
 from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
+from handlers.launch.pooled import PooledEngine
 from handlers.launch.serve import _allowed_hosts
 from handlers.processes.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
-from handlers.service.metrics import MODEL
-from handlers.torchserve.exposition import INFERENCES, LATENCY, QUEUE, RESPONSES
-from handlers.torchserve.launcher import DRAIN_TIMEOUT_S
-from handlers.torchserve.reporter import COMMON_LABELS
-from serving.api.telemetry import EXPECTED_FLAGS, METRICS, OBSERVED_FLAGS, VERSION
+from serving.api.telemetry import METRICS
 from serving.engine.bundle import open_bundle
 from serving.page import sweep, uploads
 from serving.page.app import make_app
-from tests.helpers import PRETRAINED, ROOT, tool
+from tests.helpers import PRETRAINED, ROOT, WORKER_LABELS, tool
 from tests.test_docker import STEPS, USER
 
 DEPLOY = ROOT / "deploy"
@@ -58,15 +55,12 @@ def load(path: Path) -> Any:
 
 
 def test_alarms_are_about_metrics_that_exist() -> None:
-    known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
-    known |= {m.name: set(m.labels) for m in (REFUSALS, RESPONSES, START)}
-    known |= {m.name: {"model_name"} for m in (INFERENCES, LATENCY, QUEUE)}
+    known = {metric.name: {*WORKER_LABELS, *metric.labels} for metric in METRICS}
+    known |= {m.name: set(m.labels) for m in (REFUSALS, START)}
     known["up"] = set()
-    for metric in (VERSION, EXPECTED_FLAGS, OBSERVED_FLAGS):
-        known[metric.name].add(MODEL)  # with the engines process and ray
     rules = [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
     for rule in rules:
-        names = re.findall(r"\b((?:ade|ts|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
+        names = re.findall(r"\b((?:ade|process)_\w+|up\b)(?:\{([^}]*)\})?", rule["expr"])
         assert names, rule["alert"]
         for name, labels in names:
             used = set(re.findall(r"(\w+)=", labels))
@@ -172,7 +166,7 @@ def test_ports_and_probes(
     # No alarm finds the metrics under another name of the job, which is the service's.
     assert [s["metadata"]["name"] for s in services] == ["ade", "ade-page"]
     (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:]]
-    stopping = DRAIN_TIMEOUT_S + STOP_TIMEOUT_S + KILL_TIMEOUT_S
+    stopping = PooledEngine.drain_s + STOP_TIMEOUT_S + KILL_TIMEOUT_S
     assert pod["terminationGracePeriodSeconds"] >= pause + stopping
     composed = load(DEPLOY / "compose.yaml")["services"]
     grace = {name: composed[name]["stop_grace_period"] for name in ("ade", "nginx")}

@@ -32,7 +32,7 @@ def test_serving_needs_no_training_packages() -> None:
         "             'ade_model'):\n"
         "    sys.modules[name] = None\n"
         "import ade_cli.main, ade_cli.serve\n"
-        "import handlers.torchserve.handler, handlers.torchserve.front, handlers.torchserve.entry\n"
+        "import handlers.torchserve.handler, handlers.torchserve.pool, handlers.torchserve.entry\n"
         "import serving.page.app\n"
         "import ade_client.client, serving.api.service\n"
     )

@@ -1,4 +1,4 @@
-"""The metrics of TorchServe, the logs and the dashboard."""
+"""The metrics, the logs and the dashboard."""
 
 from __future__ import annotations
 
@@ -18,56 +18,16 @@ from ade_base.ports import VARIABLES, free_ports
 from handlers.front.exposition import REFUSALS, START
 from handlers.launch.serve import _alone_with_logs
 from handlers.service.metrics import QUEUE_SECONDS
-from handlers.torchserve.exposition import by_convention
-from handlers.torchserve.reporter import COMMON_LABELS
 from serving.api.journal import Journal, last_errors
 from serving.api.telemetry import (
-    EXPECTED_FLAGS,
     FAMILIES,
     METRICS,
-    OBSERVED_FLAGS,
     HistogramMetric,
     Metric,
     Stopwatch,
 )
-from tests.helpers import PRETRAINED, ROOT, held_by_another
+from tests.helpers import PRETRAINED, ROOT, WORKER_LABELS, held_by_another
 from tests.service import RunningService, error_of_serve
-
-METRICS_TEXT = """# HELP ade_requests_total Torchserve prometheus counter metric with unit: Count
-# TYPE ade_requests_total counter
-ade_requests_total{model_name="score",worker="9001",status="200",code="none",hostname="h",} 3.0
-ade_requests_total{model_name="score",worker="9002",status="415",code="not_an_image",HOST} 1.0
-ade_images_total{model_name="score",worker="9001",hostname="h",} 8.0
-ade_stage_seconds_total{model_name="score",worker="9001",stage="compute",hostname="h",} 0.04
-ade_bpd_count{model_name="score",worker="9001",hostname="h",} 8.0
-Requests5XX{Level="Host",Hostname="h",} 1.0
-# TYPE QueueTime gauge
-QueueTime{Level="Host",Hostname="h",} 12.0
-ade_bpd_bucket{model_name="score",worker="9001",le="+Inf",hostname="h",} 8.0
-ts_inference_latency_microseconds{model_name="score",TS_LABELS} 80000.0
-ts_queue_latency_microseconds{model_name="score",TS_LABELS} 20000.0
-ts_queue_latency_microseconds{model_name="sample",TS_LABELS} 5.0
-""".replace("TS_LABELS", 'model_version="default",uuid="u",hostname="h",').replace(
-    "HOST", 'hostname="h",'
-)
-
-
-def test_metrics_follow_the_conventions() -> None:
-    """Each family is one group with type and help text; units are base units; ``_total``."""
-    text = by_convention(METRICS_TEXT, {"overloaded": 2})
-    assert (
-        "# HELP ade_bpd Bits per dimension of scored images.\n# TYPE ade_bpd histogram\n"
-        'ade_bpd_count{model_name="score",worker="9001",hostname="h"} 8.0\n'
-        'ade_bpd_bucket{model_name="score",worker="9001",le="+Inf",hostname="h"} 8.0\n'
-    ) in text
-    assert re.search(r"TYPE ts_queue_latency_seconds_total counter\nts_queue\S+ 0.02\n", text)
-    assert '\nts_responses_total{class="5xx",Level="Host",Hostname="h"} 1.0\n' in text
-    assert '\nade_front_refusals_total{code="overloaded"} 2\n' in text
-    assert re.search(r"TYPE process_start_time_seconds gauge\nprocess_start_time_seconds \d", text)
-    assert not re.search("Torchserve|QueueTime|microseconds", text)
-    types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
-    for name, kind in types.items():
-        assert (kind == "counter") == name.endswith("_total")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -175,10 +135,8 @@ def test_the_dashboard_uses_existing_metrics() -> None:
     expressions = [
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
     ]
-    known = {metric.name: {*COMMON_LABELS, *metric.labels} for metric in METRICS}
-    known[QUEUE_SECONDS.name] = {"model_name"}  # without TorchServe
-    for metric in (EXPECTED_FLAGS, OBSERVED_FLAGS):
-        known[metric.name].add("bundle")  # without TorchServe
+    known = {metric.name: {*WORKER_LABELS, *metric.labels} for metric in METRICS}
+    known[QUEUE_SECONDS.name] = {"model_name"}
     of_front = {metric.name: set(metric.labels) for metric in (REFUSALS, START)}
     known |= of_front
     used = set()
@@ -192,7 +150,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
             assert grouped <= mine | {"model_name", "instance"}, expression
             if "ade_drift" in expression:  # each process has its own
                 assert grouped == {"instance", "model_name", "worker", "calibration"}
-        everything = re.findall(r"\b(?:ade|ts)_\w+\b(?!\{[^}]*model_name=~\"\$model\")", expression)
+        everything = re.findall(r"\bade_\w+\b(?!\{[^}]*model_name=~\"\$model\")", expression)
         assert set(everything) <= set(of_front), "not of the chosen models"
     assert {
         "ade_requests_total",

@@ -24,6 +24,7 @@ from handlers.launch.serve import _token
 from handlers.launch.status import read_status
 from handlers.processes.environment import child_environment
 from handlers.torchserve.configuration import BROADCAST, NO_FOLDER, unreachable_address
+from handlers.torchserve.reporter import REPORTS_VARIABLE
 from tests.attacks import HOSTILE, fetch_addresses, register, upload, was_run, workflow_archive
 from tests.helpers import PRETRAINED, address_beyond_loopback, wait_for
 from tests.service import CANARIES, RunningService, error_of_serve
@@ -55,8 +56,8 @@ def connects(address: tuple[str, int]) -> bool:
 @pytest.fixture
 def management(service: RunningService) -> Iterator[httpx.Client]:
     """TorchServe's management API, which only the serving user can reach."""
-    key = service.folder.server_key("management")
-    transport = httpx.HTTPTransport(uds=str(service.folder.management_socket))
+    key = service.torchserve.key("management")
+    transport = httpx.HTTPTransport(uds=str(service.torchserve.management_socket))
     with httpx.Client(
         base_url="http://torchserve",
         transport=transport,
@@ -71,8 +72,8 @@ def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Pat
     """A hostile archive in every folder of the service, as if it had been uploaded; its marker."""
     marker, archive = tmp_path / "marker", workflow_archive(tmp_path / "marker")
     places = [
-        service.folder.store,
-        service.folder.temporary,
+        service.torchserve.store,
+        service.torchserve.temporary,
         service.folder.path / "page-files" / "hash",
     ]
     for place in places:
@@ -95,7 +96,7 @@ def test_no_archive_is_fetched_registered_or_run(
     archive, marker = planted
     before = sorted(service.folder.path.rglob("evil*"))
     path = upload(service.page, archive.read_bytes(), HOSTILE)
-    addresses = fetch_addresses(Path(path) if path else archive, service.folder.store)
+    addresses = fetch_addresses(Path(path) if path else archive, service.torchserve.store)
     for host, port in listening(service):
         if connects((host, port)):
             with httpx.Client(
@@ -105,7 +106,7 @@ def test_no_archive_is_fetched_registered_or_run(
                 assert not {200, 409} & set(found), (port, found)  # 409: its file exists
     statuses = register(management, addresses)
     assert set(statuses) <= {400, 404, 405}, statuses
-    for name in ("evil.war", "../page-files/hash/evil.war", "tmp/evil.war"):
+    for name in ("evil.war", "../../page-files/hash/evil.war", "tmp/evil.war"):
         for api in ("/workflows", "/models"):
             by_query = management.post(api, params={"url": name, "initial_workers": 1})
             assert by_query.status_code in (400, 404, 405), (api, name)
@@ -131,7 +132,7 @@ def test_nothing_can_be_unregistered(management: httpx.Client) -> None:
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
 def test_torchserve_answers_nothing_without_its_key(service: RunningService, method: str) -> None:
     """Tested on its sockets, which only the serving user can reach. Its metrics have no key."""
-    folder = service.folder
+    folder = service.torchserve
     for path, key in (
         (folder.management_socket, "inference"),
         (folder.inference_socket, "management"),
@@ -142,7 +143,7 @@ def test_torchserve_answers_nothing_without_its_key(service: RunningService, met
             for headers in (
                 {},
                 {"Authorization": "Bearer 0"},
-                {"Authorization": f"Bearer {folder.server_key(key)}"},
+                {"Authorization": f"Bearer {folder.key(key)}"},
             ):
                 for url in (
                     "/models",
@@ -184,7 +185,7 @@ def test_secrets_of_the_environment_reach_no_child(service: RunningService) -> N
         environment = process.environ()
         assert not set(CANARIES) & set(environment), process.cmdline()
         assert not set(CANARIES.values()) & set(environment.values())
-    assert workers[0].environ()["ADE_STOP_FOLDER"] == str(service.folder.stop_folder)
+    assert workers[0].environ()[REPORTS_VARIABLE] == str(service.torchserve.reports_socket)
 
 
 def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,14 +201,14 @@ def test_the_working_folder_is_private(service: RunningService) -> None:
     assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
     assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
     for file in (
-        folder.path / "key_file.json",
+        service.torchserve.key_file,
         folder.path / "front.json",
         folder.probe_file,
         folder.description,
     ):
         assert file.stat().st_mode & 0o777 == 0o600, file
     page_files = folder.path / "page-files"
-    assert page_files.stat().st_mode & 0o777 == 0o700 and folder.store not in page_files.parents
+    assert page_files.stat().st_mode & 0o777 == 0o700 and page_files.parent == folder.path
 
 
 def test_a_probe_needs_the_secret(service: RunningService) -> None:
@@ -329,7 +330,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
         folder.token_file.read_text(),
         folder.probe_file.read_text(),
         str(folder.path),
-        *(folder.server_key(kind) or "" for kind in ("inference", "management")),
+        *(exposed.torchserve.key(kind) for kind in ("inference", "management")),
     ]
     assert all(secrets)
     files = sorted(folder.path.rglob("*"))
@@ -422,7 +423,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
             method,
             path,
         )
-        if port == exposed.ports["inference"]:
+        if port == exposed.ports["inference"] and (method, path) != ("GET", "/readyz"):
             assert status in (401, 403, 404, 405), (method, path, status)
     assert not [s for s in secrets if s in ours and s != str(folder.path)]
     assert not was_run(marker, 1.0) and folder.is_held()

@@ -30,10 +30,8 @@ from ade_cli.main import main
 from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_model.checkpoint import save_model
 from handlers.launch.serve import MAX_SCORE_WORKERS
-from handlers.launch.status import describe_models
-from handlers.processes.run_folder import RunFolder
 from handlers.service.options import ServingOptions
-from handlers.torchserve.configuration import BROADCAST, write_configuration
+from handlers.torchserve.configuration import BROADCAST, ServerFolder, write_configuration
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -53,7 +51,7 @@ OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 def test_java_reads_folders_of_any_name(tmp_path: Path) -> None:
     """Java reads properties as Latin-1, and log4j2 its file as XML, at an address that is a URI."""
-    folder = RunFolder(tmp_path / "José & #1")
+    folder = ServerFolder(tmp_path / "José & #1")
     folder.path.mkdir()
     command, environment = write_configuration(
         folder, ["score"], ServingOptions(), tmp_path / "R&D"
@@ -204,7 +202,7 @@ def as_json(**values) -> tuple[bytes, str]:
     return json.dumps(values).encode(), "application/json"
 
 
-def test_what_torchserve_answers_itself_is_translated(service: RunningService) -> None:
+def test_a_model_that_is_not_served(service: RunningService) -> None:
     with AdeClient(service.url, model="other") as outsider, pytest.raises(AdeError) as caught:
         outsider.sample()
     assert (caught.value.status, caught.value.code) == (404, "unknown_model")
@@ -225,7 +223,7 @@ def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
 def test_readiness_and_metrics(service: RunningService) -> None:
     assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
     text = httpx.get(f"{service.metrics}/metrics").text
-    assert 'ts_inference_requests_total{model_name="score"' in text
+    assert 'ade_answer_seconds_total{model_name="score"' in text
 
 
 def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
@@ -383,8 +381,8 @@ def test_a_killed_worker_comes_back(
     assert len(killed) >= 4
     for worker in killed:
         worker.kill()
-    # TorchServe loses a request that leaves the queue in the millisecond in which the worker
-    # dies: it is not answered.
+    # TorchServe loses a batch that leaves its queue in the millisecond in which the worker dies: it
+    # is not answered.
     with AdeClient(service.url, retries=12, timeout=20) as patient:
         for _ in range(60):
             try:
@@ -399,9 +397,7 @@ def test_a_killed_worker_comes_back(
             pytest.fail("no worker came back")
 
     def are_replaced() -> bool:
-        models = describe_models(service.folder).values()
-        found = [worker for model in models for worker in model["workers"]]
-        ready = {worker["pid"] for worker in found if worker["status"] == "READY"}
+        ready = {pid for model in service.worker_pids().values() for pid in model}
         return len(ready) == len(killed) and ready.isdisjoint(worker.pid for worker in killed)
 
     wait_for(are_replaced, 120)  # the next tests get a whole service

@@ -1,4 +1,4 @@
-"""Decides which requests get the front's memory and the model server's time."""
+"""Decides which requests get the front's memory and the workers' time."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Limits:
         memory_bytes: size of all held bodies and answers together.
         free_bytes: bytes of each body or answer that do not count, so that small requests are
             accepted while large ones fill the memory.
-        in_flight: lower bound, start and upper bound of the requests per model that the model
-            server has at a time; each is raised to the number of the model's workers.
-        latency_s: target for the time that a request spends in the model server, queue included.
+        in_flight: lower bound, start and upper bound of the requests per model that the engine has
+            at a time; each is raised to the number of the model's workers.
+        latency_s: target for the time that a request spends in the engine, queue included.
         waiting: requests per model that wait here for their turn.
         waiting_s: seconds that they wait.
-        upstream_s: seconds for the model server to answer.
+        upstream_s: seconds for the engine to answer.
     """
 
     connections: int = 2048
@@ -236,15 +236,14 @@ class Count:
 
 
 class Lane:
-    """Bounds the number of one model's requests in the model server; the others wait here.
+    """Bounds the number of one model's requests in the engine; the others wait here.
 
-    The model server computes every request that it has accepted, even if the client is gone,
-    whereas requests that wait here can be dropped. So the model server should have just enough
-    requests to keep the workers busy with full batches. The cost of a request varies by a factor
-    of a thousand, therefore the bound adapts to the time that answers take. After a slow answer it
-    is set, by Little's law, to the number that gives ``latency_s`` at the present throughput. With
-    each faster answer it grows by one while requests wait. It is never less than the number of
-    workers, or some would have nothing to do.
+    A worker computes every request of its batch, even if the client is gone. So the engine should
+    have just enough requests to keep the workers busy with full batches. The cost of a request
+    varies by a factor of a thousand, therefore the bound adapts to the time that answers take.
+    After a slow answer it is set, by Little's law, to the number that gives ``latency_s`` at the
+    present throughput. With each faster answer it grows by one while requests wait. It is never
+    less than the number of workers, or some would have nothing to do.
 
     Args:
         limits: of the front.
@@ -275,25 +274,24 @@ class Lane:
         """Whether clients have requests in progress, and one had its answer lately."""
         return self.clients.number > 0 and time.monotonic() - self._answered < ANSWERING_S
 
-    def turn(self, receive: Receive, waited_s: float = 0.0) -> Turn:
+    def turn(self, receive: Receive) -> Turn:
         """Wait for a turn and hold it for the block.
 
         Args:
             receive: of the request, whose body has been read.
-            waited_s: for which it has waited already, as in another lane.
 
         Raises:
             ApiError: 503 if too many requests wait, or this one waited too long.
             ClientGone: the client closed the connection meanwhile.
         """
-        return Turn(self, receive, waited_s)
+        return Turn(self, receive)
 
-    async def enter(self, receive: Receive, waited_s: float) -> int:
+    async def enter(self, receive: Receive) -> int:
         """Wait for a turn; returns the number of requests in flight, this one included."""
         if self._has_room():
             self._num_in_flight += 1
         else:
-            turn = asyncio.ensure_future(self._wait(waited_s))
+            turn = asyncio.ensure_future(self._wait())
             try:
                 await unless_gone(turn, receive)
             except BaseException:
@@ -306,7 +304,7 @@ class Lane:
     def _has_room(self) -> bool:
         return not self._waiting and self._num_in_flight < self._bound
 
-    async def _wait(self, waited_s: float) -> None:
+    async def _wait(self) -> None:
         if self._has_room():  # the last request in flight left before this task began
             self._num_in_flight += 1
             return
@@ -315,7 +313,7 @@ class Lane:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(max(0.0, self._limits.waiting_s - waited_s)):
+            async with asyncio.timeout(self._limits.waiting_s):
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():  # it got its turn just as it gave up
@@ -352,13 +350,12 @@ class Lane:
 class Turn:
     """A request's turn in a lane, see :meth:`Lane.turn`."""
 
-    def __init__(self, lane: Lane, receive: Receive, waited_s: float) -> None:
+    def __init__(self, lane: Lane, receive: Receive) -> None:
         self._lane = lane
         self._receive = receive
-        self._waited_s = waited_s
 
     async def __aenter__(self) -> None:
-        self._num_sent = await self._lane.enter(self._receive, self._waited_s)
+        self._num_sent = await self._lane.enter(self._receive)
         self._started = asyncio.get_running_loop().time()
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:

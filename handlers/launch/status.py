@@ -16,7 +16,6 @@ from ade_client.contract import PROBE_HEADER
 from handlers.launch.publish import DESCRIBE
 from handlers.processes.channel import DESCRIBE_S, ChannelError, ask
 from handlers.processes.run_folder import RunFolder, find_service
-from handlers.torchserve.exposition import RESPONSES
 from serving.api.journal import last_errors
 from serving.api.telemetry import EXPECTED_FLAGS, OBSERVED_FLAGS, REQUESTS
 
@@ -62,51 +61,18 @@ def read_status(ports: Ports, token: str | None = None, host: str | None = None)
         if answer is None
     ]
     release = {} if folder is None else _release(folder)
-    described = {} if folder is None else describe_models(folder)
-    models = {name: _model(model) for name, model in described.items()}
     return {
         "ready": ready is not None and _says_ready(ready),
         "is_own": folder is not None,
         "silent": silent,
         "answers": answers or None,
-        "models": models or _workers(release) or None,
+        "models": _workers(release) or None,
         "publishing": release.get("last"),
         "requests": _requests(metrics.text) if metrics else None,
         "calibrations": _calibrations(metrics.text) if metrics else None,
         "last_errors": folder and _last_errors(folder),
         "versions": versions(),
     }
-
-
-def describe_models(folder: RunFolder, timeout: float = TIMEOUT_S) -> dict[str, dict[str, Any]]:
-    """Return TorchServe's description of each served model; empty if it does not answer.
-
-    Args:
-        folder: working folder of the service, which must be this user's.
-        timeout: seconds for each answer.
-    """
-    transport = httpx.HTTPTransport(uds=str(folder.management_socket))
-    headers = _bearer(folder.server_key("management"))
-    try:
-        with httpx.Client(
-            base_url="http://torchserve", transport=transport, timeout=timeout, headers=headers
-        ) as http:
-            names = [
-                model["modelName"] for model in http.get("/models?limit=1000").json()["models"]
-            ]
-            return {name: http.get(f"/models/{name}").json()[0] for name in names}
-    except (httpx.TransportError, ValueError, KeyError, IndexError, TypeError):
-        return {}
-
-
-def queued_requests(folder: RunFolder) -> int | None:
-    """Count the requests that wait for a worker; ``None`` if TorchServe does not answer in time."""
-    described = describe_models(folder, timeout=2.0)
-    if not described:
-        return None
-    return sum(
-        model.get("jobQueueStatus", {}).get("pendingRequests", 0) for model in described.values()
-    )
 
 
 def _release(folder: RunFolder) -> dict[str, Any]:
@@ -156,28 +122,11 @@ def _who_answers(http: httpx.Client, url: str) -> dict[str, str] | None:
     return {name.lower(): value for name, value in found.items() if value}
 
 
-def _model(described: dict[str, Any]) -> dict[str, Any]:
-    queue = described.get("jobQueueStatus", {})
-    return {
-        "workers": [
-            {
-                "pid": w["pid"],
-                "state": w["status"],
-                "memory_mib": _memory(w["pid"]),
-                "since": w["startTime"],
-            }
-            for w in described["workers"]
-        ],
-        "queued": queue.get("pendingRequests"),
-        "queue_room": queue.get("remainingCapacity"),
-    }
-
-
 def _memory(pid: int) -> int | None:
-    """Resident memory in MiB. TorchServe's own figure is 0 if its system metrics are off."""
+    """Resident memory in MiB."""
     try:
         return round(psutil.Process(pid).memory_info().rss / 2**20)
-    except (psutil.Error, ValueError):  # the id is -1 until TorchServe knows the process
+    except (psutil.Error, ValueError):  # it has just ended
         return None
 
 
@@ -190,20 +139,13 @@ def _last_errors(folder: RunFolder) -> list[dict[str, Any]] | None:
 
 
 def _requests(metrics: str) -> dict[str, float]:
-    """Count the answered requests by the class of their status, such as ``2xx``.
-
-    TorchServe also counts the answers that it gives itself, such as those for a worker that died.
-    Without TorchServe the workers' own counts are used.
-    """
-    of_server = re.findall(
-        rf'^{RESPONSES.name}\{{class="(\w+)"[^}}]*\}} {_NUMBER}$', metrics, re.MULTILINE
-    )
-    of_workers = re.findall(
+    """Count the requests that workers answered by the class of their status, such as ``2xx``."""
+    answered = re.findall(
         rf'^{REQUESTS.name}\{{.*?status="(\d)\d\d".*\}} {_NUMBER}$', metrics, re.MULTILINE
     )
     found: dict[str, float] = {}
-    for kind, value in of_server or ((f"{digit}xx", value) for digit, value in of_workers):
-        found[kind] = found.get(kind, 0.0) + float(value)
+    for digit, value in answered:
+        found[f"{digit}xx"] = found.get(f"{digit}xx", 0.0) + float(value)
     return found
 
 

@@ -31,7 +31,7 @@ from ade_base.ports import Ports
 VARIABLE = "ADE_RUN_DIR"
 PREFIX = "ade-serve-"
 MAX_SOCKET_PATH = 107  # bytes, the limit of Unix domain sockets
-LONGEST_SOCKET = "tmp/.ts.sock.65535"  # of a worker, named by the model server
+LONGEST_SOCKET = "r9999/tmp/.ts.sock.65535"  # of a worker, named by the model server
 
 
 class RunFolderError(UserError, RuntimeError):
@@ -45,18 +45,6 @@ class RunFolder:
     path: Path
 
     @property
-    def inference_socket(self) -> Path:
-        return self.path / "inference.sock"
-
-    @property
-    def management_socket(self) -> Path:
-        return self.path / "management.sock"
-
-    @property
-    def metrics_socket(self) -> Path:
-        return self.path / "metrics.sock"
-
-    @property
     def control_socket(self) -> Path:
         """Where ``ade serve`` answers ``ade publish`` and ``ade status``."""
         return self.path / "control.sock"
@@ -65,21 +53,6 @@ class RunFolder:
     def front_socket(self) -> Path:
         """Where the front answers ``ade serve``."""
         return self.path / "front.sock"
-
-    @property
-    def store(self) -> Path:
-        """Model archives."""
-        return self.path / "store"
-
-    @property
-    def temporary(self) -> Path:
-        """The model server's temporary folder: unpacked archives and the sockets of workers."""
-        return self.path / "tmp"
-
-    @property
-    def stop_folder(self) -> Path:
-        """While it exists, workers reject requests, and each creates a file in it once idle."""
-        return self.path / "stopping"
 
     def of_release(self, number: int) -> Path:
         """The folder of the processes of a release."""
@@ -143,13 +116,6 @@ class RunFolder:
         except ValueError:
             return None
         return found if isinstance(found, dict) else None
-
-    def server_key(self, kind: str) -> str | None:
-        """The model server's key for ``inference`` or ``management``; ``None`` until written."""
-        try:
-            return str(json.loads(self.read(self.path / "key_file.json") or "")[kind]["key"])
-        except (ValueError, KeyError, TypeError):
-            return None
 
     def is_held(self) -> bool:
         """Whether the folder still exists, with the lock of the running service."""

@@ -125,7 +125,6 @@ class Application:
                 INFERRING,
                 model.identity,
                 Lane(limits, model.num_workers),
-                can_cancel=True,
             )
             for model in models
         }
@@ -135,7 +134,6 @@ class Application:
                 ("POST",),
                 model.identity,
                 self._predictions[model.name].lane,
-                can_cancel=True,
             )
             for model in models
             if v2 is not None

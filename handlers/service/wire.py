@@ -7,6 +7,7 @@ worker that native code has corrupted cannot harm the front.
 from __future__ import annotations
 
 import asyncio
+import io
 import struct
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -35,6 +36,18 @@ def read(stream: BinaryIO) -> Message | None:
         return None
     head = orjson.loads(stream.read(LENGTH.unpack(length)[0]))
     return head, [stream.read(size) for size in head["sizes"]]
+
+
+def unpack(message: Body) -> Message:
+    """The head and the bodies of a message that is there as a whole.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    found = read(io.BytesIO(message))
+    if found is None:
+        raise ValueError("an empty message")
+    return found
 
 
 async def receive(stream: asyncio.StreamReader) -> Message:

@@ -70,19 +70,14 @@ def serve(connection: socket.socket) -> int:
     try:
         service = load_service(settings)
     except Exception as error:
-        _send(connection, {"error": f"{type(error).__name__}: {error}"})
+        _send(connection, wire.pack({"error": f"{type(error).__name__}: {error}"}))
         raise
-    _send(connection, {"measurements": measurements(service)})
+    _send(connection, wire.pack({"measurements": measurements(service)}))
     while message := wire.read(stream):
-        answers = answer_batch(service, settings.model, *message)
-        heads = [
-            {"status": a.status, "content_type": a.content_type, "headers": a.headers}
-            for a in answers
-        ]
-        _send(connection, {"answers": heads}, [answer.body for answer in answers])
+        _send(connection, pack_answers(answer_batch(service, settings.model, *message)))
         # The client does not wait for what is collected for the metrics.
         rest = {"measurements": measurements(service), "leaving": service.is_exhausted}
-        _send(connection, rest)
+        _send(connection, wire.pack(rest))
         if service.is_exhausted:
             return NO_MEMORY
     return 0
@@ -103,15 +98,16 @@ def check_same(bundle: Bundle, identity: str, digest: str) -> None:
         )
 
 
-def load_service(settings: WorkerSettings) -> Service:
-    """What computes, warmed up."""
+def load_service(settings: WorkerSettings, gpu: int = 0) -> Service:
+    """What computes, warmed up; on a certain GPU, if any."""
     options = settings.options
     engine = InferenceEngine(
         Path(settings.bundle),
         options.backend,
         options.device,
         [settings.operation],
-        cuda_graphs=options.cuda_graphs,
+        gpu,
+        options.cuda_graphs,
     )
     check_same(engine.bundle, settings.identity, settings.digest)
     engine.warm_up()
@@ -165,8 +161,15 @@ def measurements(service: Service) -> list[tuple[str, dict[str, str], float]]:
     ]
 
 
-def _send(connection: socket.socket, head: dict[str, Any], bodies: Sequence[bytes] = ()) -> None:
-    parts = wire.pack(head, bodies)
+def pack_answers(answers: Sequence[Response]) -> list[wire.Body]:
+    """The message with the answers to a batch."""
+    heads = [
+        {"status": a.status, "content_type": a.content_type, "headers": a.headers} for a in answers
+    ]
+    return wire.pack({"answers": heads}, [answer.body for answer in answers])
+
+
+def _send(connection: socket.socket, parts: Sequence[wire.Body]) -> None:
     # Small parts at once: the reader wakes up once.
     for part in [b"".join(parts)] if sum(map(len, parts)) <= JOINED_BYTES else parts:
         connection.sendall(part)

