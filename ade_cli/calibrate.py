@@ -30,7 +30,7 @@ from export.sketch import data_of_features
 from serving.engine.bundle import Bundle, calibration_file, verify_bundle
 from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.decision import images_needed
 from training.data import DataError
 from training.datasets import NAMES
@@ -204,7 +204,7 @@ def _images(
     return [readable(paths, say) for paths in chosen], folder.resolve().name
 
 
-def _tell(calibrations: Calibrations) -> None:
+def _tell(calibrations: CalibrationPair) -> None:
     """Print the false-alarm rates that users may expect."""
     assert calibrations.exact is not None and calibrations.resized is not None
     both = calibrations.exact is calibrations.resized

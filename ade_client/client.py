@@ -81,7 +81,7 @@ STATUSES = {"malformed_request": 400, "too_large": 413, "not_an_image": 415}
 RETRIED = (429, 503, 507)  # statuses after which the same request may succeed a little later
 # As may a request without an answer. Not timeouts of this client or of a gateway: the caller has
 # waited long enough by then.
-DROPPED = (httpx.NetworkError, httpx.RemoteProtocolError)
+CONNECTION_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError)
 # For answers of servers too old to report a decision: nothing is accepted.
 UNDECIDED = {
     "decision": "no_verdict",
@@ -94,7 +94,7 @@ SERVER_ERROR = "server_error"  # code of an answer that is not of the service
 PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 WITH_ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # modes whose alpha RGB would drop
 # What reading an answer may raise that another program made.
-NOT_OURS = (
+PARSE_ERRORS = (
     ValueError,
     LookupError,
     TypeError,
@@ -463,7 +463,7 @@ class AdeClient:
             wait = 0.1 * 2**attempt
             try:
                 answer = self._send(operation, values)
-            except DROPPED:
+            except CONNECTION_ERRORS:
                 pass
             else:
                 if not _may_succeed_later(answer):
@@ -620,7 +620,7 @@ def _reading() -> Iterator[None]:
     """Turn what an answer that is not the service's raises into the client's error."""
     try:
         yield
-    except NOT_OURS as error:
+    except PARSE_ERRORS as error:
         about = f"{type(error).__name__}: {error}"
         raise AdeError(200, SERVER_ERROR, f"the answer is not this API's: {about}") from error
 
@@ -663,5 +663,5 @@ def _problem(answer: httpx.Response) -> Error | None:
     """The error in the API's shape, if the answer is one."""
     try:
         return None if answer.status_code == 200 else from_json(Problem, answer.json()).error
-    except NOT_OURS:
+    except PARSE_ERRORS:
         return None

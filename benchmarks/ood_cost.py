@@ -19,7 +19,7 @@ from ade_base.pictures.show import lossless_bits
 from ade_client.contract import DEFAULT
 from serving.engine.engine import InferenceEngine
 from serving.page.models import EXAMPLES
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 TURNS = 7
 BATCH = 256
@@ -32,7 +32,7 @@ def main() -> None:
     engine = InferenceEngine(args.bundle, device="cpu", operations=["score"])
     engine.warm_up()
     bare = InferenceEngine(args.bundle, device="cpu", operations=["score"])
-    bare.named = {DEFAULT: Calibrations()}
+    bare.named = {DEFAULT: CalibrationPair()}
     bare.warm_up()
     examples = [
         np.resize(read_image(path.read_bytes()).pixels, engine.image_shape) for path in EXAMPLES

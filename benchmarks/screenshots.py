@@ -38,7 +38,7 @@ from serving.page.app import TABS
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.models import EXAMPLES
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 BUNDLE = Path("pretrained") / "cifar10"
 WIDTHS = {1280: 900, 768: 1024, 390: 844}  # and heights of the windows
@@ -258,7 +258,7 @@ def model_before(bundle: Path, into: Path) -> Path | None:
             with tarfile.open(fileobj=packed) as archive:
                 archive.extractall(into, filter="data")
             try:
-                Calibrations.load(into / bundle / CALIBRATION_NAME)
+                CalibrationPair.load(into / bundle / CALIBRATION_NAME)
             except CalibrationError:
                 continue  # a version before made it
             manifest["name"] = "previous"

@@ -19,7 +19,7 @@ from ade_base.reports import render
 from fitting.plan import Plan
 from fitting.survey import Survey
 from serving.engine.bundle import Bundle
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.decision import images_needed
 from serving.verdict.false_alarms import false_alarm_band
 from serving.verdict.summary import summarize
@@ -153,7 +153,7 @@ def _calibrated(bundle: Bundle, resized: bool) -> int:
 
 
 def false_alarms(
-    p_values: Mapping[bool, Sequence[float]], calibrations: Calibrations
+    p_values: Mapping[bool, Sequence[float]], calibrations: CalibrationPair
 ) -> list[FalseAlarms]:
     """Measure how often in-distribution test images are rejected.
 

@@ -195,7 +195,7 @@ class FileScorer:
             f"{printable(path)}: {error.message}"
             for path, error in failed.items()
             # A broken link is there, whereas a lost mount has no entries.
-            if error.may_pass
+            if error.is_transient
             or (knows_others and not os.path.islink(os.path.join(self._folder or "", path)))
         ]
         if lost and not self._can_read(failed.keys()):
@@ -244,7 +244,7 @@ class FileScorer:
 
 
 def _passing(images: Sequence[Picture | ApiError]) -> list[int]:
-    return [i for i, e in enumerate(images) if isinstance(e, ApiError) and e.may_pass]
+    return [i for i, e in enumerate(images) if isinstance(e, ApiError) and e.is_transient]
 
 
 def check_out(out: Path) -> None:

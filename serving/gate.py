@@ -28,7 +28,7 @@ from serving.engine.bundle import open_bundle
 from serving.engine.engine import InferenceEngine, NotFinite, Score
 from serving.ingest.errors import ApiError, unusable
 from serving.ingest.picture import Picture, prepare_source
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.decision import decide
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class TookTooLong(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Decision:
+class GateResult:
     """What to do with one image.
 
     Attributes:
@@ -104,7 +104,7 @@ class Gate:
         images: ImageLike | Sequence[ImageLike],
         calibration: str = DEFAULT,
         seconds: float | None = None,
-    ) -> list[Decision]:
+    ) -> list[GateResult]:
         """Decide on each image; one that cannot be used gets ``no_verdict`` and is an error.
 
         Args:
@@ -145,7 +145,7 @@ class Gate:
             for image in prepared
         ]
 
-    def _prepare(self, image: ImageLike, judge: Calibrations) -> Picture | ApiError:
+    def _prepare(self, image: ImageLike, judge: CalibrationPair) -> Picture | ApiError:
         shape = self._engine.image_shape
 
         def read() -> bytes | np.ndarray:
@@ -177,14 +177,14 @@ class Gate:
         self,
         image: Picture | ApiError,
         score: Score | NotFinite | None,
-        calibrations: Calibrations,
-    ) -> Decision:
+        calibrations: CalibrationPair,
+    ) -> GateResult:
         if isinstance(image, ApiError):
-            return Decision("no_verdict", reason=f"{NOT_SCORED}: {image.message}")
+            return GateResult("no_verdict", reason=f"{NOT_SCORED}: {image.message}")
         if not isinstance(score, Score):
-            return Decision("no_verdict", reason=f"{NOT_SCORED}: {score}")
+            return GateResult("no_verdict", reason=f"{NOT_SCORED}: {score}")
         p_value = None if score.verdict is None else score.verdict.p_value
         found = decide(p_value, calibrations, image.resized, self.alpha)
         label = calibrations.label if calibrations.of(image.resized) else None
         notes = tuple(image.notes)
-        return Decision(found.choice, p_value, score.bpd, found.reason, label, notes)
+        return GateResult(found.choice, p_value, score.bpd, found.reason, label, notes)

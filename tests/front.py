@@ -69,7 +69,7 @@ def run(settings_file: str, socket_file: str, limits_json: str) -> None:
     settings, limits = FrontSettings.load(Path(settings_file)), Limits(**json.loads(limits_json))
 
     @contextlib.asynccontextmanager
-    async def build() -> AsyncIterator[listen.Built]:
+    async def build() -> AsyncIterator[listen.ServerApp]:
         refusals = Counter[str]()
 
         async def scrape(request: Request) -> Answer:

@@ -31,7 +31,7 @@ from ade_base.extensions import FOLDER
 from ade_model.config import ModelConfig
 from ade_model.model import ADEModel
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
@@ -150,12 +150,12 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def with_calibrations(
     bundle: Path,
     out: Path,
-    change: Callable[[Calibrations], Calibrations | None],
+    change: Callable[[CalibrationPair], CalibrationPair | None],
     name: str | None = None,
 ) -> Path:
     """Copy a bundle with other calibrations or none, and optionally another name."""
     shutil.copytree(bundle, out)
-    changed = change(Calibrations.load(out / CALIBRATION_NAME))
+    changed = change(CalibrationPair.load(out / CALIBRATION_NAME))
     (out / CALIBRATION_NAME).unlink()
     manifest = open_bundle(bundle).manifest
     if changed is not None:

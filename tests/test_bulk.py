@@ -47,7 +47,7 @@ from serving.page.files import write_file
 from serving.page.models import Models
 from serving.page.runs import Runs
 from serving.page.uploads import safe_name
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import (
     ROOT,
     full_disk,
@@ -217,7 +217,7 @@ def test_a_few_of_the_files_that_cannot_be_read_are_named(
 def test_resized_images_without_their_calibration_have_no_verdict(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: Calibrations(both.exact))
+    with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: CalibrationPair(both.exact))
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
     arguments = ["score", str(tmp_path / "one"), "--bundle", str(tmp_path / "exact")]

@@ -36,7 +36,7 @@ from serving.engine.noise import image_digest, short_digest
 from serving.gate import Gate
 from serving.ingest.requests import RawRequest
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations, UnknownCalibration, check_name
+from serving.verdict.calibration_file import CalibrationPair, UnknownCalibration, check_name
 from training.data import PARTS, REPEATS, DataError, Dataset, ImageSet
 from training.datasets.files import part_of
 
@@ -62,7 +62,7 @@ def test_each_calibration_judges_its_own_images(bundle: Path, dark: np.ndarray) 
     assert np.mean([d.accepted for d in by_own]) < 0.5 < np.mean([d.accepted for d in by_night])
     assert by_night[0].calibration == {
         "name": "night",
-        "version": Calibrations.load(bundle / "calibration-night.npz").version,
+        "version": CalibrationPair.load(bundle / "calibration-night.npz").version,
     }
     assert by_own[0].calibration is not None and by_own[0].calibration["name"] == "default"
     # Judged together, each image gets the verdict of its own calibration.
@@ -401,7 +401,7 @@ def test_bulk_scoring_by_name(
     words += ["--calibration", "night", "--alpha", "0.05"]
     assert main([*words, "--out", str(tmp_path / "scores.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    version = Calibrations.load(bundle / "calibration-night.npz").version
+    version = CalibrationPair.load(bundle / "calibration-night.npz").version
     assert {row["calibration"] for row in rows} == {f"night@{version}"}
     expected = Gate(bundle, 0.05).check(dark[:30], "night")
     assert [row["p_value"] for row in rows] == [d.p_value for d in expected]
@@ -474,12 +474,12 @@ def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_pa
         made = {key: value for key, value in whole.items() if key != name}
         np.savez(tmp_path / "made.npz", **made, **({} if array is None else {name: array}))
         with pytest.raises(CalibrationError, match=f"made.npz is not a calibration: {reason}"):
-            Calibrations.load(tmp_path / "made.npz")
+            CalibrationPair.load(tmp_path / "made.npz")
     np.savez(tmp_path / "made.npz", **{k: v for k, v in whole.items() if k != "scores"})
     with ZipFile(tmp_path / "made.npz", "a") as archive:
         archive.writestr("scores", "no array")
     with pytest.raises(CalibrationError, match="made.npz is not a calibration"):
-        Calibrations.load(tmp_path / "made.npz")
+        CalibrationPair.load(tmp_path / "made.npz")
     fields = open_bundle(bundle).manifest
     np.savez(own, **{**whole, "scores": np.array(1.0)})
     write_manifest(bundle, fields)
@@ -501,7 +501,7 @@ def test_a_calibration_is_no_bomb(
                     np.lib.format.write_array(file, array)
         tracemalloc.start()
         with pytest.raises(CalibrationError, match=reason):
-            Calibrations.load(path)
+            CalibrationPair.load(path)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
         tracemalloc.stop()
 
@@ -533,7 +533,7 @@ def test_text_of_a_calibration_controls_no_terminal_and_no_log(
             content[content.index(b"\x1b.npy") + 150] ^= 1
             (tmp_path / "made.npz").write_bytes(content)
         with pytest.raises(CalibrationError) as refused:
-            Calibrations.load(tmp_path / "made.npz")
+            CalibrationPair.load(tmp_path / "made.npz")
         message = str(refused.value).removeprefix(str(tmp_path))
         assert message.isprintable() and len(message) < 300
 
@@ -546,10 +546,10 @@ def test_a_damaged_name_of_an_array_hides_no_calibration(bundle: Path, tmp_path:
     content = bytearray(dataclasses.replace(own, exact=any_size).to_bytes())
     path = tmp_path / "x.npz"
     path.write_bytes(content)
-    assert Calibrations.load(path).resized is not Calibrations.load(path).exact
+    assert CalibrationPair.load(path).resized is not CalibrationPair.load(path).exact
     for name in (b"resized_scores.npy", b"webp.npy", b"digests.npy"):
         damaged = content.copy()
         damaged[content.rfind(b"PK\x01\x02", 0, content.rfind(name)) + 46] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(CalibrationError, match="damaged"):
-            Calibrations.load(path)
+            CalibrationPair.load(path)

@@ -271,7 +271,7 @@ def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path:
 @pytest.mark.parametrize(
     "error",
     [
-        ApiError(404, "unreadable", "no such file", 3, may_pass=True),
+        ApiError(404, "unreadable", "no such file", 3, is_transient=True),
         AdeError(415, "not_an_image", "it is text", 2),
     ],
 )

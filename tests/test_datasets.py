@@ -213,7 +213,7 @@ def test_a_decoder_that_may_succeed_next_time_is_tried_again(
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
 
     def hang(content: bytes) -> None:
-        raise ImageError("too_large", "the image was not decoded in time", may_pass=True)
+        raise ImageError("too_large", "the image was not decoded in time", is_transient=True)
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "RETRY_S", 0.0)

@@ -24,7 +24,7 @@ from ade_cli.main import VERBS, main, parse
 from handlers.front.settings import TOKEN_VARIABLE
 from handlers.processes import run_folder
 from serving.engine.signatures import OPERATIONS
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import DATA, PRETRAINED, ROOT, is_of_deleted_extension
 from tests.service import RunningService
@@ -277,7 +277,7 @@ def test_the_example_of_a_score_is_of_the_shipped_bundle() -> None:
     record = json.loads((DATA / "contract.json").read_text())["answers"]["score: file"]["body"]
     (result,) = record["results"]
     assert shown == {**record, "results": [{**result, "explain": result["explain"][:1]}]}
-    calibrations = Calibrations.load(PRETRAINED / "calibration.npz")
+    calibrations = CalibrationPair.load(PRETRAINED / "calibration.npz")
     assert calibrations.version == result["calibration"]["version"]
     assert calibrations.exact is not None
     (p_value,) = conformal_p_values(calibrations.exact.scores, np.array([result["ood_score"]]))

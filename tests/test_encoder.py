@@ -18,7 +18,7 @@ from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.patches import MAX_PATCHES, PatchMemory, farthest_rows, unusual
 
 
@@ -219,7 +219,7 @@ def test_more_detail_looks_more_finely_at_larger_pictures_alone(
 def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(
     seeing: Path, tmp_path: Path
 ) -> None:
-    read = Calibrations.load(seeing / "calibration.npz")
+    read = CalibrationPair.load(seeing / "calibration.npz")
     exact = read.exact
     assert exact is not None and exact.encoder is not None and exact.encoder.patches is not None
     with pytest.raises(CalibrationError, match=r"without encoder\.onnx: semantic_p"):

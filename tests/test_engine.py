@@ -21,7 +21,7 @@ from serving.engine.engine import BUCKETS, MAX_ROWS, InferenceEngine, NotFinite,
 from serving.engine.noise import NoiseStream, sample_key
 from serving.ingest.requests import RawRequest
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import PRETRAINED, with_calibrations
 
 
@@ -320,7 +320,7 @@ def test_a_failure_of_one_computation_fails_that_request_alone(
 
 def test_a_resized_image_without_its_calibration_has_no_verdict(tmp_path: Path) -> None:
     exact = InferenceEngine(
-        with_calibrations(PRETRAINED, tmp_path / "exact", lambda both: Calibrations(both.exact)),
+        with_calibrations(PRETRAINED, tmp_path / "exact", lambda both: CalibrationPair(both.exact)),
         device="cpu",
         operations=["score"],
     )
@@ -438,7 +438,7 @@ def test_a_group_of_two_calibrations_has_a_note(
 def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(
     real_images: np.ndarray, tmp_path: Path
 ) -> None:
-    def halve(both: Calibrations) -> Calibrations:
+    def halve(both: CalibrationPair) -> CalibrationPair:
         few = dataclasses.replace(
             both.resized, scores=both.resized.scores[::2], reference=both.resized.reference[::2]
         )
@@ -550,7 +550,7 @@ def test_a_map_is_of_the_requested_seed_alone(
 ) -> None:
     """The verdict takes a draw of seed 0 besides."""
     (judged,) = engine.score(real_images[:1], [5], maps=[True])
-    (bare,) = engine.score(real_images[:1], [5], maps=[True], calibrations=[Calibrations()])
+    (bare,) = engine.score(real_images[:1], [5], maps=[True], calibrations=[CalibrationPair()])
     assert judged.verdict and bare.verdict is None and np.array_equal(judged.bits, bare.bits)
 
 

@@ -39,8 +39,8 @@ from serving.page.runs import Runs
 from serving.page.tab_compare import card
 from serving.page.tab_many import summary
 from serving.page.verdict import REPLACED, Scored, explained, verdict
-from serving.verdict.calibration_file import Calibrations
-from serving.verdict.decision import Ruling, decide, fdr_note, images_needed
+from serving.verdict.calibration_file import CalibrationPair
+from serving.verdict.decision import Decision, decide, fdr_note, images_needed
 from tests.helpers import with_calibrations
 from tests.in_process import answered_here, judged, page_function
 from tests.service import RunningService
@@ -66,7 +66,7 @@ def bundles(
     return {
         "both": with_calibrations(tiny_bundle, out / "both", lambda both: both, "both"),
         "exact": with_calibrations(
-            tiny_bundle, out / "exact", lambda both: Calibrations(both.exact), "exact"
+            tiny_bundle, out / "exact", lambda both: CalibrationPair(both.exact), "exact"
         ),
         "few": with_calibrations(out / "calibrated", out / "few", lambda both: both, "few"),
         "none": with_calibrations(tiny_bundle, out / "none", lambda both: None, "none"),
@@ -262,7 +262,7 @@ def test_the_page_judges_by_the_calibration_of_the_service(
         assert ("150 held-out images" in place) == (own == "both")
         assert ("of the calibration images" in details) == (own == "both")
     # There is no verdict on what another calibration judged.
-    few = Calibrations.load(bundles["few"] / "calibration.npz")
+    few = CalibrationPair.load(bundles["few"] / "calibration.npz")
     if own == "both":
         assert verdict(few, Scored(before, False), 0.05) == ("no_verdict", REPLACED)
         assert explained(few, Scored(before, False), 0.05)[1:] == ("", "")
@@ -435,9 +435,9 @@ def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> 
     for alpha, needed in ((0.1, 9), (0.05, 19), (0.01, 99), (0.003, 333), (1.0, 0)):
         assert images_needed(alpha) == needed
         assert 1 / (needed + 1) <= alpha * (1 + 1e-12) and (needed == 0 or 1 / needed > alpha)
-    few = Calibrations.load(bundles["few"] / "calibration.npz")
+    few = CalibrationPair.load(bundles["few"] / "calibration.npz")
     assert (
-        decide(0.9, few, False, 1 / 21) == Ruling("accept")
+        decide(0.9, few, False, 1 / 21) == Decision("accept")
         and decide(0.9, few, False, 1 / 21).ood is False
         and decide(1 / 21, few, False, 1 / 21).choice == "reject"
     )

@@ -35,7 +35,7 @@ from serving.engine.bundle import (
 from serving.engine.engine import InferenceEngine, Score
 from serving.gate import Gate
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.density import NormalScores
 from serving.verdict.semantic import (
     DISTANCE,
@@ -744,7 +744,7 @@ def test_calibrating_again_keeps_the_features(
     made = calibrate_bundle(
         semantic_bundle, tmp_path / "again", small_images[:150], small_images[150:], "c"
     )
-    before = Calibrations.load(semantic_bundle / "calibration.npz")
+    before = CalibrationPair.load(semantic_bundle / "calibration.npz")
     assert made.exact is not None and before.exact is not None and made.resized is not None
     assert (made.exact.scores == before.exact.scores).all() and made.resized.known is not None
     assert open_bundle(tmp_path / "again").manifest["features"]["source"] == "net.onnx"
@@ -788,7 +788,7 @@ def test_a_calibration_whose_network_is_missing_is_refused(
 def test_a_calibration_without_features_stays_valid_beside_them(
     semantic_bundle: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
 ) -> None:
-    plain = Calibrations.load(tiny_bundle / "calibration.npz")
+    plain = CalibrationPair.load(tiny_bundle / "calibration.npz")
     both = with_calibrations(semantic_bundle, tmp_path / "both", lambda _: plain)
     scores = [
         InferenceEngine(folder, device="cpu", operations=["score"]).score(small_images[:9])

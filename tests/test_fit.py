@@ -54,7 +54,7 @@ from serving.engine.bundle import Bundle, open_bundle, verify_bundle
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.ingest.picture import Picture
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.false_alarms import false_alarm_band
 from tests.helpers import PRETRAINED, ROOT, make_folder, narrow
 from training.data import REPEATS, DataError, Dataset, ImageSet
@@ -278,7 +278,7 @@ def test_a_file_that_could_not_be_read_at_the_start_stays_left_out(
 
     def busy(content: bytes) -> Any:
         if content == late:
-            raise ImageError("too_large", "the image was not decoded in time", may_pass=True)
+            raise ImageError("too_large", "the image was not decoded in time", is_transient=True)
         return read_image(content)
 
     def fit_encoder(plan: Any, found: Any, dataset: Dataset, out: Path, step: Any) -> None:
@@ -441,7 +441,7 @@ FOUND = Survey(
 def findings(tiny_bundle: Path, small_images: np.ndarray) -> Findings:
     """Of a gate without a weakness, except that few images calibrated it."""
     bundle, held_out = open_bundle(tiny_bundle), small_images[:40]
-    calibrations = Calibrations.load(bundle.folder / "calibration.npz")
+    calibrations = CalibrationPair.load(bundle.folder / "calibration.npz")
     alarms = false_alarms({False: list((np.arange(40) + 0.5) / 40), True: []}, calibrations)
     calibration = bundle.manifest["calibration"]
     changes = {
@@ -599,9 +599,9 @@ def test_names_of_files_are_no_markup_in_the_report(
 
 def test_false_alarms_are_those_of_each_calibration() -> None:
     """Resized images have a calibration and a band of their own."""
-    shipped = Calibrations.load(PRETRAINED / "calibration.npz").exact
+    shipped = CalibrationPair.load(PRETRAINED / "calibration.npz").exact
     assert shipped is not None
-    calibrations = Calibrations(
+    calibrations = CalibrationPair(
         dataclasses.replace(shipped, scores=np.arange(3000.0)),
         dataclasses.replace(shipped, scores=np.arange(150.0)),
     )
@@ -618,7 +618,7 @@ def test_false_alarms_are_those_of_each_calibration() -> None:
     assert [row.is_expected for row in found] == [False, True, False, True, True, True]
     # A picture that repeats at the threshold: none is rejected, and that is no weakness.
     dark = dataclasses.replace(shipped, scores=np.sort([*range(2850), *[5000.0] * 150]))
-    found = false_alarms({False: [0.5] * 950 + [151 / 3001] * 50}, Calibrations(dark, dark))
+    found = false_alarms({False: [0.5] * 950 + [151 / 3001] * 50}, CalibrationPair(dark, dark))
     assert [row.rejected for row in found][1:] == [0, 0]
     assert all(row.is_expected for row in found[1:])
 
@@ -647,13 +647,13 @@ def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(
     small_images: np.ndarray,
 ) -> None:
     """They look more usual than they are; a picture that repeats in use is tested, too."""
-    shipped = Calibrations.load(PRETRAINED / "calibration.npz").exact
+    shipped = CalibrationPair.load(PRETRAINED / "calibration.npz").exact
     assert shipped is not None
     digests = np.array([short_digest(image) for image in small_images[:2]], np.uint64)
     calibration = dataclasses.replace(shipped, fitted_digests=digests)
     rows = [5, 0, 6, *[1] * REPEATS, 7]
     dataset = Dataset("d", {"test": ImageSet(small_images[rows])}, {})
-    known = digests_of(Calibrations(calibration, calibration))
+    known = digests_of(CalibrationPair(calibration, calibration))
     tested = _tested(dataset, range(len(rows)), known)
     assert [rows[row] for row in tested] == [5, 6, 1, 7]
 

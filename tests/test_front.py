@@ -36,7 +36,14 @@ from uvicorn.server import ServerState
 
 from ade_base.ports import free_ports
 from ade_client.contract import MODEL_HEADER, PROBE_HEADER
-from handlers.front.admission import ClientGone, Departure, Lane, Limits, Memory, read_body
+from handlers.front.admission import (
+    ClientGone,
+    DisconnectGuard,
+    InFlightLimit,
+    Limits,
+    Memory,
+    read_body,
+)
 from handlers.front.connections import BoundedProtocol
 from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
 from handlers.front.listen import open_socket
@@ -962,7 +969,7 @@ def test_a_fast_start_does_not_excuse_a_trickle() -> None:
 
 
 def test_the_bound_follows_the_time_that_answers_take() -> None:
-    async def play(lane: Lane, num: int, seconds: float) -> int:
+    async def play(lane: InFlightLimit, num: int, seconds: float) -> int:
         """The largest number in flight at once, after the bound has had time to adapt."""
         in_flight: set[int] = set()
         most: list[int] = []
@@ -981,15 +988,18 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         return max(most[-num // 4 :])
 
     async def check() -> None:
-        lane = Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1))
+        lane = InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1))
         assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
         # After slow answers few are in flight, so that the others can still be dropped.
         assert await play(lane, 60, 0.15) == 3
         # But no worker is idle.
-        assert await play(Lane(Limits(in_flight=(3, 8, 40), latency_s=0.1), 50), 200, 0.15) == 50
+        assert (
+            await play(InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1), 50), 200, 0.15)
+            == 50
+        )
         assert await play(lane, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
-            await play(Lane(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
+            await play(InFlightLimit(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
 
     with asyncio.Runner(loop_factory=InstantLoop) as runner:
         runner.run(check())
@@ -1006,7 +1016,7 @@ async def patient() -> dict[str, Any]:
     return await asyncio.Future()
 
 
-async def take_turn(lane: Lane) -> None:
+async def take_turn(lane: InFlightLimit) -> None:
     async with lane.turn(patient):
         pass
 
@@ -1020,7 +1030,7 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled() -> None:
     """Or if the last request leaves just as another comes."""
 
     async def check(num_before: int, num_steps: int, leaves_first: bool | None) -> None:
-        lane = Lane(Limits(in_flight=(1, 1, 1)))
+        lane = InFlightLimit(Limits(in_flight=(1, 1, 1)))
         async with lane.turn(patient):
             waiting = asyncio.create_task(take_turn(lane))
             await steps(num_before)
@@ -1047,7 +1057,7 @@ def test_a_client_that_leaves_ends_only_its_own_wait(
     """Also one that left before; a request that the server stops is cancelled, whoever leaves."""
 
     async def check() -> None:
-        departure, after = Departure(), asyncio.Event()
+        departure, after = DisconnectGuard(), asyncio.Event()
 
         async def request() -> None:
             with contextlib.suppress(ClientGone), departure:
@@ -1098,7 +1108,7 @@ async def hang(request):
 @contextlib.asynccontextmanager
 async def build():
     endpoints = {"/fail": Endpoint(fail), "/hang": Endpoint(hang)}
-    yield listen.Built(Front(endpoints.get, Limits(), Memory(Limits()), "", Counter()))
+    yield listen.ServerApp(Front(endpoints.get, Limits(), Memory(Limits()), "", Counter()))
 
 sockets = [listen.open_socket("127.0.0.1", int(sys.argv[1]))]
 listen.run_on(sockets, Limits(), build, 1)
@@ -1151,7 +1161,11 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
                 await may_end.wait()
             return Answer(200, [], b"")
 
-        score, sample, metrics = Lane(limits), Lane(limits), Endpoint(answer, INFERRING)
+        score, sample, metrics = (
+            InFlightLimit(limits),
+            InFlightLimit(limits),
+            Endpoint(answer, INFERRING),
+        )
         scoring = Endpoint(answer, INFERRING, "tiny@1", lane=score)
         endpoints = {"/score": scoring, "/v1": scoring}
         endpoints |= {"/sample": Endpoint(answer, INFERRING, lane=sample), "/metrics": metrics}

@@ -21,7 +21,7 @@ from ade_base.pictures.read import read_image
 from ade_client.client import image_file
 from serving.engine.bundle import BundleError
 from serving.gate import Gate
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -37,7 +37,7 @@ def gate() -> Gate:
 def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
     """A bundle without a calibration for resized images."""
     out = tmp_path_factory.mktemp("bundles") / "exact"
-    return Gate(with_calibrations(PRETRAINED, out, lambda both: Calibrations(both.exact)))
+    return Gate(with_calibrations(PRETRAINED, out, lambda both: CalibrationPair(both.exact)))
 
 
 def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:

@@ -26,7 +26,7 @@ from serving.gate import Gate
 from serving.ingest.errors import ApiError
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.patches import PatchMemory
 from tests.in_process import answered_here
 
@@ -239,7 +239,7 @@ def test_corrupted_pictures_keep_what_is_ignored(large_images: np.ndarray) -> No
 
 def test_it_is_stored_and_checked(bundle_of: Callable[[str], Path], tmp_path: Path) -> None:
     path = bundle_of("plain") / "calibration.npz"
-    made = Calibrations.load(path).exact
+    made = CalibrationPair.load(path).exact
     assert made is not None and made.ignored is not None
     its = made.ignored
     assert its.at(40, 60)[CORNER].all() and its.share == 0.24
@@ -258,6 +258,6 @@ def test_it_is_stored_and_checked(bundle_of: Callable[[str], Path], tmp_path: Pa
         with pytest.raises(CalibrationError, match=message):
             wrong.check_values()
         damaged = tmp_path / "damaged.npz"
-        damaged.write_bytes(Calibrations(wrong, wrong).to_bytes())
+        damaged.write_bytes(CalibrationPair(wrong, wrong).to_bytes())
         with pytest.raises(CalibrationError, match=message):
-            Calibrations.load(damaged)
+            CalibrationPair.load(damaged)

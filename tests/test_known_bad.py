@@ -17,7 +17,7 @@ from export.gate.teach import taught
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.lesson import LESSON
 from serving.verdict.semantic import FEATURES
@@ -98,8 +98,8 @@ def test_no_batch_changes_a_taught_score(lesson: Calibration) -> None:
 
 def test_a_lesson_is_stored_and_checked(lesson: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "calibration.npz"
-    path.write_bytes(Calibrations(lesson, lesson).to_bytes())
-    read = Calibrations.load(path).exact
+    path.write_bytes(CalibrationPair(lesson, lesson).to_bytes())
+    read = CalibrationPair.load(path).exact
     many = pictures(np.random.default_rng(6), 9)
     assert read is not None and (read.scores_of(many) == lesson.scores_of(many)).all()
     its = lesson.lesson

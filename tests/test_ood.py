@@ -13,7 +13,7 @@ from scipy import stats
 
 from export.gate.density_fit import MAX_COMPONENTS, fit_calibration
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes
 from serving.verdict.density import FARTHEST, NormalScores
 from serving.verdict.false_alarms import false_alarm_band, flagging_rank
@@ -255,12 +255,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "calibration.npz"
     some = draw(np.random.default_rng(3), 5)
     for kept in (
-        Calibrations(exact, resized),
-        Calibrations(exact, None),
-        Calibrations(either, either),
+        CalibrationPair(exact, resized),
+        CalibrationPair(exact, None),
+        CalibrationPair(either, either),
     ):
         path.write_bytes(kept.to_bytes())
-        again = Calibrations.load(path)
+        again = CalibrationPair.load(path)
         for before, after in ((kept.exact, again.exact), (kept.resized, again.resized)):
             assert (before is None) == (after is None)
             if before is not None and after is not None:
@@ -268,7 +268,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
                 assert after.resize == before.resize and after.summary() == before.summary()
     path.write_bytes(b"not an archive")
     with pytest.raises(CalibrationError, match="is not a calibration"):
-        Calibrations.load(path)
+        CalibrationPair.load(path)
 
 
 def test_another_estimator_is_refused() -> None:
@@ -283,7 +283,7 @@ def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
     for resize in (None, "fit"):
         old = dataclasses.replace(calibration(), resize=resize)
         np.savez_compressed(path, **old.arrays())
-        again = Calibrations.load(path)
+        again = CalibrationPair.load(path)
         assert again.exact is not None and again.of(False) is again.exact
         assert again.of(True) is (again.exact if resize else None)
 

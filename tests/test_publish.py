@@ -58,7 +58,7 @@ from serving.engine.bundle import (
     write_manifest,
 )
 from serving.page.models import Models
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import PRETRAINED, ROOT, suspended, wait_for, with_calibrations
 from tests.service import RunningService
 from tests.test_process import RunningApplication, is_running, release_of
@@ -85,7 +85,7 @@ def disturb(folder: Path) -> None:
 
 def calibrate_otherwise(folder: Path) -> None:
     """The same model with another calibration: its verdicts differ."""
-    made = Calibrations.load(folder / CALIBRATION_NAME)
+    made = CalibrationPair.load(folder / CALIBRATION_NAME)
     stricter = dataclasses.replace(made.exact, scores=made.exact.scores - 1)
     content = dataclasses.replace(made, exact=stricter).to_bytes()
     (folder / CALIBRATION_NAME).write_bytes(content)
@@ -323,7 +323,7 @@ def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
     return Bundle(bundle.folder, {**bundle.manifest, **fields})
 
 
-def with_calibration(target: Path, name: str | None, made: Calibrations) -> Bundle:
+def with_calibration(target: Path, name: str | None, made: CalibrationPair) -> Bundle:
     """The shipped bundle with a calibration, its own if it has no name."""
     shutil.copytree(PRETRAINED, target)
     (target / ("calibration.npz" if name is None else f"calibration-{name}.npz")).write_bytes(
@@ -345,7 +345,7 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     ):
         with pytest.raises(PublishError, match=message):
             check_contract(old, new)
-    made = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+    made = CalibrationPair.load(PRETRAINED / CALIBRATION_NAME)
     exact = made.exact
     assert exact is not None
     night = with_calibration(tmp_path / "night", "night", made)
@@ -353,7 +353,7 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="lacks the calibrations night"):
         check_contract(night, old)
 
-    def of_images(count: int) -> Calibrations:
+    def of_images(count: int) -> CalibrationPair:
         few = dataclasses.replace(
             exact,
             scores=exact.scores[:count],
@@ -438,7 +438,7 @@ def test_a_link_is_followed_once(second: Path, tmp_path: Path) -> None:
 
 def test_going_back_warns_of_what_clients_lose(tmp_path: Path) -> None:
     """It is urgent; another bundle is refused for the same reason."""
-    made = Calibrations.load(PRETRAINED / CALIBRATION_NAME)
+    made = CalibrationPair.load(PRETRAINED / CALIBRATION_NAME)
     night = with_calibration(tmp_path / "night", "night", made)
     noon = with_calibration(tmp_path / "noon", "noon", made)
     engine, said = SwitchingEngine(), list[str]()

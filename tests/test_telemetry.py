@@ -31,7 +31,7 @@ from serving.api.telemetry import (
 )
 from serving.engine.engine import Score
 from serving.verdict.calibration import Verdict
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.drift import WINDOW
 
 
@@ -46,7 +46,9 @@ def score(
     verdict = None
     if p_value is not None:
         verdict = Verdict(0.0, p_value, p_value if beyond is None else beyond, (), 99)
-    return Score(bpd, {}, None, verdict, calibrations=Calibrations(None, None, name, version)), 0.05
+    return Score(
+        bpd, {}, None, verdict, calibrations=CalibrationPair(None, None, name, version)
+    ), 0.05
 
 
 def started() -> Telemetry:

@@ -170,13 +170,13 @@ def decode_apart(data: bytes, structure: Structure) -> DecodedImage:
                 raise ImageError(
                     "too_large",
                     f"the image was not decoded within {WALL_SECONDS:g} seconds",
-                    may_pass=True,
+                    is_transient=True,
                 ) from None
             raise ImageError(
                 "not_an_image",
                 f"the image is damaged: its decoder ended (exit code {code})",
                 # Killed perhaps for want of memory, or asked to end before it ignored that.
-                may_pass=code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP),
+                is_transient=code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP),
             ) from None
         except BaseException:
             decoder.end()

@@ -40,14 +40,14 @@ MAX_CODE_BYTES = 2**10
 class ImageError(ValueError):
     """The file is not a usable image.
 
-    ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``. ``may_pass`` tells that the
+    ``code`` is ``not_an_image``, ``too_large`` or ``wrong_size``. ``is_transient`` tells that the
     machine may be the cause, so that another attempt may succeed.
     """
 
-    def __init__(self, code: str, message: str, may_pass: bool = False) -> None:
+    def __init__(self, code: str, message: str, is_transient: bool = False) -> None:
         super().__init__(message)
         self.code = code
-        self.may_pass = may_pass
+        self.is_transient = is_transient
 
 
 @dataclass(frozen=True)

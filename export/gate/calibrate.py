@@ -45,7 +45,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import image_digest
 from serving.ingest.picture import LookOf, Picture, no_look
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations, version_of
+from serving.verdict.calibration_file import CalibrationPair, version_of
 from training.data import REPEATS, Report
 
 # The repository's one copy.
@@ -70,7 +70,7 @@ def calibrate_bundle(
     known_bad: Images = (),
     ignored: Ignored | None = None,
     detail: int = 1,
-) -> Calibrations:
+) -> CalibrationPair:
     """Score images as requests are scored, and write a new bundle with its verdict fitted to them.
 
     There is one calibration for images of the model's size and one for resized images. Each uses
@@ -302,7 +302,7 @@ def _calibrate(
     unseen: Images,
     sees: Looks,
     bad: Sequence[Picture],
-) -> tuple[Calibrations, dict[str, Any]]:
+) -> tuple[CalibrationPair, dict[str, Any]]:
     """The calibrations, and their entry in the manifest."""
     # Without the former calibration, which is replaced and may have an older format.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
@@ -316,7 +316,7 @@ def _calibrate(
     )
     for calibration in (exact, resized):
         calibration.check_values()
-    return Calibrations(exact, resized, webp=coder_version()), {
+    return CalibrationPair(exact, resized, webp=coder_version()), {
         **about,
         "webp": coder_version(),
         "resized": about_resized,
@@ -325,7 +325,7 @@ def _calibrate(
 
 def _own_calibration(bundle: Bundle) -> Calibration | None:
     try:
-        return Calibrations.load(bundle.folder / CALIBRATION_NAME).exact
+        return CalibrationPair.load(bundle.folder / CALIBRATION_NAME).exact
     except CalibrationError:  # the bundle has none, or it is of an earlier version
         return None
 

@@ -20,9 +20,9 @@ from serving.engine.noise import short_digest
 from serving.ingest.errors import ApiError
 from serving.ingest.picture import LookOf, Picture, no_look, prepare_source
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from training.data import REPEATS, Report
-from training.datasets.files import check_storage, may_pass
+from training.datasets.files import check_storage, is_transient
 
 MAX_THREADS = 8  # each needs memory for a batch
 AT_ONCE = 64  # files in memory
@@ -58,7 +58,7 @@ def readable(paths: Iterable[Path], report: Report) -> Iterator[NamedFile]:
             content = read_file(path)
         except OSError as error:
             errors.append((str(path), error.strerror or str(error)))
-            if may_pass(error, path):
+            if is_transient(error, path):
                 failed.update(errors[-1:])
         else:
             yield NamedFile.of(str(path), content)
@@ -173,7 +173,7 @@ def others(
         report(f"{name}: left out {left_out} that calibrated or trained, or copies of such")
 
 
-def digests_of(calibrations: Calibrations) -> set[int]:
+def digests_of(calibrations: CalibrationPair) -> set[int]:
     """Short digests of the images that a calibration was made of, as far as its file has them.
 
     Pictures that occur :data:`training.data.REPEATS` times or more among those that calibrate are

@@ -13,14 +13,14 @@ from ade_base.pictures.view import View
 from export.gate.corruptions import ALL, corrupt
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from training.data import Report
 
 CHUNK = 256  # images that are scored together
 
 
 def p_values(
-    engine: InferenceEngine, calibrations: Calibrations, images: Sequence[Picture]
+    engine: InferenceEngine, calibrations: CalibrationPair, images: Sequence[Picture]
 ) -> np.ndarray:
     """float64 ``(N,)``; not a number where an image has no verdict."""
     found = []
@@ -90,7 +90,7 @@ def _view(
 
 def rejected(
     engine: InferenceEngine,
-    calibrations: Calibrations,
+    calibrations: CalibrationPair,
     images: Sequence[Picture],
     alphas: Sequence[float],
     report: Report = lambda line: None,

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from export.gate.measuring import Measured
 from serving.verdict.calibration import Calibration
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.false_alarms import flagging_rank
 
@@ -58,7 +58,7 @@ class Judged:
     calibrations: dict[bool, Calibration | None]
 
     @classmethod
-    def of(cls, calibrations: Calibrations, images: Measured) -> Judged:
+    def of(cls, calibrations: CalibrationPair, images: Measured) -> Judged:
         """Judge images; there must be a calibration for those of the model's size."""
         found: dict[str, np.ndarray] = {}
         p_values = np.full(len(images.resized), np.nan)

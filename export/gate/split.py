@@ -25,7 +25,7 @@ MAX_CALIBRATING = MAX_IMAGES - MAX_FITTED
 ENOUGH_FILES = 500  # of a folder that trained a network: a twenty-fifth of them fit the density
 
 
-class Choice(NamedTuple):
+class CalibrationSplit(NamedTuple):
     """Items to fit to, to calibrate on, unseen ones, and those that a network was trained on."""
 
     fit: list[Any]
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 def choose_files(
     folder: Path, bundle: Bundle, features: Mapping[str, Any] | None, report: Report
-) -> Choice:
+) -> CalibrationSplit:
     """Choose files of a folder, at most :data:`MAX_IMAGES` to fit to and to calibrate on.
 
     Args:
@@ -261,7 +261,7 @@ def _part_in(folder: Path, path: Path, by_name: bool) -> str:
     return part_of(path.name if by_name else path.relative_to(folder).as_posix())
 
 
-def _choose(parts: dict[str, list[Any]], held_out: bool) -> Choice:
+def _choose(parts: dict[str, list[Any]], held_out: bool) -> CalibrationSplit:
     """Choose from the items of each part.
 
     If a network was trained on the data (``held_out``), only images that it has not seen must be
@@ -273,7 +273,7 @@ def _choose(parts: dict[str, list[Any]], held_out: bool) -> Choice:
             shuffled(parts[part])[:most] if len(parts[part]) > most else parts[part]
             for part, most in (("select", MAX_FITTED), ("calibrate", MAX_CALIBRATING))
         )
-        return Choice(fit, calibrate, parts["test"], [])
+        return CalibrationSplit(fit, calibrate, parts["test"], [])
     rest = shuffled([item for part in PARTS if part != "test" for item in parts[part]])[:MAX_IMAGES]
     first = round(FIT_SHARE * len(rest))
-    return Choice(rest[:first], rest[first:], parts["test"], [])
+    return CalibrationSplit(rest[:first], rest[first:], parts["test"], [])

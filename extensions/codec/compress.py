@@ -30,7 +30,7 @@ from extensions.codec.pictures import Picture
 from extensions.codec.sources import Source
 from serving.engine.bundle import Bundle
 from serving.engine.engine import InferenceEngine, NotFinite
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 
 @dataclass
@@ -204,7 +204,7 @@ def _reproduced(coder: ChunkCoder, payload: bytes, names: Sequence[str] | None, 
 def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:
     """The size of images by the bound of ``ade score``, bits."""
     pixels = [p.pixels for p in pictures if p.pixels is not None]
-    no_verdict = [Calibrations()] * len(pixels)  # not by a named calibration either
+    no_verdict = [CalibrationPair()] * len(pixels)  # not by a named calibration either
     scores = engine.score(np.stack(pixels), calibrations=no_verdict) if pixels else []
     return sum(score.bpd * pixels[0].size for score in scores if not isinstance(score, NotFinite))
 

@@ -164,7 +164,7 @@ def _decode(blob: bytes) -> DecodedImage:
             return read_image(blob)
         except (ImageError, MemoryError, DecoderError) as error:
             kind = NotDecoded
-            if isinstance(error, ImageError) and not error.may_pass:
+            if isinstance(error, ImageError) and not error.is_transient:
                 # If it was stored, it had a size and took a time that were permitted then.
                 if error.code != "too_large":
                     raise Damaged(f"an image cannot be decoded: {error}") from error

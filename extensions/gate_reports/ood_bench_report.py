@@ -25,7 +25,7 @@ from export.gate.separation import (
     Judged,
     compare_scores,
 )
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.summary import summarize
 
 VERDICT_ALPHA = 0.05
@@ -34,7 +34,7 @@ HEADLINES = (COMBINED, NO_FEATURES, RAW_BPD, NO_MODEL)
 
 
 def write_report(
-    calibrations: Calibrations,
+    calibrations: CalibrationPair,
     model: str,
     id_name: str,
     id_images: Measured,

@@ -19,7 +19,7 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
 from serving.ingest.picture import Picture
 from serving.verdict.calibration import Calibration, CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.false_alarms import flagging_rank
 from training.data import REPEATS, Report
 
@@ -47,7 +47,7 @@ class Alarms:
 
 
 @dataclass(frozen=True)
-class Way:
+class PathForecast:
     """The history's images of one kind: resized or not. Each kind has its own calibration.
 
     Attributes:
@@ -93,7 +93,7 @@ class WhatIf:
     images: int
     unusable: int
     alphas: list[float]
-    ways: list[Way]
+    ways: list[PathForecast]
     caught: dict[str, list[float | None]]
 
     def to_dict(self) -> dict[str, object]:
@@ -103,7 +103,7 @@ class WhatIf:
 
 def what_if(
     engine: InferenceEngine,
-    calibrations: Calibrations,
+    calibrations: CalibrationPair,
     history: Images,
     ood: Mapping[str, Images],
     per_day: int,
@@ -182,7 +182,7 @@ def _way(
     known: np.ndarray,
     per_day: int,
     level: float,
-) -> Way:
+) -> PathForecast:
     alarms, unlike, new = [], [], p_values[~known]
     n = 0 if calibration is None else len(calibration.scores)
     for alpha in ALPHAS:
@@ -199,4 +199,4 @@ def _way(
         least, most = calibration.false_alarm_band(alpha, level, len(new))
         if not least <= share_at(new, alpha) <= most:
             unlike.append(alpha)
-    return Way(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()))
+    return PathForecast(resized, len(p_values), per_day, n, alarms, unlike, int(known.sum()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from ade_base.brand import percent, rounded, verdict_card
 from ade_base.files import write_text
 from ade_base.reports import from_markdown, markdown_table, render
-from extensions.gate_reports.what_if import Way, WhatIf
+from extensions.gate_reports.what_if import PathForecast, WhatIf
 from serving.verdict.summary import summarize
 
 VERDICT_ALPHA = 0.01
@@ -57,11 +57,11 @@ def what_if_lines(found: WhatIf) -> list[str]:
     return [*lines, "## What is caught", "", *markdown_table(header, body), ""]
 
 
-def _kind(way: Way) -> str:
+def _kind(way: PathForecast) -> str:
     return "Images of another size, resized" if way.resized else "Images of the model's size"
 
 
-def _way(way: Way) -> list[str]:
+def _way(way: PathForecast) -> list[str]:
     lines = [f"### {_kind(way)}: {way.images:,} of the history, {way.per_day:,} per day", ""]
     if not way.calibrated:
         return [*lines, "There is no calibration for them: no verdict, none is accepted.", ""]

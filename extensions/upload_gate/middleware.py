@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from ade_base.messages import show
 from ade_client.contract import DEFAULT, MAX_IMAGES
 from serving.api.guard import SAFE_METHODS, App, Message, Receive, Send, error_answer, replay
-from serving.gate import Decision, Gate, TookTooLong
+from serving.gate import Gate, GateResult, TookTooLong
 from serving.ingest.errors import ApiError, malformed, unusable
 from serving.ingest.forms import check_charset, multipart
 from serving.ingest.requests import MAX_BODY_BYTES, MULTIPART, pixels_to_resize
@@ -208,7 +208,9 @@ class GateMiddleware:
         await _answer(send, full)
         return True
 
-    async def _check(self, scope: MutableMapping[str, Any], images: list[bytes]) -> list[Decision]:
+    async def _check(
+        self, scope: MutableMapping[str, Any], images: list[bytes]
+    ) -> list[GateResult]:
         """Ask the gate; a thread that takes too long is not replaced until it is done.
 
         Raises:
@@ -219,7 +221,7 @@ class GateMiddleware:
         seconds = self._timeout_s / 2
         latest = time.monotonic() + seconds
 
-        def check() -> list[Decision]:
+        def check() -> list[GateResult]:
             if time.monotonic() > latest:
                 raise _TooLate
             pixels_to_resize(images)  # here, because the headers of some files take long to read
@@ -241,7 +243,7 @@ class GateMiddleware:
             raise RuntimeError(f"{len(images)} images, {len(decisions)} decisions")
         return decisions
 
-    def _done(self, work: asyncio.Future[list[Decision]]) -> None:
+    def _done(self, work: asyncio.Future[list[GateResult]]) -> None:
         self._room += 1
         if not work.cancelled():
             work.exception()  # the request that waited has reported it
@@ -315,7 +317,7 @@ def _without_body(receive: Receive) -> Receive:
     return replay(b"", after_body)
 
 
-async def _answer(send: Send, error: ApiError, decisions: list[Decision] | None = None) -> None:
+async def _answer(send: Send, error: ApiError, decisions: list[GateResult] | None = None) -> None:
     headers, content = error_answer(error)
     if decisions is not None:
         body = error.body()

@@ -76,22 +76,22 @@ class Memory:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._used = 0
-        self._shares: set[Share] = set()
+        self._shares: set[Reservation] = set()
 
-    def share(self) -> Share:
+    def share(self) -> Reservation:
         """The share of one request, to be entered."""
-        return Share(self)
+        return Reservation(self)
 
-    def add(self, share: Share) -> None:
+    def add(self, share: Reservation) -> None:
         """Count a share from now on."""
         self._shares.add(share)
 
-    def remove(self, share: Share) -> None:
+    def remove(self, share: Reservation) -> None:
         """Release what a share holds."""
         self.fits(share, 0)
         self._shares.discard(share)
 
-    def fits(self, share: Share, size: int) -> bool:
+    def fits(self, share: Reservation, size: int) -> bool:
         """Count the new size of a share and make room for it; returns whether there is room."""
         free = self._limits.free_bytes
         self._used += max(0, size - free) - max(0, share.size - free)
@@ -108,7 +108,7 @@ class Memory:
         return True
 
 
-class Share:
+class Reservation:
     """The memory of one request: its body, later its answer. Released at the end of the block.
 
     Attributes:
@@ -123,7 +123,7 @@ class Share:
         self.patience: asyncio.Timeout | None = None
         self.was_dropped = False
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> Reservation:
         self._memory.add(self)
         return self
 
@@ -155,7 +155,9 @@ class Share:
             self.patience.reschedule(asyncio.get_running_loop().time())
 
 
-async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits) -> bytearray:
+async def read_body(
+    scope: Scope, receive: Receive, share: Reservation, limits: Limits
+) -> bytearray:
     """Read the whole body of a request.
 
     Raises:
@@ -183,7 +185,7 @@ async def read_body(scope: Scope, receive: Receive, share: Share, limits: Limits
 async def _fill(
     body: bytearray,
     receive: Receive,
-    share: Share,
+    share: Reservation,
     limits: Limits,
     has_message: Callable[[], bool],
 ) -> None:
@@ -235,7 +237,7 @@ class Count:
         self.number -= 1
 
 
-class Lane:
+class InFlightLimit:
     """Bounds the number of one model's requests in the engine; the others wait here.
 
     A worker computes every request of its batch, even if the client is gone. So the engine should
@@ -348,9 +350,9 @@ class Lane:
 
 
 class Turn:
-    """A request's turn in a lane, see :meth:`Lane.turn`."""
+    """A request's turn in a lane, see :meth:`InFlightLimit.turn`."""
 
-    def __init__(self, lane: Lane, receive: Receive) -> None:
+    def __init__(self, lane: InFlightLimit, receive: Receive) -> None:
         self._lane = lane
         self._receive = receive
 
@@ -365,7 +367,7 @@ class Turn:
         self._lane.leave()
 
 
-class Departure:
+class DisconnectGuard:
     """Ends a block with :class:`ClientGone` when the client closes the connection.
 
     The task is cancelled, as by ``asyncio.timeout``. That is cheaper than a task which watches.

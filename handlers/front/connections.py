@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from handlers.front.admission import Departure, Limits
+from handlers.front.admission import DisconnectGuard, Limits
 from serving.api.guard import error_answer
 from serving.api.pipelining import LEAST_PART, MANY_PARTS, MAX_FIELDS, PipeliningProtocol
 from serving.ingest.errors import ApiError, malformed, overloaded
@@ -137,7 +137,7 @@ class BoundedProtocol(PipeliningProtocol):
         # The front aborts the connection if the client does not read the answer.
         self.scope["extensions"] = self._extensions = {
             "ade.abort": {"connection": self.transport.abort},
-            "ade.departure": Departure(),
+            "ade.departure": DisconnectGuard(),
         }
         self._await_head()
 
@@ -188,7 +188,7 @@ class BoundedProtocol(PipeliningProtocol):
     def send_400_response(self, msg: str) -> None:
         if self.has_long_head():
             self.refuse_head()
-        elif self.is_in_crumbs:
+        elif self.parts_too_small:
             text = f"a body in more than {MANY_PARTS:,} parts must have {LEAST_PART} bytes or more"
             self._refuse(malformed(f"{text} in each on average: send larger chunks"))
         else:

@@ -19,10 +19,10 @@ from ade_base.messages import show
 from ade_client.contract import MODEL_HEADER, PROBE_HEADER
 from handlers.front.admission import (
     ClientGone,
-    Lane,
+    InFlightLimit,
     Limits,
     Memory,
-    Share,
+    Reservation,
     hang_up,
     read_body,
     unless_gone,
@@ -96,7 +96,7 @@ class Endpoint:
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     model: str = ""
-    lane: Lane | None = None
+    lane: InFlightLimit | None = None
     route: Callable[[Request], Endpoint] | None = None
     hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -270,7 +270,7 @@ def other_model(wanted: str, model: str) -> ApiError:
     )
 
 
-async def _is_sent(answer: Answer, share: Share, send: Send) -> bool:
+async def _is_sent(answer: Answer, share: Reservation, send: Send) -> bool:
     """Send an answer; returns whether the client read it before its memory was needed."""
     try:
         async with share.waiting(None):

@@ -33,7 +33,7 @@ STOP_S = 10
 
 
 @dataclass(frozen=True)
-class Built:
+class ServerApp:
     """An application with what its server needs.
 
     Attributes:
@@ -47,7 +47,7 @@ class Built:
     refusals: Counter[str] = field(default_factory=Counter)
 
 
-Build = Callable[[], contextlib.AbstractAsyncContextManager[Built]]
+Build = Callable[[], contextlib.AbstractAsyncContextManager[ServerApp]]
 
 
 def built(
@@ -58,7 +58,7 @@ def built(
     refusals: Counter[str],
     open_paths: Collection[str] = (),
     on_stop: Callable[[], None] = lambda: None,
-) -> Built:
+) -> ServerApp:
     """One application for both ports; the metrics need no token on loopback.
 
     Args:
@@ -68,7 +68,7 @@ def built(
         metrics: answers on the metrics port.
         refusals: counts the requests that no worker answered, by the error's code.
         open_paths: paths of the API that need no token, such as those of health checks.
-        on_stop: see :class:`Built`.
+        on_stop: see :class:`ServerApp`.
     """
     memory = Memory(limits)
     api, reading = (
@@ -81,7 +81,7 @@ def built(
     )
     hosts, token = settings.allowed_hosts, settings.token
     of_api = Guard(api, hosts, token, refusals)
-    of_anybody = Guard(api, hosts, None, refusals)
+    public_guard = Guard(api, hosts, None, refusals)
     of_metrics = Guard(reading, hosts, None, refusals)
     of_remote_metrics = Guard(reading, hosts, token, refusals)
 
@@ -90,11 +90,11 @@ def built(
         if port == settings.metrics_port:
             await (of_metrics if host in LOOPBACK else of_remote_metrics)(scope, receive, send)
         elif scope["path"] in open_paths:
-            await of_anybody(scope, receive, send)
+            await public_guard(scope, receive, send)
         else:
             await of_api(scope, receive, send)
 
-    return Built(app, on_stop, refusals)
+    return ServerApp(app, on_stop, refusals)
 
 
 class _Server(uvicorn.Server):

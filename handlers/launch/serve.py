@@ -35,7 +35,7 @@ from serving.api.guard import is_address
 from serving.engine.backends import BackendError, has_cuda_provider
 from serving.engine.bundle import Bundle, open_bundle
 from serving.engine.signatures import OPERATIONS
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 MAX_SCORE_WORKERS = 4
 WATCH_S = 0.5
@@ -243,7 +243,7 @@ def _watch(
 
 def _warn_of_another_coder(bundle: Bundle) -> None:
     calibration = bundle.manifest.get("calibration") or {}
-    warning = Calibrations(name=bundle.name, webp=calibration.get("webp", "")).other_coder()
+    warning = CalibrationPair(name=bundle.name, webp=calibration.get("webp", "")).other_coder()
     if warning is not None:
         tell(f"warning: {warning}")
 

@@ -21,7 +21,7 @@ import orjson
 
 from ade_base.extensions import load
 from handlers.front import listen
-from handlers.front.admission import Lane, Limits
+from handlers.front.admission import InFlightLimit, Limits
 from handlers.front.exposition import metrics_answer
 from handlers.front.front import INFERRING, Answer, Endpoint, Request
 from handlers.front.settings import FrontSettings
@@ -124,7 +124,7 @@ class Application:
                 model.answer,
                 INFERRING,
                 model.identity,
-                Lane(limits, model.num_workers),
+                InFlightLimit(limits, model.num_workers),
             )
             for model in models
         }
@@ -334,7 +334,7 @@ async def build_release(
 @contextlib.asynccontextmanager
 async def build_app(
     settings: ApplicationSettings, limits: Limits, file: Path | None = None
-) -> AsyncIterator[listen.Built]:
+) -> AsyncIterator[listen.ServerApp]:
     """The application for both ports, with the workers of its release.
 
     Args:

@@ -28,7 +28,7 @@ class PipeliningProtocol(HttpToolsProtocol):
         self._most_head_bytes = MAX_HEAD_BYTES
         self._num_fields = self._head_bytes = 0  # of the present head and its trailers, so far
         self._num_parts = self._body_bytes = 0  # of the present body
-        self.is_in_crumbs = False  # whether a body came in parts that are too small
+        self.parts_too_small = False  # whether a body came in parts that are too small
         self._num_pending = 0  # bytes since the last complete head or part of a body
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -48,7 +48,7 @@ class PipeliningProtocol(HttpToolsProtocol):
             for cycle, _ in self.pipeline
         )
         if len(self.pipeline) >= MAX_AHEAD or ahead > MAX_AHEAD_BYTES:
-            raise _TooMuchAhead
+            raise PipelineTooLong
         super().on_message_begin()
         self._num_fields = self._head_bytes = self._num_parts = self._body_bytes = 0
 
@@ -71,14 +71,14 @@ class PipeliningProtocol(HttpToolsProtocol):
         self._num_parts += 1
         self._body_bytes += len(body)
         # Each takes as long as a kilobyte, be it a single byte.
-        is_in_crumbs = self._num_parts > MANY_PARTS and (
+        parts_too_small = self._num_parts > MANY_PARTS and (
             self._body_bytes < LEAST_PART * self._num_parts
         )
-        if is_in_crumbs:
-            self.is_in_crumbs = True
-            raise _TooMuchAhead
+        if parts_too_small:
+            self.parts_too_small = True
+            raise PipelineTooLong
         if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
-            raise _TooMuchAhead
+            raise PipelineTooLong
 
     def has_long_head(self) -> bool:
         """Whether the present head is too long, as far as it has been parsed."""
@@ -93,5 +93,5 @@ class _LongHead(Exception):
     """Ends the parsing of what was read, and then the connection."""
 
 
-class _TooMuchAhead(Exception):
+class PipelineTooLong(Exception):
     """The same, for other reasons."""

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 from serving.engine.engine import Score
 from serving.verdict.calibration import Verdict
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.drift import DriftMonitor
 from serving.verdict.false_alarms import flagging_rank
 
@@ -298,7 +298,7 @@ class Telemetry:
                 if score.verdict is not None:
                     self._observe(score.verdict, score.calibrations, alpha)
 
-    def _observe(self, verdict: Verdict, calibrations: Calibrations, alpha: float) -> None:
+    def _observe(self, verdict: Verdict, calibrations: CalibrationPair, alpha: float) -> None:
         name = calibrations.name
         stream = self._streams.get(name)
         if stream is None or stream.version != calibrations.version:

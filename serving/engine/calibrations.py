@@ -7,7 +7,7 @@ import logging
 
 from ade_client.contract import DEFAULT
 from serving.engine.bundle import ENCODER_NAME, FEATURES_NAME, Bundle, calibration_file
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.encoder import SEEN
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import statistic_names
@@ -15,7 +15,7 @@ from serving.verdict.statistics import statistic_names
 logger = logging.getLogger(__name__)
 
 
-def open_calibrations(bundle: Bundle) -> dict[str, Calibrations]:
+def open_calibrations(bundle: Bundle) -> dict[str, CalibrationPair]:
     """Read all calibrations of a bundle, by name.
 
     The bundle's own is called :data:`ade_client.contract.DEFAULT`. If there is none,
@@ -34,9 +34,9 @@ def open_calibrations(bundle: Bundle) -> dict[str, Calibrations]:
             names += [DISTANCE, ENERGY] if has_classes else [DISTANCE]
         if bundle.has(ENCODER_NAME):
             names += SEEN
-    found = {DEFAULT: Calibrations()}
+    found = {DEFAULT: CalibrationPair()}
     for name in bundle.calibrations:
-        read = Calibrations.load(bundle.file(calibration_file(name)), name)
+        read = CalibrationPair.load(bundle.file(calibration_file(name)), name)
         read.check(names)
         if name == DEFAULT:  # files of older versions leave the coder's version to the manifest
             about = bundle.manifest.get("calibration") or {}

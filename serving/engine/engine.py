@@ -26,7 +26,7 @@ from serving.engine.calibrations import open_calibrations
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 from serving.engine.signatures import OPERATIONS, input_shape, inputs_of
 from serving.verdict.calibration import Calibration, Verdict
-from serving.verdict.calibration_file import Calibrations, UnknownCalibration
+from serving.verdict.calibration_file import CalibrationPair, UnknownCalibration
 from serving.verdict.encoder import INSIDE, PATCHES, POOLED
 from serving.verdict.semantic import FEATURES
 from serving.verdict.statistics import (
@@ -75,8 +75,8 @@ class Score:
     standard_error: float | None
     verdict: Verdict | None
     bits: np.ndarray | None = None
-    calibrations: Calibrations = dataclasses.field(
-        default_factory=Calibrations, compare=False, repr=False
+    calibrations: CalibrationPair = dataclasses.field(
+        default_factory=CalibrationPair, compare=False, repr=False
     )
 
 
@@ -145,7 +145,7 @@ class InferenceEngine:
         self._graphs = graphs
 
     @property
-    def calibrations(self) -> Calibrations:
+    def calibrations(self) -> CalibrationPair:
         """The bundle's own calibrations."""
         return self.calibrations_of(DEFAULT)
 
@@ -154,7 +154,7 @@ class InferenceEngine:
         """Versions of all calibrations by name; empty for one that judges nothing."""
         return {name: its.version for name, its in self.named.items()}
 
-    def calibrations_of(self, name: str) -> Calibrations:
+    def calibrations_of(self, name: str) -> CalibrationPair:
         """The calibrations of a name.
 
         Raises:
@@ -335,7 +335,7 @@ class InferenceEngine:
         samples: Sequence[int] | None = None,
         maps: Sequence[bool] | None = None,
         resized: Sequence[bool] | None = None,
-        calibrations: Sequence[Calibrations] | None = None,
+        calibrations: Sequence[CalibrationPair] | None = None,
         views: Sequence[View | None] | None = None,
     ) -> list[Score | NotFinite]:
         """Compute the bits per dimension of each image, their parts and the verdict.
@@ -350,7 +350,7 @@ class InferenceEngine:
             resized: whether the image was resized to the model's size. Resized images have a
                 calibration of their own. Default no.
             calibrations: the calibrations that judge each image. Default: the bundle's own.
-            views: of the originals, made as :meth:`Calibrations.look_of` says. An image that was
+            views: of the originals, made as :meth:`CalibrationPair.look_of` says. An image that was
                 not resized is its own original. One that was resized must have a view if its
                 calibration has an encoder.
 

@@ -16,7 +16,7 @@ class ApiError(UserError):
         code: a short name that programs can compare.
         message: what is wrong, what was expected and what was received, for people.
         index: number of the image that the error is about, if it is about a single one.
-        may_pass: whether the image may be usable another time.
+        is_transient: whether the image may be usable another time.
     """
 
     def __init__(
@@ -25,21 +25,21 @@ class ApiError(UserError):
         code: str,
         message: str,
         index: int | None = None,
-        may_pass: bool = False,
+        is_transient: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.index = index
-        self.may_pass = may_pass
+        self.is_transient = is_transient
 
     def __reduce__(self) -> tuple[Any, ...]:  # it may come from another process
-        return type(self), (self.status, self.code, self.message, self.index, self.may_pass)
+        return type(self), (self.status, self.code, self.message, self.index, self.is_transient)
 
     def at(self, index: int) -> ApiError:
         """The same error about image ``index``."""
-        return ApiError(self.status, self.code, self.message, index, self.may_pass)
+        return ApiError(self.status, self.code, self.message, index, self.is_transient)
 
     def body(self) -> dict[str, Any]:
         """``{"error": {"code", "message", "index"?}}``, as in :class:`Problem`."""

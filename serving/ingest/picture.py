@@ -89,7 +89,7 @@ def prepare_image(
             decoded = read_image(source, None if resize else (width, height))
         except ImageError as error:
             status = {"too_large": 413, "wrong_size": 422}.get(error.code, 415)
-            return ApiError(status, error.code, str(error), may_pass=error.may_pass)
+            return ApiError(status, error.code, str(error), is_transient=error.is_transient)
         original, notes, size = decoded.pixels, list(decoded.notes), decoded.size
         if channels not in (1, 3):
             return unusable(
@@ -148,6 +148,6 @@ def prepare_source(
         code = "too_large" if error.errno == errno.EFBIG else "unreadable"
         # Of some stores without a number.
         passing = error.errno not in PERMANENT_ERRORS and not isinstance(error, FileNotFoundError)
-        return ApiError(404, code, error.strerror or str(error), may_pass=passing)
+        return ApiError(404, code, error.strerror or str(error), is_transient=passing)
     except MemoryError:
-        return ApiError(413, "too_large", "there is no memory to decode it", may_pass=True)
+        return ApiError(413, "too_large", "there is no memory to decode it", is_transient=True)

@@ -18,7 +18,7 @@ from serving.engine.calibrations import open_calibrations
 from serving.ingest.errors import ApiError
 from serving.page.drawings import DRAWINGS, draw
 from serving.page.files import write_file
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.png"))
 EXAMPLES_OF = "cifar10"  # the data set of these photographs
@@ -57,7 +57,7 @@ class Models:
         }
         self._calibrations = {bundle.name: open_calibrations(bundle)[DEFAULT] for bundle in bundles}
 
-    def calibrations_of(self, model: str) -> Calibrations:
+    def calibrations_of(self, model: str) -> CalibrationPair:
         """The calibrations by which the service judges a model's images."""
         return self._calibrations[model]
 

@@ -21,7 +21,7 @@ from serving.page import charts
 from serving.page.inputs import TabContext, html
 from serving.page.models import Models
 from serving.page.runs import QUIET, Runs, latest_only
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 UNITS = {"relative": "of a latent's size"}  # of differences, for people
 # What a recipe trains, by the beginning of its name.
@@ -158,7 +158,7 @@ def _purpose(part: str, which: str) -> str:
 
 
 def _figures(
-    manifest: dict[str, Any], calibrations: Calibrations, data: str
+    manifest: dict[str, Any], calibrations: CalibrationPair, data: str
 ) -> Iterator[tuple[str, str]]:
     """The main figures, each with its meaning; ``data`` calibrated the verdict."""
     part, measured = _measured(manifest)

@@ -12,7 +12,7 @@ from ade_client.contract import Choice
 from serving.page import charts
 from serving.page.inputs import slider
 from serving.verdict.calibration import Calibration
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.decision import decide
 
 ALPHA = 0.01
@@ -59,7 +59,7 @@ def alpha_input(button: str | None = None) -> gr.Slider:
     )
 
 
-def explained(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[str, str, str]:
+def explained(calibrations: CalibrationPair, scored: Scored, alpha: float) -> tuple[str, str, str]:
     """The parts that depend on the false-alarm rate: verdict, place and reasons; HTML."""
     result = scored.result
     calibration = judge_of(calibrations, scored)
@@ -86,14 +86,14 @@ def notes_of(result: ScoreResult) -> list[str]:
     return [note for note in result.notes if not note.startswith(REASON_NOTES)]
 
 
-def judge_of(calibrations: Calibrations, scored: Scored) -> Calibration | None:
+def judge_of(calibrations: CalibrationPair, scored: Scored) -> Calibration | None:
     """The calibration that judged an image; ``None`` if there was none or it is not the page's."""
     label = scored.result.calibration
     is_same = label is not None and label.version == calibrations.version
     return calibrations.of(scored.resized) if is_same else None
 
 
-def verdict(calibrations: Calibrations, scored: Scored, alpha: float) -> tuple[Choice, str]:
+def verdict(calibrations: CalibrationPair, scored: Scored, alpha: float) -> tuple[Choice, str]:
     """The decision, and a sentence with the false-alarm rate and the reason."""
     result = scored.result
     calibration = judge_of(calibrations, scored)

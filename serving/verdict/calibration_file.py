@@ -50,7 +50,7 @@ def check_name(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Calibrations:
+class CalibrationPair:
     """Calibrations for images of the model's size and for resized ones; ``None`` means no verdict.
 
     Attributes:
@@ -144,7 +144,7 @@ class Calibrations:
         return out.getvalue()
 
     @classmethod
-    def load(cls, path: Path, name: str = DEFAULT) -> Calibrations:
+    def load(cls, path: Path, name: str = DEFAULT) -> CalibrationPair:
         """Read what :meth:`to_bytes` made, or the single calibration of an older file.
 
         Args:

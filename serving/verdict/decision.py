@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass
 
 from ade_client.contract import Choice
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 
 TINY = 1e-300  # smallest divisor that does not overflow
 MANY = 10**9  # images, above which a number is not told exactly
 
 
 @dataclass(frozen=True)
-class Ruling:
+class Decision:
     """A choice, with the reason if there is no verdict.
 
     Attributes:
@@ -35,8 +35,8 @@ class Ruling:
 
 
 def decide(
-    p_value: float | None, calibrations: Calibrations, resized: bool, alpha: float
-) -> Ruling:
+    p_value: float | None, calibrations: CalibrationPair, resized: bool, alpha: float
+) -> Decision:
     """Decide on an image that was scored.
 
     Args:
@@ -53,23 +53,23 @@ def decide(
     calibration = calibrations.of(resized)
     if calibration is None:
         if resized and calibrations.exact is not None:
-            return Ruling(
+            return Decision(
                 "no_verdict",
                 "resized_not_calibrated: the bundle has no calibration for resized images; "
                 "ade calibrate makes one",
             )
-        return Ruling(
+        return Decision(
             "no_verdict", "not_calibrated: the bundle has no calibration; ade calibrate makes one"
         )
     if p_value is None or not math.isfinite(p_value):
-        return Ruling("no_verdict", "not_finite: the p-value is not a finite number")
+        return Decision("no_verdict", "not_finite: the p-value is not a finite number")
     if alpha < calibration.smallest_p_value:
-        return Ruling(
+        return Decision(
             "no_verdict",
             f"alpha_too_small: alpha {alpha:g} needs {_many(images_needed(alpha))} calibration "
             f"images or more; there are {len(calibration.scores):,}",
         )
-    return Ruling("reject" if p_value <= alpha else "accept")
+    return Decision("reject" if p_value <= alpha else "accept")
 
 
 def images_needed(p_value: float) -> int:

@@ -181,20 +181,24 @@ class KnownImages:
         """From directions ``(N, F)`` to the distances, float64 ``(N,)``, -1 for equal ones."""
         distances = np.empty(len(found))
         for rows in _slices(np.arange(len(found))):
-            distances[rows] = _nearest(self._apart(found[rows], self.main, self._main_parts))
+            distances[rows] = _nearest(
+                self._distances_to_known(found[rows], self.main, self._main_parts)
+            )
         if known:
             for fold in range(FOLDS):
                 of_fold = np.arange(fold, len(self.directions), FOLDS)
                 others = np.delete(self.directions, of_fold, axis=0)
-                main = _greatest(others, self.main.shape[1])
+                main = _principal_directions(others, self.main.shape[1])
                 known_parts = _parts(self.directions, main)
                 for rows in _slices(of_fold):
-                    apart = self._apart(found[rows], main, known_parts)
+                    apart = self._distances_to_known(found[rows], main, known_parts)
                     apart[np.arange(len(rows)), rows] = np.inf
                     distances[rows] = _nearest(apart)
         return distances
 
-    def _apart(self, found: np.ndarray, main: np.ndarray, known_parts: np.ndarray) -> np.ndarray:
+    def _distances_to_known(
+        self, found: np.ndarray, main: np.ndarray, known_parts: np.ndarray
+    ) -> np.ndarray:
         """Distances of directions ``(N, F)`` to each known image, float64 ``(N, m)``.
 
         With u and v of length one, and p and q their parts in the main directions, this is
@@ -269,13 +273,15 @@ def _directions(features: np.ndarray) -> np.ndarray:
 def _main_directions(directions: np.ndarray) -> np.ndarray:
     """Those of known images ``(m, F)``: int16 ``(F, D)``."""
     count, size = directions.shape
-    main = _greatest(directions, int(min(MAIN, MAIN_PER_IMAGE * count, MAIN_PER_FEATURE * size)))
+    main = _principal_directions(
+        directions, int(min(MAIN, MAIN_PER_IMAGE * count, MAIN_PER_FEATURE * size))
+    )
     inside = np.square(_parts(directions, main) / SCALE).sum()
     whole = np.square(directions.astype(np.float64)).sum()
     return main[:, :0] if inside > (1 - LEAST_OUTSIDE) * whole else main
 
 
-def _greatest(directions: np.ndarray, most: int) -> np.ndarray:
+def _principal_directions(directions: np.ndarray, most: int) -> np.ndarray:
     """Directions in which others ``(m, F)`` have the greatest mean square: int16 ``(F, most)``."""
     count, size = directions.shape
     if not most:

@@ -33,7 +33,7 @@ _REPORT_S = 10.0  # between two lines of progress
 _PREPROCESSING = 1  # part of a cache's key: raise it when decoding or resizing gives other pixels
 # Errors of read_file for pipes and the like, and for files that are too large. Others may pass,
 # such as those of a network.
-_LASTING = (errno.EINVAL, errno.EFBIG)
+_PERMANENT_ERRORS = (errno.EINVAL, errno.EFBIG)
 RETRY_S = 2.0  # until files are read again whose errors may pass
 A_FEW = 5  # files, or 1 % of all, may fail without a failure of the storage
 Item = TypeVar("Item")
@@ -167,11 +167,11 @@ def decode_into(
             return image.notes
         except ImageError as error:
             skipped[row] = str(error)
-            if error.may_pass:
+            if error.is_transient:
                 passing.add(row)
         except OSError as error:
             skipped[row] = error.strerror or str(error)
-            if error.errno not in _LASTING:
+            if error.errno not in _PERMANENT_ERRORS:
                 passing.add(row)
         except MemoryError:
             skipped[row] = "there is no memory to decode it"
@@ -215,11 +215,11 @@ def read_again(path: Path) -> bytes:
         ) from error
 
 
-def may_pass(error: OSError, path: Path) -> bool:
+def is_transient(error: OSError, path: Path) -> bool:
     """Whether the error of a file that was listed may be that of its storage, which may be lost."""
     if error.errno == errno.ENOENT:
         return not os.path.islink(path)
-    return error.errno not in (*_LASTING, errno.ELOOP, errno.EACCES)
+    return error.errno not in (*_PERMANENT_ERRORS, errno.ELOOP, errno.EACCES)
 
 
 def check_storage(failed: Mapping[str, str], files: int) -> None:

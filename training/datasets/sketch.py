@@ -16,7 +16,7 @@ from typing import Any
 
 from ade_base.files import read_file
 from training.data import Dataset
-from training.datasets.files import check_storage, may_pass, read_again
+from training.datasets.files import check_storage, is_transient, read_again
 
 SIZE = 256
 KEY = "sketch"  # in a record of data
@@ -100,7 +100,7 @@ def file_hashes(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
         try:
             yield path, _hash_of(read_file(path))
         except OSError as error:
-            if may_pass(error, path):
+            if is_transient(error, path):
                 failed[str(path)] = error.strerror or str(error)
     check_storage(failed, len(paths))
 

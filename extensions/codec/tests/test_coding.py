@@ -696,7 +696,7 @@ def test_chunks_that_do_not_come_back_are_stored_without_the_model(
     assert np.array_equal(np.load(tmp_path / "back.npy"), small_images[:100])
 
 
-BUSY = ImageError("too_large", "not decoded in time", may_pass=True)
+BUSY = ImageError("too_large", "not decoded in time", is_transient=True)
 
 
 @pytest.mark.parametrize("error", [BUSY, MemoryError(), DecoderError("did not start")])

@@ -19,11 +19,11 @@ from export.gate.measuring import Measured, statistics_of
 from export.gate.separation import COMBINED, NO_FEATURES, RAW_BPD, Figures
 from extensions.gate_reports.ood_bench_report import _histogram, _write_csv, write_report
 from extensions.gate_reports.verbs import ood_bench
-from extensions.gate_reports.what_if import ALPHAS, Alarms, Way, WhatIf
+from extensions.gate_reports.what_if import ALPHAS, Alarms, PathForecast, WhatIf
 from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from serving.engine.bundle import open_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import make_folder
 from tests.test_bulk import read
 from tests.test_ood import calibration, draw
@@ -33,8 +33,10 @@ from tests.test_reports import is_complete
 @pytest.mark.parametrize("unlike", [[], [0.1]])
 def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
     rows = [Alarms(alpha, 1000 * alpha, 0, 2000, alpha) for alpha in ALPHAS[:-1]]
-    way = Way(False, 100, 1000, 999, [*rows, Alarms(0.001, None, None, None, None)], unlike)
-    none = Way(True, 10, 100, 0, [], [])
+    way = PathForecast(
+        False, 100, 1000, 999, [*rows, Alarms(0.001, None, None, None, None)], unlike
+    )
+    none = PathForecast(True, 10, 100, 0, [], [])
     caught = {"noise": [1.0] * 6 + [None]}
     found = WhatIf(
         "m@1", {"name": "default", "version": "v"}, 110, 2, list(ALPHAS), [way, none], caught
@@ -50,7 +52,9 @@ def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
 
 def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -> None:
     rows = [Alarms(alpha, 1.0, 0, 2, alpha) for alpha in ALPHAS]
-    ways = [Way(resized, 9, 9, n, rows, []) for resized, n in ((False, 5000), (True, 1234))]
+    ways = [
+        PathForecast(resized, 9, 9, n, rows, []) for resized, n in ((False, 5000), (True, 1234))
+    ]
     found = WhatIf("m@1", None, 18, 0, list(ALPHAS), ways, {"noise": [1.0] * len(ALPHAS)})
     write_what_if(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -59,7 +63,7 @@ def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -
 
 def test_a_name_takes_no_file_into_a_report_and_controls_no_terminal(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("password secret")
-    way = Way(False, 1, 1, 999, [], [])
+    way = PathForecast(False, 1, 1, 999, [], [])
     caught = {"![a](.netrc)\x1b[2J": [1.0] * len(ALPHAS)}
     found = WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught)
     write_what_if(found, tmp_path / "page.html")
@@ -70,7 +74,7 @@ def test_a_name_takes_no_file_into_a_report_and_controls_no_terminal(tmp_path: P
 
 
 def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    way = Way(False, 1, 1, 999, [], [])
+    way = PathForecast(False, 1, 1, 999, [], [])
     caught = {os.fsdecode(b"caf\xe9"): [1.0] * len(ALPHAS)}
     write_what_if(WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught), tmp_path / "page.html")
     assert "of these kinds: caf\\udce9" in (tmp_path / "page.html").read_text()
@@ -153,7 +157,7 @@ def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     unusual = Measured({k: v + 9 for k, v in draw(rng, 40).items()}, np.zeros(40, bool))
     usual = Measured(draw(rng, 100), np.zeros(100, bool))
-    judges = Calibrations(calibration(n=50))
+    judges = CalibrationPair(calibration(n=50))
     path = write_report(judges, "m", "ID", usual, {"unusual": unusual}, tmp_path)
     lines = path.read_text().splitlines()
     assert "| 0.01 | no verdict |  |" in lines

@@ -41,7 +41,7 @@ from serving.gate import Gate
 from serving.ingest.picture import Picture
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.test_imports import TRAINING_PACKAGES, without
@@ -92,7 +92,7 @@ def test_a_history_unlike_the_calibration_is_named(
     dark = what_if(engine, engine.calibrations, small_images[150:250] // 8, {}, 100, 5)
     assert 0.1 not in like.ways[0].unlike and 0.1 in dark.ways[0].unlike
     with pytest.raises(CalibrationError, match="is not calibrated"):
-        what_if(engine, Calibrations(), small_images[:2], {}, 100, 5)
+        what_if(engine, CalibrationPair(), small_images[:2], {}, 100, 5)
     with pytest.raises(
         CalibrationError, match="its only image could not be used: image 0: the image is"
     ):
@@ -131,7 +131,7 @@ def test_a_history_like_the_calibration_is_seldom_called_unlike(
             resized, *(conformal_p_values(its.scores, found) for its in (other, exact))
         )
         monkeypatch.setattr(what_if_module, "p_values", lambda *_, drawn=drawn: drawn)
-        made = what_if(engine, Calibrations(exact, other), [], {}, 0, 0)
+        made = what_if(engine, CalibrationPair(exact, other), [], {}, 0, 0)
         assert len(made.ways) == kinds
         warned += any(way.unlike for way in made.ways)
     assert 0 < warned <= 20
@@ -151,8 +151,8 @@ def test_a_calibration_says_what_it_catches(
         assert calibrations.exact.caught(0.1)[name] == pytest.approx(share), name
     assert calibrations.exact.caught(0.001) == {}  # 150 images cannot reject one in 1,000
     bare = dataclasses.replace(calibrations.exact, corrupted={})
-    (tmp_path / "before.npz").write_bytes(Calibrations(bare, bare).to_bytes())
-    before = Calibrations.load(tmp_path / "before.npz").exact
+    (tmp_path / "before.npz").write_bytes(CalibrationPair(bare, bare).to_bytes())
+    before = CalibrationPair.load(tmp_path / "before.npz").exact
     assert before is not None and before.caught(0.1) == {}
     wrong = dataclasses.replace(bare, corrupted={"constant": np.array([1.0, np.nan])})
     with pytest.raises(CalibrationError, match="scores of 'constant' must be finite"):
@@ -167,10 +167,10 @@ def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> Non
     small = np.zeros((8, 8, 3), np.uint8)
     larger = np.zeros((16, 16, 3), np.uint8)
     both, _ = usable("both", [small, larger], engine.image_shape, print)
-    assert rejected(engine, Calibrations(exact, fewer), both[:1], [0.01]) != [None]
-    assert rejected(engine, Calibrations(exact, fewer), both, [0.01]) == [None]
-    assert rejected(engine, Calibrations(exact, fewer), both, [0.02]) != [None]
-    assert rejected(engine, Calibrations(exact), both, [0.1]) == [None]
+    assert rejected(engine, CalibrationPair(exact, fewer), both[:1], [0.01]) != [None]
+    assert rejected(engine, CalibrationPair(exact, fewer), both, [0.01]) == [None]
+    assert rejected(engine, CalibrationPair(exact, fewer), both, [0.02]) != [None]
+    assert rejected(engine, CalibrationPair(exact), both, [0.1]) == [None]
 
 
 def test_images_without_a_finite_likelihood_are_not_counted(
@@ -286,7 +286,7 @@ def test_the_bench_judges_images_by_their_kind(
 ) -> None:
     """As requests do; and without the images that made the calibration."""
 
-    def all_resized_are_rejected(of: Calibrations) -> Calibrations:
+    def all_resized_are_rejected(of: CalibrationPair) -> CalibrationPair:
         assert of.resized is not None
         return dataclasses.replace(
             of, resized=dataclasses.replace(of.resized, scores=of.resized.scores - 1e6)

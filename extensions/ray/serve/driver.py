@@ -161,7 +161,7 @@ def _serve_metrics(serve: Any, settings: DriverSettings) -> None:
         return metrics_answer(await handle.text.remote())
 
     @contextlib.asynccontextmanager
-    async def build() -> AsyncIterator[listen.Built]:
+    async def build() -> AsyncIterator[listen.ServerApp]:
         metrics = Endpoint(text)
         find = functools.partial(only_metrics, metrics)  # its own server has the API's port
         try:

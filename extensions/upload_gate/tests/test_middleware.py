@@ -30,9 +30,9 @@ from ade_base.pictures.show import write_png
 from ade_base.ports import free_ports
 from extensions.upload_gate import middleware
 from extensions.upload_gate.middleware import GateMiddleware
-from serving.gate import Decision, Gate
+from serving.gate import Gate, GateResult
 from serving.ingest.requests import MAX_BODY_BYTES
-from serving.verdict.calibration_file import Calibrations
+from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import PRETRAINED, ROOT, wait_for, with_calibrations
 from tests.test_docs import codes_raised_in
 
@@ -51,14 +51,14 @@ def gate() -> Gate:
 def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
     """A bundle without a calibration for resized images."""
     out = tmp_path_factory.mktemp("bundles") / "exact"
-    return Gate(with_calibrations(PRETRAINED, out, lambda both: Calibrations(both.exact)))
+    return Gate(with_calibrations(PRETRAINED, out, lambda both: CalibrationPair(both.exact)))
 
 
-def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[Decision]]]:
+def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[GateResult]]]:
     """A classifier that records the requests that reach it."""
     app = FastAPI()
     app.add_middleware(GateMiddleware, gate=gate, **options)
-    reached: list[list[Decision]] = []
+    reached: list[list[GateResult]] = []
 
     @app.post("/classify")
     async def classify(request: Request) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
 def test_decisions_are_those_of_the_request_on_a_server_that_shares_its_state(gate: Gate) -> None:
     """Some servers give the requests of a connection one state."""
     shared: dict[str, Any] = {}
-    seen: list[list[Decision]] = []
+    seen: list[list[GateResult]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["state"]["gate"])
@@ -284,20 +284,20 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
     free = threading.Event()
 
     class Slow:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
             free.wait(30)
             return gate.check(images)
 
     class Broken:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
             raise RuntimeError("a secret")
 
     class Slowest:
-        def check(self, images: list[bytes], calibration: str, seconds: float) -> list[Decision]:
+        def check(self, images: list[bytes], calibration: str, seconds: float) -> list[GateResult]:
             return gate.check(images, seconds=-seconds)
 
     class Silent:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
             return []
 
     for broken in (Broken(), Slowest(), Silent()):
@@ -342,10 +342,10 @@ def test_overload_leaves_some_requests_their_answers() -> None:
     free, checked = threading.Event(), []
 
     class Busy:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
             checked.append(images)
             free.wait(60)
-            return [Decision("accept", 0.5, 3.0)] * len(images)
+            return [GateResult("accept", 0.5, 3.0)] * len(images)
 
     client, reached = app_behind(Busy(), timeout_s=4.0)
 
@@ -364,10 +364,10 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
     checking, free = threading.Event(), threading.Event()
 
     class Busy:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
             checking.set()
             free.wait(30)
-            return [Decision("accept", 0.5, 3.0)]
+            return [GateResult("accept", 0.5, 3.0)]
 
     app = GateMiddleware(FastAPI(), Busy(), waiting=1, timeout_s=20.0)  # type: ignore[arg-type]
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
@@ -403,8 +403,8 @@ def test_a_thread_that_cannot_be_started_takes_no_place_for_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Quick:
-        def check(self, images: list[bytes], *options: Any) -> list[Decision]:
-            return [Decision("accept", 0.5, 3.0)]
+        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+            return [GateResult("accept", 0.5, 3.0)]
 
     client, reached = app_behind(Quick(), waiting=1)
 

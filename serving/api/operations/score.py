@@ -37,7 +37,7 @@ from serving.api.responses import (
 from serving.ingest.errors import ApiError, unusable
 from serving.ingest.picture import LookOf, Picture, no_look
 from serving.ingest.requests import JSON_TYPE, ImagesRequest
-from serving.verdict.calibration_file import Calibrations, UnknownCalibration
+from serving.verdict.calibration_file import CalibrationPair, UnknownCalibration
 from serving.verdict.conformal import benjamini_hochberg, simes
 from serving.verdict.decision import TWO_CALIBRATIONS, decide, fdr_note
 
@@ -263,7 +263,7 @@ def _regions(image: Picture, verdict: Verdict | None) -> Regions | None:
     return regions_of(verdict.patches, image.view)
 
 
-def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibration:
+def _judge(engine: InferenceEngine, name: str) -> CalibrationPair | UnknownCalibration:
     """The calibrations of a name, or the error of the request."""
     try:
         return engine.calibrations_of(name)
@@ -273,7 +273,7 @@ def _judge(engine: InferenceEngine, name: str) -> Calibrations | UnknownCalibrat
 
 def score_result(
     score: EngineScore,
-    calibrations: Calibrations,
+    calibrations: CalibrationPair,
     resized: bool,
     alpha: float,
     notes: Sequence[str],
