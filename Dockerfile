@@ -7,15 +7,9 @@
 ARG PYTHON=3.11
 ARG DEVICE=cpu
 
-FROM python:${PYTHON}-slim AS build
-ARG DEVICE
-ARG ENGINE=torchserve
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/venv
+FROM python:${PYTHON}-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
-# The dependencies first, without our packages: this layer is kept until one of these three files changes.
-RUN /opt/venv/bin/pip install ".[${DEVICE},${ENGINE}]"
 COPY ade_base ade_base
 COPY ade_model ade_model
 COPY training training
@@ -26,7 +20,17 @@ COPY handlers handlers
 COPY extensions extensions
 COPY ade_client ade_client
 COPY ade_cli ade_cli
-RUN /opt/venv/bin/pip install --no-deps --force-reinstall .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM python:${PYTHON}-slim AS libraries
+ARG DEVICE
+ARG ENGINE=torchserve
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+# Without our packages: this layer, the largest, is kept until one of these three files changes.
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir ".[${DEVICE},${ENGINE}]" \
+    && /opt/venv/bin/pip uninstall --yes av-ade
 
 FROM python:${PYTHON}-slim
 ARG DEVICE
@@ -37,7 +41,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 # A named volume takes the owner of the folder in its place. Everybody may write to one of Kubernetes: nobody else may reach it.
 RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade /home/ade/.cache
-COPY --from=build /opt/venv /opt/venv
+COPY --from=libraries /opt/venv /opt/venv
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel /opt/venv/bin/pip install --no-cache-dir --no-deps /wheel/*.whl
 COPY pretrained /bundles
 # Whatever the umask of the checkout was.
 RUN chmod -R a+rX /bundles
