@@ -30,6 +30,7 @@ from serving.verdict.summary import summarize
 
 VERDICT_ALPHA = 0.05
 BINS = 60
+MOST = 12  # statistics in the report; figures.csv has all of them
 HEADLINES = (COMBINED, NO_FEATURES, RAW_BPD, NO_MODEL)
 
 
@@ -99,9 +100,11 @@ def write_report(
             else ""
         ),
         "",
-        "## Each statistic by itself, AUROC",
+        "## The best single statistics, AUROC",
         "",
         *_singles(table),
+        "",
+        f"The {MOST} statistics with the highest means, below the scores. `figures.csv` has all.",
         "",
         "## Histograms",
         "",
@@ -183,7 +186,13 @@ def _summary(table: Mapping[str, Mapping[str, Figures]], judged: Mapping[str, Ju
 
 def _singles(table: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     sets = list(table)
-    scores = dict.fromkeys(score for figures in table.values() for score in figures)
+    found: dict[str, list[float]] = {}
+    for figures in table.values():
+        for score, its in figures.items():
+            found.setdefault(score, []).append(its.auroc)
+    singles = [score for score in found if score not in HEADLINES]
+    singles.sort(key=lambda score: -np.mean(found[score]))
+    scores = [*(score for score in HEADLINES if score in found), *singles[:MOST]]
     body = [
         [score, *(f"{table[s][score].auroc:.3f}" if score in table[s] else "" for s in sets)]
         for score in scores
