@@ -9,7 +9,7 @@ DEVICE ?= $(if $(wildcard /dev/nvidiactl /proc/driver/nvidia/version /usr/lib/ws
 BIN := $(VENV)/bin
 OTHER_RUNTIME := $(if $(filter cuda,$(DEVICE)),onnxruntime,onnxruntime-gpu)
 
-.PHONY: serve test test-slow test-ray coverage check fit given bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean FORCE
+.PHONY: serve test test-slow test-ray coverage check docs docs-serve fit given bench bench-faults bench-soak bench-bulk bench-training bench-ood bench-codec clean FORCE
 
 serve: $(VENV)/.serve  ## serve BUNDLE over HTTP, with a page
 	@exec $(BIN)/ade serve $(BUNDLE)
@@ -35,6 +35,12 @@ check: $(VENV)/.test  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/docs; a link or an anchor without a target is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
+
+docs-serve: docs  ## the same at http://127.0.0.1:8000
+	@exec $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
 fit: given $(VENV)/.fit  ## train, export and calibrate a model of a folder of images: make fit DATA=DIR BUDGET=1h
 	$(BIN)/ade fit "$(DATA)" --budget "$(or $(BUDGET),1h)" $(if $(OUT),--out "$(OUT)")
@@ -95,9 +101,12 @@ $(VENV)/.serve: pyproject.toml $(VENV)/.device | $(BIN)/python
 $(VENV)/.fit: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,torchserve$(comma)fit)
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.device | $(BIN)/python
+	$(call install,docs)
+
 $(VENV)/.test: pyproject.toml $(VENV)/.device | $(BIN)/python
 	$(call install,dev)
-	@touch $(VENV)/.serve $(VENV)/.fit
+	@touch $(VENV)/.serve $(VENV)/.fit $(VENV)/.docs
 
 $(VENV)/.bench: $(VENV)/.test
 	$(call install,dev$(comma)bench)

@@ -233,8 +233,8 @@ class AdeClient:
         identity: the only model that may answer, such as the ``model`` of :class:`Latents`, which
             no other model can decode. Another one refuses, with the code ``other_model``.
 
-    Raises (every method):
-        AdeError: the service answered an error.
+    Raises:
+        AdeError: by every method: the service answered an error.
         httpx.TransportError: there was no answer, at the last try either.
         OSError: one of the image files cannot be read; ``filename`` is its path. All files are read
             first, so that nothing has been sent then.
