@@ -40,12 +40,16 @@ napoleon_use_ivar = True
 
 
 def add_sidebar(app: Any, page: str, source: list[str]) -> None:
-    """Make the sidebar from the lists of links on the start page."""
-    if page == "index":
-        sections = re.split(r"^## (.+)\n", source[0], flags=re.MULTILINE)[1:]
-        for title, body in zip(sections[::2], sections[1::2], strict=True):
-            links = re.findall(r"\[([^]]+)\]\(([\w/-]+)\.md\)", body)
-            pages = "\n".join(f"{text} <{path}>" for text, path in links)
+    """Make the sidebar from the lists of links on the start page, and of all other pages."""
+    if page != root_doc:
+        return
+    parts = re.split(r"^## (.+)\n", source[0], flags=re.MULTILINE)[1:]
+    links = [re.findall(r"\[([^]]+)\]\(([\w/-]+)\.md\)", body) for body in parts[1::2]]
+    others = app.env.found_docs - {page, *(path for listed in links for _, path in listed)}
+    for title, listed in (*zip(parts[::2], links, strict=True), ("More", [])):
+        entries = [f"{text} <{path}>" for text, path in listed] or sorted(others)
+        if entries:
+            pages = "\n".join(entries)
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n{pages}\n```\n"
 
 
