@@ -441,8 +441,7 @@ def test_large_requests_ahead_of_answers_end_their_connection(
 
     It reads no more, rarely, if all pings were answered before the first of them came.
     """
-    ended = pytest.raises((ConnectionError, TimeoutError))
-    with front.connect(timeout=5) as connection, ended:
+    with front.connect(timeout=5) as connection, pytest.raises((ConnectionError, TimeoutError)):
         connection.sendall(PING * 60 + WAITING)
         for _ in range(60):
             connection.sendall(message(bytes(250_000)))
