@@ -108,14 +108,7 @@ class Engine(Protocol):
     def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor) -> None: ...
 
     def start(self) -> None:
-        """Start what takes longest to be ready."""
-
-    def open(self) -> None:
-        """Start what listens on the API's port.
-
-        Raises:
-            LaunchError: it cannot be started.
-        """
+        """Start it; it may listen later."""
 
     def drain(self) -> None:
         """Finish accepted requests and refuse the rest; return after a bounded time."""

@@ -46,9 +46,6 @@ class OneProcess:
             deaths_within_s=self.deaths_within_s,
         )
 
-    def open(self) -> None:
-        """Nothing is left to start."""
-
     def drain(self) -> None:
         """Ask the process to stop, which it does once everything accepted is answered."""
         self._child.process.terminate()

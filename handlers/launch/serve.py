@@ -112,7 +112,6 @@ def run(args: argparse.Namespace) -> None:
                 folder.write(folder.header_file, f"Authorization: Bearer {token}\n")
             engine.start()
             page.start()
-            engine.open()
             wait_until(lambda: page_is_ready(ports, args.host), supervisor)
             describe()
             publisher = Publisher(plan, engine, page, describe)
