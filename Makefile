@@ -37,6 +37,7 @@ check: $(VENV)/.test  ## format, lint and types
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs  ## the documentation as a site, in build/docs; a link or an anchor without a target is an error
+	rm -rf build/docs # or pages that are gone would stay
 	$(BIN)/python -m sphinx -E -W --keep-going -q docs build/docs
 
 docs-serve: docs  ## the same at http://127.0.0.1:8000
