@@ -1,6 +1,6 @@
 """The names, types and labels of all metrics of a running service, as in ``data/metrics.json``.
 
-They are the same with each engine.
+They are the same with each engine: test_process.py compares those of its own processes.
 
 Dashboards and alarm rules of other people use them. If a change is intended, record again, read the
 diff and look through deploy/::
@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from handlers.launch.engines import default_engine
 from tests.helpers import DATA, PRETRAINED, ROOT, check_metrics, wait_for
 from tests.service import RunningService
 
 RECORD = DATA / "metrics.json"
-ENGINES = (default_engine(), "process")
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 # Shown only after something went wrong, which another test may have caused before.
 RARE = {"ade_worker_failures_total": ["counter", "bundle", "code", "model_name"]}
@@ -40,9 +37,9 @@ def names(text: str) -> dict[str, list[str]]:
     return {name: [types[name], *sorted(labels[name])] for name in sorted(types)}
 
 
-def found(running: RunningService) -> dict[str, list[str]]:
-    """The metrics of a service that has answered, failed and refused requests."""
-    url = f"{running.url}/predictions"
+def found_metrics(url: str, metrics: str) -> dict[str, list[str]]:
+    """The metrics at an address of a service that has answered, failed and refused requests."""
+    url = f"{url}/predictions"
     with httpx.Client(timeout=60) as client:
         assert client.post(f"{url}/score", content=EXAMPLE.read_bytes()).status_code == 200
         assert client.post(f"{url}/score", content=b"not an image").status_code == 415
@@ -51,7 +48,7 @@ def found(running: RunningService) -> dict[str, list[str]]:
     seen: list[dict[str, list[str]]] = [{}]
 
     def all_are_there() -> bool:  # workers report from time to time
-        seen[0] = names(httpx.get(f"{running.metrics}/metrics").text)
+        seen[0] = names(httpx.get(metrics).text)
         drift = seen[0].get("ade_drift_images", [])
         return "calibration" in drift and "code" in seen[0].get("ade_requests_total", [])
 
@@ -59,19 +56,10 @@ def found(running: RunningService) -> dict[str, list[str]]:
     return {name: about for name, about in seen[0].items() if name not in RARE}
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def running(request: pytest.FixtureRequest) -> Iterator[RunningService]:
-    if request.param == default_engine():
-        yield request.getfixturevalue("service")
-        return
-    other = RunningService(PRETRAINED, options=("--engine", request.param, "--workers", "1"))
-    yield other
-    assert other.stop() == []
-
-
-def test_metrics_are_as_recorded(running: RunningService) -> None:
-    assert found(running) == json.loads(RECORD.read_text())
-    check_metrics(httpx.get(f"{running.metrics}/metrics").text)
+def test_metrics_are_as_recorded(service: RunningService) -> None:
+    metrics = f"{service.metrics}/metrics"
+    assert found_metrics(service.url, metrics) == json.loads(RECORD.read_text())
+    check_metrics(httpx.get(metrics).text)
 
 
 @pytest.mark.parametrize("file", RULES)
@@ -86,9 +74,8 @@ def test_deploy_uses_recorded_metrics(file: str) -> None:
 def write_record() -> None:
     service = RunningService(PRETRAINED)
     try:
-        lines = [
-            f"{json.dumps(name)}: {json.dumps(about)}" for name, about in found(service).items()
-        ]
+        found = found_metrics(service.url, f"{service.metrics}/metrics")
+        lines = [f"{json.dumps(name)}: {json.dumps(about)}" for name, about in found.items()]
     finally:
         service.stop()
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -10,12 +10,10 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -49,14 +47,8 @@ from serving.api.journal import last_errors
 from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.signatures import OPERATIONS
 from serving.ingest.errors import ApiError, worker_died
-from serving.ingest.forms import MAX_FIELDS
-from tests.helpers import (
-    PRETRAINED,
-    ROOT,
-    npy,
-    suspended,
-    wait_for,
-)
+from tests.helpers import PRETRAINED, ROOT, npy, suspended, wait_for
+from tests.test_metric_names import RECORD, found_metrics
 
 SCRIPT = """
 import json, sys
@@ -96,7 +88,8 @@ def pool_of(process: Any, model: PooledModel) -> Pool:
 class RunningApplication:
     """``python -m handlers.service.application``, as ``ade serve`` starts it, without a page.
 
-    The constructor starts it, and the end of a ``with`` block kills it if it still runs.
+    The constructor starts it, and the end of a ``with`` block kills it if it still runs. Its
+    workers must end with it.
 
     Args:
         folder: for its files.
@@ -151,8 +144,10 @@ class RunningApplication:
         return self
 
     def __exit__(self, *error: object) -> None:
+        family = psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
+        wait_for(lambda: not any(map(is_running, family)))
 
     def wait(self) -> None:
         wait_for(self.is_ready, 120)
@@ -249,129 +244,9 @@ def test_what_can_be_read(app: RunningApplication) -> None:
     assert document["servers"] == [{"url": "/"}]  # clients on other machines read it, too
     assert set(document["paths"]) == {f"/predictions/{operation}" for operation in OPERATIONS}
     assert httpx.get(f"{app.url}/v1/openapi.json").json() == document
-    head = httpx.head(f"{app.url}/openapi.json")
-    assert head.status_code == 200 and head.content == b"" and int(head.headers["content-length"])
-    refused = httpx.post(f"{app.url}/readyz")
-    assert (refused.status_code, error_of(refused)) == (405, "not_allowed")
-    assert refused.headers["allow"] == "GET, HEAD"
-
-
-@pytest.mark.parametrize(
-    "path, code",
-    [
-        ("/", "not_found"),
-        ("/metrics", "not_found"),
-        ("/predictions/", "not_found"),
-        ("/predictions/score/1.0", "not_found"),
-        ("/v1/other", "unknown_model"),
-        ("/models", "not_found"),
-    ],
-)
-def test_nothing_else_is_there(app: RunningApplication, path: str, code: str) -> None:
-    answer = httpx.post(app.url + path)
-    assert (answer.status_code, error_of(answer)) == (404, code)
-
-
-@pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PATCH", "TRACE"])
-@pytest.mark.parametrize(
-    "path, allowed",
-    [
-        ("/predictions/score", "GET, HEAD, POST, PUT"),
-        ("/v1/score", "GET, HEAD, POST, PUT"),
-        ("/openapi.json", "GET, HEAD"),
-    ],
-)
-def test_methods_that_are_refused(
-    app: RunningApplication, method: str, path: str, allowed: str
-) -> None:
-    answer = httpx.request(method, app.url + path)
-    assert answer.status_code == 405 and answer.headers["allow"] == allowed
-    assert error_of(answer) == "not_allowed"
-
-
-@pytest.mark.parametrize("path", ["/ping", READY, "/openapi.json", "/v1/openapi.json"])
-def test_head_works_where_get_does(app: RunningApplication, path: str) -> None:
-    got, head = httpx.get(app.url + path), httpx.head(app.url + path)
-    assert head.status_code == got.status_code == 200 and head.content == b""
-    assert head.headers["content-length"] == got.headers["content-length"]
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"POST /predictions/score HTTP/1.0\r\nHost: localhost\r\n",
-        b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n",
-        b"PATCH /predictions/score HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n",
-    ],
-)
-def test_a_connection_is_closed_after_the_answer(app: RunningApplication, head: bytes) -> None:
-    """By its end, not by a reset, which would lose the answer."""
-    with socket.create_connection(("127.0.0.1", app.port), 60) as connection:
-        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
-        with connection.makefile("rb") as stream:
-            lines, _, body = stream.read().partition(b"\r\n\r\n")
-    expected = b"405" if head.startswith(b"PATCH") else b"200"
-    assert lines.startswith(b"HTTP/1.1 " + expected) and json.loads(body)
-
-
-def test_pipelined_requests_are_answered_in_order(app: RunningApplication) -> None:
-    """Of several operations, each with its own identity."""
-    with socket.create_connection(("127.0.0.1", app.port), 60) as connection:
-        for operation, close in (
-            ("encode", ""),
-            ("score", ""),
-            ("encode", "Connection: close\r\n"),
-        ):
-            head = f"POST /predictions/{operation} HTTP/1.1\r\nHost: localhost\r\n{close}"
-            length = f"Content-Length: {len(IMAGE)}\r\n\r\n"
-            connection.sendall((head + length).encode() + IMAGE)
-        with connection.makefile("rb") as stream:
-            text = stream.read().decode()
-    answers = text.split("HTTP/1.1 200 OK\r\n")[1:]
-    assert ["bpd_parts" in answer for answer in answers] == [False, True, False]
-    assert len(set(re.findall(r"x-request-id: (\S+)", text))) == 3
-
-
-def test_the_guard_is_before_it(app: RunningApplication) -> None:
-    for headers, status in (({"Host": "evil.example"}, 421), ({"Origin": "http://a.example"}, 403)):
-        assert app.post("score", **headers).status_code == status
 
 
 # Forms
-
-
-@pytest.mark.parametrize(
-    "body, status, code",
-    [
-        (b"n=1&n=2", 400, "malformed_request"),
-        (b"&".join(b"n%d=1" % i for i in range(MAX_FIELDS + 1)), 413, "too_many_images"),
-        (IMAGE, 200, None),  # a file that curl sends under a form's content type
-    ],
-)
-def test_forms_are_checked(
-    app: RunningApplication, body: bytes, status: int, code: str | None
-) -> None:
-    answer = app.post("score", body, **{"Content-Type": "application/x-www-form-urlencoded"})
-    assert answer.status_code == status and (code is None or error_of(answer) == code)
-    if code is not None:
-        counted = rf'ade_requests_total{{model_name="score",.*status="{status}",code="{code}"'
-        wait_for(lambda: re.search(counted, httpx.get(app.metrics).text))
-
-
-def test_a_refused_form_leaves_its_neighbours_their_answers(app: RunningApplication) -> None:
-    head = b'Content-Disposition: form-data; name="\xff"'  # passes the front, but is not UTF-8
-    refused = b"--x\r\n%s\r\n\r\nx\r\n--x--\r\n" % head
-    form = {"Content-Type": "multipart/form-data; boundary=x"}
-    with ThreadPoolExecutor(4) as pool:
-        with suspended(app.worker("score")):
-            made = [
-                pool.submit(app.post, "score", IMAGE if i % 2 else refused, **kind)
-                for i, kind in enumerate([form, {}] * 2)
-            ]
-            wait_for(lambda: app.in_flight() == 4)
-        answers = [one.result() for one in made]
-    assert [answer.status_code for answer in answers] == [400, 200, 400, 200]
-    assert len({answer.headers["x-request-id"] for answer in answers}) == 4
 
 
 # Workers
@@ -420,7 +295,7 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
     assert app.worker("score").pid != worker.pid
 
 
-def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
+def test_a_request_that_fails_or_cannot_be_read_leaves_its_neighbours_their_answers(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = WorkerSettings(
@@ -436,31 +311,19 @@ def test_a_request_that_fails_unexpectedly_leaves_its_neighbours_their_answers(
 
     monkeypatch.setattr(worker, "raw_request", fail_on_junk)
     about = {"id": "1", "probe": False, "v2": None, "content_type": "application/json"}
+    form = {**about, "id": "form", "content_type": "multipart/form-data; boundary=x"}
     good = b'{"n": 1, "seed": 1}'
-    answers = worker.answer_batch(
-        worker.load_service(settings),
-        "tiny-sample",
-        {"requests": [about] * 3},
-        [good, b"junk", good],
-    )
-    assert [answer.status for answer in answers] == [200, 500, 200]
-    assert b"ZeroDivisionError" not in answers[1].body
-
-
-def test_requests_that_cannot_be_read_are_counted_and_logged(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    settings = WorkerSettings(
-        *(str(tiny_bundle), "tiny@1", open_bundle(tiny_bundle).digest, "sample", "tiny-sample"),
-        *("1", str(tmp_path), ServingOptions(device="cpu")),
-    )
+    no_utf8 = b'--x\r\nContent-Disposition: form-data; name="\xff"\r\n\r\nx\r\n--x--\r\n'
     service = worker.load_service(settings)
-    about = {"id": "form", "probe": False, "content_type": "multipart/form-data", "v2": None}
-    (answer,) = worker.answer_batch(service, "sample", {"requests": [about]}, [b"x"])
-    assert answer.status == 400 and isinstance(json.loads(answer.body)["error"], dict)
+    requests = {"requests": [about, about, form, about]}
+    answers = worker.answer_batch(service, "tiny-sample", requests, [good, b"junk", no_utf8, good])
+    assert [answer.status for answer in answers] == [200, 500, 400, 200]
+    assert b"ZeroDivisionError" not in answers[1].body and answers[0].body == answers[3].body
+    assert json.loads(answers[2].body)["error"]["code"] == "malformed_request"
     counted = {(name, labels.get("code")): n for name, labels, n in worker.measurements(service)}
     assert counted["ade_requests_total", "malformed_request"] == 1
-    assert [(entry["id"], entry["status"]) for entry in last_errors(tmp_path)] == [("form", 400)]
+    logged = {entry["id"]: entry["status"] for entry in last_errors(tmp_path)}
+    assert logged == {"1": 500, "form": 400}
 
 
 def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
@@ -481,42 +344,6 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     ]
 
 
-@pytest.fixture(scope="module")
-def of_a_copy(
-    tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RunningApplication, Path]]:
-    """An application and its bundle, which may be damaged for a while."""
-    folder = tmp_path_factory.mktemp("process-of-a-copy")
-    bundle = shutil.copytree(tiny_bundle, folder / "bundle")
-    with RunningApplication(folder, release=dataclasses.asdict(release_of(bundle))) as made:
-        made.wait()
-        yield made, bundle
-        made.process.terminate()
-        assert made.process.wait(30) == 0
-
-
-def test_starts_that_fail_are_counted(
-    of_a_copy: tuple[RunningApplication, Path], tmp_path: Path
-) -> None:
-    """Waiting clients may leave before they are answered, so that nothing else would count."""
-    app, bundle = of_a_copy
-
-    def starts() -> float:
-        pattern = r'ade_worker_starts_total\{model_name="score",worker="0",bundle=.*\} (\S+)'
-        (found,) = re.findall(pattern, httpx.get(app.metrics).text)
-        return float(found)
-
-    before = starts()
-    assert before >= 1
-    (bundle / "score.onnx").rename(tmp_path / "score.onnx")
-    app.worker("score").kill()
-    wait_for(lambda: starts() >= before + 2, 60)
-    assert not app.is_ready() and "score.onnx is missing" in app.output.read_text()
-    (tmp_path / "score.onnx").rename(bundle / "score.onnx")
-    wait_for(app.is_ready, 60)
-    assert starts() >= before + 3
-
-
 def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:
     assert len(psutil.Process(app.process.pid).children()) == len(OPERATIONS)
     assert app.worker("score").environ()["OMP_NUM_THREADS"] == "1"
@@ -526,12 +353,15 @@ def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningAppli
 
 
 def test_metrics(app: RunningApplication) -> None:
+    """Counts of requests and images; those with the secret of probes are in none."""
+    assert found_metrics(app.url, app.metrics) == json.loads(RECORD.read_text())
+
     def value(name: str) -> float:
         text = httpx.get(app.metrics).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
     counted = 'ade_requests_total{model_name="score",worker="0",status="200",code="none"'
-    before = value(counted)
+    before, images = value(counted), value("ade_bpd_count{")
     assert app.post("score").status_code == 200
     wait_for(lambda: value(counted) == before + 1)
     assert app.post("score", **{"X-Ade-Probe": "secret-of-probes"}).status_code == 200
@@ -541,11 +371,10 @@ def test_metrics(app: RunningApplication) -> None:
     refusals = value(refused)
     assert app.post("score", b"not an image").status_code == 415
     wait_for(lambda: value(refused) == refusals + 1)
-    assert value(counted) == before + 2
+    assert value(counted) == before + 2 and value("ade_bpd_count{") == images + 2
+    assert value('ade_stage_seconds_total{model_name="score"') > 0
     answer = httpx.get(app.metrics)
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert "# TYPE ade_request_seconds histogram\n" in answer.text
-    assert "# TYPE ade_requests_total counter\n" in answer.text
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", answer.text, re.MULTILINE))
     assert set(types) == set(re.findall(r"^# HELP (\w+) .", answer.text, re.MULTILINE))
     for name, kind in types.items():
@@ -603,24 +432,6 @@ def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
     seconds = dict(re.findall(pattern, asyncio.run(text()), re.MULTILINE))
     # The three wait for 0, 0.2 and 0.4 s.
     assert float(seconds["queue"]) > 0.5 and float(seconds["answer"]) > 1.1
-
-
-def test_status_counts_requests(app: RunningApplication) -> None:
-    """As test_server.py's test_status does with the other engine."""
-    ports = Ports(app.port, app.metrics_port, free_ports(1)[0])
-
-    def counts() -> dict[str, float]:
-        found = read_status(ports)["requests"]
-        return {kind: found.get(kind, 0.0) for kind in ("2xx", "4xx")}
-
-    before = counts()
-    assert app.post("score").status_code == 200
-    assert app.post("score", b"").status_code == 400
-    wait_for(lambda: counts()["4xx"] == before["4xx"] + 1)
-    # It asks for a sample itself each time, which is counted a moment after the answer.
-    assert counts()["2xx"] >= before["2xx"] + 2
-    # Only calibrations that were used or are damaged.
-    assert set(read_status(ports)["calibrations"]) <= {"default"}
 
 
 def test_status_of_an_engine_that_reports_no_workers() -> None:
@@ -920,41 +731,11 @@ def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
         assert {one.result().status_code for one in posted if one is not first} == {200}
 
 
-def test_a_token_and_a_stop(tmp_path: Path) -> None:
-    """Probes need no token, and metrics only on another address than loopback's.
-
-    A stop answers what was accepted and leaves no process.
-    """
-    exposing: dict[str, Any] = {"token": "t" * 43, "host": "0.0.0.0", "exposes_metrics": True}
-    with RunningApplication(tmp_path, **exposing) as made:
-        made.wait()
-        exposed = made.metrics.replace("127.0.0.1", "127.0.0.2")
-        paths = ("/ping", "/openapi.json", "/v1/score")
-        for url in (*(made.url + path for path in paths), exposed):
-            answer = httpx.get(url)
-            assert (answer.status_code, error_of(answer)) == (401, "bad_token")
-        assert httpx.get(made.metrics).status_code == 200
-        # The service asks this port whether the front hangs, which is no client that was refused.
-        assert httpx.get(made.metrics.removesuffix("metrics")).status_code == 404
-        assert 'code="not_found"' not in httpx.get(made.metrics).text
-        bearer = {"Authorization": "bearer " + "t" * 43}
-        assert httpx.get(exposed, headers=bearer).status_code == 200
-        family = psutil.Process(made.process.pid).children()
-        with ThreadPoolExecutor(1) as pool:
-            with suspended(made.worker("score")):
-                accepted = made.begin(pool, "score", **bearer)
-                made.process.terminate()
-                for one in family:
-                    one.send_signal(signal.SIGTERM)  # as to a whole process group
-                time.sleep(0.5)
-            assert accepted.result().status_code == 200
-        assert made.process.wait(30) == 0
-        assert psutil.wait_procs(family, timeout=5)[1] == []
-        assert made.output.read_text() == ""
-
-
 def test_a_stop_refuses_what_is_not_done_in_time(tmp_path: Path) -> None:
-    """First what waits for a worker, then what a worker computes. It ends in any case."""
+    """First what waits for a worker, then what a worker computes. It ends in any case.
+
+    What is done in time is answered, although the workers are signalled as well.
+    """
 
     def check(refused: httpx.Response) -> None:
         assert (refused.status_code, error_of(refused)) == (503, "stopping")
@@ -972,19 +753,14 @@ def test_a_stop_refuses_what_is_not_done_in_time(tmp_path: Path) -> None:
                 waiting = pool.submit(made.post, "score")
                 wait_for(lambda: made.queued("score") == 1)
                 made.process.terminate()
+                for one in family:
+                    one.send_signal(signal.SIGTERM)  # as to a whole process group
                 check(waiting.result())
             assert in_time.result().status_code == 200
             check(late.result())
             assert made.process.wait(30) == 0
         assert psutil.wait_procs(family, timeout=5)[1] == []
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
-
-
-def test_workers_end_with_a_front_that_is_killed(tmp_path: Path) -> None:
-    with RunningApplication(tmp_path) as made:
-        made.wait()
-        family = psutil.Process(made.process.pid).children()
-    wait_for(lambda: not any(is_running(one) for one in family))
 
 
 def is_running(process: psutil.Process) -> bool:
