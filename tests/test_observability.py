@@ -9,7 +9,6 @@ import re
 import shutil
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ade_base.brand import NAME, STYLE
@@ -26,8 +25,8 @@ from serving.api.telemetry import (
     Metric,
     Stopwatch,
 )
-from tests.helpers import PRETRAINED, ROOT, WORKER_LABELS, held_by_another
-from tests.service import RunningService, error_of_serve
+from tests.helpers import ROOT, WORKER_LABELS, held_by_another
+from tests.service import error_of_serve
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -115,19 +114,6 @@ def test_logs_may_be_on_a_file_system_without_locks(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with _alone_with_logs(tmp_path / "logs"):
         assert f"no other service may use --logs {tmp_path / 'logs'}" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_logs_are_kept_in_the_folder_that_is_given(tmp_path: Path) -> None:
-    options = ("--engine", "process", "--workers", "1", "--logs", str(tmp_path / "logs"))
-    running = RunningService(PRETRAINED, options=options)
-    try:
-        url = f"{running.url}/predictions/sample"
-        assert httpx.post(url, json={"n": 0}, timeout=60).status_code == 422
-    finally:
-        assert running.stop() == []
-    (error,) = last_errors(tmp_path / "logs")
-    assert error["operation"] == "sample" and (tmp_path / "logs" / "front.out").exists()
 
 
 def test_the_dashboard_uses_existing_metrics() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -49,6 +50,7 @@ from handlers.processes.supervision import LaunchError
 from handlers.service.application import ApplicationSettings, build_release
 from handlers.service.control import DESCRIBE, PUBLISH
 from handlers.service.release import CurrentRelease, Release
+from serving.api.journal import last_errors
 from serving.engine.bundle import (
     CALIBRATION_NAME,
     WEIGHTS_NAME,
@@ -232,7 +234,10 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
 
 
 def test_a_release_returns_while_it_still_answers(app: RunningApplication, second: Path) -> None:
-    """Going back starts workers of its own; those that answer yet are left alone."""
+    """Going back starts workers of its own; those that answer yet are left alone.
+
+    A stop ends a release that still drains, when it has answered.
+    """
     old, new = release_of(PRETRAINED), release_of(second, number=2)
     with ThreadPoolExecutor() as pool:
         with suspended(app.worker("score")):
@@ -246,14 +251,11 @@ def test_a_release_returns_while_it_still_answers(app: RunningApplication, secon
         assert accepted.result() == old.models[0]
     wait_for(lambda: len(psutil.Process(app.process.pid).children()) == 4)
     assert model_of(app.url) == old.models[0]
-
-
-def test_a_stop_ends_a_release_that_still_drains(app: RunningApplication, second: Path) -> None:
     with ThreadPoolExecutor() as pool:
-        with suspended(app.worker("score")):
+        with suspended(app.worker("score-release3")):
             accepted = pool.submit(app.post, "score")
             wait_for(lambda: app.in_flight() == 1)
-            publish(app, release_of(second, number=2))
+            publish(app, dataclasses.replace(new, number=4))
             workers = psutil.Process(app.process.pid).children()
             app.process.terminate()
             time.sleep(0.5)
@@ -285,13 +287,14 @@ def test_a_release_that_cannot_be_saved_does_not_answer() -> None:
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
-def test_a_worker_does_not_take_what_was_put_into_its_folder(
-    tmp_path: Path, changed: Callable[[Path], None]
-) -> None:
-    """A release is of one model and one calibration, also when a worker is replaced."""
+def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path: Path) -> None:
+    """A release is of one model and one calibration, also when a worker is replaced.
+
+    Starts that fail are counted: waiting clients may leave before they are answered, so that
+    nothing else would count.
+    """
     folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
-    other = changed_copy(tmp_path / "other", changed)
+    other = changed_copy(tmp_path / "other", calibrate_otherwise)
     with RunningApplication(tmp_path, release=dataclasses.asdict(release_of(folder))) as app:
         app.wait()
         model = model_of(app.url)
@@ -300,6 +303,12 @@ def test_a_worker_does_not_take_what_was_put_into_its_folder(
         app.worker("sample").kill()
         wait_for(lambda: "has become another bundle" in app.output.read_text(), 60)
         assert model_of(app.url) == model
+        pattern = r'ade_worker_starts_total\{model_name="sample",.*\} (\S+)'
+        wait_for(lambda: float(re.findall(pattern, httpx.get(app.metrics).text)[0]) >= 3, 60)
+        assert not app.is_ready()
+        shutil.rmtree(folder)
+        shutil.copytree(PRETRAINED, folder)
+        wait_for(app.is_ready, 60)
 
 
 @pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
@@ -702,17 +711,16 @@ def ade(
     return run
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[RunningService]:
-    running = RunningService(
-        PRETRAINED, options=("--engine", "process", "--workers", "1"), timeout=500
-    )
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[RunningService]:
+    options = ("--engine", "process", "--workers", "1", "--logs", str(tmp_path / "logs"))
+    running = RunningService(PRETRAINED, options=options, timeout=500)
     yield running
     running.stop()
 
 
 @pytest.mark.slow
-def test_publish_and_back(
+def test_publish_and_back_and_a_kill_meanwhile(
     served: RunningService,
     ade: Callable[..., Ended],
     second: Path,
@@ -747,13 +755,16 @@ def test_publish_and_back(
         assert model_of(served.url) == a
     load.check(a, b)
     wait_for(lambda: len(served.workers()) == 4)
+    # Logs are kept in the folder that is given.
+    answer = httpx.post(f"{served.url}/predictions/sample", json={"n": 0}, timeout=60)
+    assert answer.status_code == 422
+    assert last_errors(tmp_path / "logs")[-1]["operation"] == "sample"
+    assert (tmp_path / "logs" / "front.out").exists()
+    kill_while_it_publishes(served, second)
 
 
-@pytest.mark.slow
-def test_a_service_that_is_killed_while_it_publishes_leaves_no_process(second: Path) -> None:
-    running = RunningService(
-        PRETRAINED, options=("--engine", "process", "--workers", "1"), timeout=500
-    )
+def kill_while_it_publishes(running: RunningService, second: Path) -> None:
+    """Kill a service; no process may be left, and no folder."""
     few = len(running.workers())
     folder = running.folder.path
     client = subprocess.Popen(

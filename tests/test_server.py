@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -25,13 +24,11 @@ from PIL import Image
 
 from ade_base.pictures.show import write_png
 from ade_base.ports import VARIABLES, free_ports
-from ade_base.system import available_cores
 from ade_cli.main import main
 from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_model.checkpoint import save_model
-from handlers.launch.serve import MAX_SCORE_WORKERS
 from handlers.service.options import ServingOptions
-from handlers.torchserve.configuration import BROADCAST, ServerFolder, write_configuration
+from handlers.torchserve.configuration import ServerFolder, write_configuration
 from tests.helpers import (
     PRETRAINED,
     ROOT,
@@ -41,7 +38,6 @@ from tests.helpers import (
     narrow,
     needs_data,
     npy,
-    wait_for,
 )
 from tests.service import RunningService, error_of_serve
 
@@ -145,19 +141,6 @@ def test_the_score_does_not_depend_on_worker_or_batch(
         assert a.json()["results"][0]["bpd"] == b.bpd
 
 
-def test_a_broken_request_in_a_dynamic_batch(
-    service: RunningService, real_images: np.ndarray
-) -> None:
-    good = encode(Image.fromarray(real_images[0]), "PNG")
-    expected = post(service, "score", good).content
-    with ThreadPoolExecutor(32) as pool:
-        answers = list(
-            pool.map(lambda d: post(service, "score", d), [good, b"junk", good, good[:40]] * 16)
-        )
-    assert [a.status_code for a in answers] == [200, 415, 200, 415] * 16
-    assert {a.content for a in answers[::2]} == {expected}
-
-
 def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarray) -> None:
     images = [real_images[0], b"junk", real_images[1]]
     scores = client.score(images)
@@ -202,12 +185,6 @@ def as_json(**values) -> tuple[bytes, str]:
     return json.dumps(values).encode(), "application/json"
 
 
-def test_a_model_that_is_not_served(service: RunningService) -> None:
-    with AdeClient(service.url, model="other") as outsider, pytest.raises(AdeError) as caught:
-        outsider.sample()
-    assert (caught.value.status, caught.value.code) == (404, "unknown_model")
-
-
 def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
     """curl, and urllib, whose default content type is that of a URL-encoded form."""
     url, path = f"{service.url}/predictions/score", ROOT / "serving" / "examples" / "cat.png"
@@ -220,77 +197,11 @@ def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
         assert json.load(answer) == expected
 
 
-def test_readiness_and_metrics(service: RunningService) -> None:
-    assert httpx.get(f"{service.page}/readyz", timeout=60).json() == {"ready": True}
-    text = httpx.get(f"{service.metrics}/metrics").text
-    assert 'ade_answer_seconds_total{model_name="score"' in text
-
-
 def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
     for path in ("/readyz", "/openapi.json"):
         got, head = (ask(service.page + path, timeout=60) for ask in (httpx.get, httpx.head))
         assert head.status_code == got.status_code == 200 and head.content == b""
         assert head.headers["content-length"] == got.headers["content-length"]
-
-
-def test_telemetry_of_what_was_scored(
-    service: RunningService, client: AdeClient, real_images: np.ndarray
-) -> None:
-    """Metrics have the worker as a label; readiness probes are not counted."""
-
-    def total(name: str) -> float:
-        text = httpx.get(f"{service.metrics}/metrics").text
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name)
-        )
-
-    num_workers = min(available_cores(), MAX_SCORE_WORKERS)
-
-    def refused() -> dict[str, float]:
-        text = httpx.get(f"{service.metrics}/metrics").text
-        pattern = r'ade_requests_total\{model_name="score",worker="(\d+)",status="415".*\} (\S+)'
-        return {worker: float(number) for worker, number in re.findall(pattern, text)}
-
-    def count() -> float:
-        """All scores so far: a worker that has reported a later refusal has reported them.
-
-        Two of them, because a report begins with the refusals.
-        """
-        for _ in range(2):
-            before = refused()
-
-            def is_reported(before: dict[str, float] = before) -> bool:
-                httpx.post(f"{service.url}/predictions/score", content=b"not an image")
-                return (
-                    sum(n > before.get(worker, 0) for worker, n in refused().items()) == num_workers
-                )
-
-            wait_for(is_reported)
-        return total("ade_bpd_count{")
-
-    client.score(real_images[:1])
-    before = count()
-    found = client.score(real_images[:40])
-    assert httpx.get(f"{service.page}/readyz", timeout=60).status_code == 200
-    assert count() == before + 40
-    text = httpx.get(f"{service.metrics}/metrics").text
-    computing = r'^ade_stage_seconds_total\{model_name="score",.*stage="compute".* (\S+)$'
-    assert sum(map(float, re.findall(computing, text, re.MULTILINE))) > 0
-    assert re.search(
-        r'ade_info\{model_name="encode",worker="\d+",bundle="cifar10-av-ade@\w+",backend="onnx',
-        text,
-    )
-    starts = r'ade_worker_starts_total\{model_name="score",worker="\d+",[^}]*\} 1.0'
-    assert len(re.findall(starts, text)) == num_workers
-    for name in (
-        "ade_drift_cusum_unusual",
-        "ade_drift_cusum_usual",
-        "ade_drift_ks",
-        "ade_drift_images",
-    ):
-        assert re.search(rf'{name}{{model_name="score",worker="\d+",', text), name
-    assert total('ade_bpd_bucket{model_name="score",worker="') > 0 and 'le="+Inf"' in text
-    assert np.isfinite([r.bpd for r in found]).all()
 
 
 def test_status(
@@ -348,59 +259,12 @@ def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
     assert at_half.rejected == sum(r.p_value <= 0.5 for r in group.results) > group.rejected
 
 
-def test_everything_listens_on_loopback_alone(service: RunningService) -> None:
-    import psutil
-
-    addresses = {
-        c.laddr
-        for p in [psutil.Process(service.process.pid), *service.descendants()]
-        for c in p.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN
-    }
-    assert {a.port for a in addresses if a.ip == "127.0.0.1"} == set(service.ports.values())
-    # No client can connect to the broadcast address.
-    assert {a.ip for a in addresses} <= {
-        "127.0.0.1",
-        f"::ffff:{BROADCAST}",
-    }
-
-
 def test_the_client_takes_a_single_image_too(client: AdeClient, real_images: np.ndarray) -> None:
     (expected,) = client.score(real_images[:1])
     content = write_png(real_images[0])
     for one in (real_images[0], content, Image.open(io.BytesIO(content))):
         (found,) = client.score(one)
         assert isinstance(found, ScoreResult) and found.bpd == expected.bpd
-
-
-def test_a_killed_worker_comes_back(
-    service: RunningService, client: AdeClient, real_images: np.ndarray
-) -> None:
-    expected = client.score(real_images[:1])
-    killed = service.workers()
-    assert len(killed) >= 4
-    for worker in killed:
-        worker.kill()
-    # TorchServe loses a batch that leaves its queue in the millisecond in which the worker dies: it
-    # is not answered.
-    with AdeClient(service.url, retries=12, timeout=20) as patient:
-        for _ in range(60):
-            try:
-                assert patient.score(real_images[:1]) == expected
-                break
-            except AdeError as error:
-                assert error.code == "unavailable"
-            except httpx.ReadTimeout:
-                pass
-            time.sleep(0.5)
-        else:
-            pytest.fail("no worker came back")
-
-    def are_replaced() -> bool:
-        ready = {pid for model in service.worker_pids().values() for pid in model}
-        return len(ready) == len(killed) and ready.isdisjoint(worker.pid for worker in killed)
-
-    wait_for(are_replaced, 120)  # the next tests get a whole service
 
 
 @pytest.mark.slow

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
-import http.client
 import itertools
-import json
 import os
 import re
 import resource
@@ -892,8 +889,7 @@ def running() -> Iterator[RunningService]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torchserve", "process"])
-def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) -> None:
+def test_a_service_whose_front_hangs_answers_again(tmp_path: Path) -> None:
     """A stopped front still accepts connections, so that nothing but a check finds it."""
     impatient = tmp_path / "python"  # checks for 3 s instead of 20
     impatient.write_text(
@@ -903,7 +899,7 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
         "del sys.argv[:2]\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
     )
     impatient.chmod(0o700)
-    options = ("--workers", "1", "--engine", engine)
+    options = ("--workers", "1", "--engine", "process")
     running = RunningService(PRETRAINED, options=options, python=str(impatient))
     try:
         with AdeClient(running.url, retries=0) as client:
@@ -937,22 +933,6 @@ def test_a_service_whose_front_hangs_answers_again(engine: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_service_is_killed(running: RunningService) -> None:
-    running.process.kill()
-    running.process.wait(10)
-
-
-@pytest.mark.slow
-def test_java_is_killed(running: RunningService) -> None:
-    """It is started again, and requests wait meanwhile."""
-    (java,) = (process for process in running.descendants() if process.name() == "java")
-    java.kill()
-    with AdeClient(running.url, retries=12, timeout=60) as client:
-        assert len(client.sample(seed=1).images) == 1
-    assert running.stop() == []
-
-
-@pytest.mark.slow
 def test_the_reaper_is_killed_and_then_the_service(running: RunningService) -> None:
 
     def reapers() -> set[int]:
@@ -979,55 +959,3 @@ def test_the_working_folder_is_deleted(running: RunningService) -> None:
     assert until(
         lambda: f"the working folder {folder} was deleted or damaged" in "".join(running.output), 2
     )
-
-
-@pytest.mark.slow
-def test_a_service_that_was_killed_with_its_reaper_leaves_a_folder_that_the_next_removes(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
-    first = RunningService(PRETRAINED, options=("--workers", "1"))
-    family, folder = first.descendants(), first.folder.path
-    assert folder.parent == short_path
-    for process in [*family, psutil.Process(first.process.pid)]:
-        process.suspend()  # all at once, so that none reacts to the death of another
-    for process in [*family, psutil.Process(first.process.pid)]:
-        process.kill()
-    first.process.wait(10)
-    assert folder.exists()
-    with run_folder() as second:
-        assert not folder.exists() and second.path.parent == short_path
-
-
-@pytest.mark.slow
-def test_a_stop_answers_what_was_accepted() -> None:
-    running = RunningService(PRETRAINED, options=("--workers", "1"))
-    image = base64.b64encode(EXAMPLE.read_bytes()).decode()
-    body = json.dumps({"images": [image], "samples": 64}).encode()
-    head = (
-        b"POST /predictions/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
-    )
-    try:
-        with contextlib.ExitStack() as stack:
-            address = ("127.0.0.1", running.ports["inference"])
-            clients = [
-                stack.enter_context(socket.create_connection(address, 60)) for _ in range(16)
-            ]
-            for client in clients:
-                client.sendall(head)
-            for client in clients:  # before this answer, the front need not have read the head
-                assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-                client.sendall(body)
-            assert running.stop() == [] and running.process.returncode == 0
-            statuses = set()
-            for client in clients:
-                answer = http.client.HTTPResponse(client)
-                answer.begin()
-                statuses.add(answer.status)
-                if answer.status != 200:
-                    error = json.loads(answer.read())["error"]
-                    assert error["code"] in ("stopping", "unavailable", "overloaded"), error
-    finally:
-        running.stop()
-    assert 200 in statuses and statuses <= {200, 503}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,12 @@ def app(tmp_path: Path) -> Iterator[RunningApplication]:
         made.wait()
         yield made
         family = psutil.Process(made.process.pid).children(recursive=True)
-        made.process.terminate()
+        with ThreadPoolExecutor(1) as pool:  # a stop answers what was accepted
+            with suspended(worker(made, "encode")):
+                accepted = made.begin(pool, "encode")
+                made.process.terminate()
+                time.sleep(0.5)
+            assert accepted.result().status_code == 200
         assert made.process.wait(60) == 0
         wait_for(lambda: not any(map(is_running, family)))
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
