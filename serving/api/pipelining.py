@@ -48,7 +48,7 @@ class PipeliningProtocol(HttpToolsProtocol):
             for cycle, _ in self.pipeline
         )
         if len(self.pipeline) >= MAX_AHEAD or ahead > MAX_AHEAD_BYTES:
-            raise PipelineTooLong
+            raise _PipelineTooLong
         super().on_message_begin()
         self._num_fields = self._head_bytes = self._num_parts = self._body_bytes = 0
 
@@ -76,9 +76,9 @@ class PipeliningProtocol(HttpToolsProtocol):
         )
         if parts_too_small:
             self.parts_too_small = True
-            raise PipelineTooLong
+            raise _PipelineTooLong
         if self.pipeline and len(self.cycle.body) > MAX_AHEAD_BYTES:
-            raise PipelineTooLong
+            raise _PipelineTooLong
 
     def has_long_head(self) -> bool:
         """Whether the present head is too long, as far as it has been parsed."""
@@ -93,5 +93,5 @@ class _LongHead(Exception):
     """Ends the parsing of what was read, and then the connection."""
 
 
-class PipelineTooLong(Exception):
+class _PipelineTooLong(Exception):
     """The same, for other reasons."""
