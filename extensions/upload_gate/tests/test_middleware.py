@@ -421,7 +421,7 @@ def test_a_thread_that_cannot_be_started_takes_no_place_for_good(
 
 
 def documented() -> list[str]:
-    """The how-to's programs: service, upload form, TorchServe's handler, the gate by itself."""
+    """The how-to's programs: service, upload form, the gate by itself."""
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
@@ -539,10 +539,10 @@ def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
 def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Loaded and called by the code of TorchServe's worker: each image has its own status."""
     loader = pytest.importorskip("ts.model_loader")
-    (tmp_path / "gated.py").write_text(documented()[2])
+    examples = ROOT / "docs" / "how-to" / "examples"
+    shutil.copy(examples / "gated.py", tmp_path)
     shutil.copy(PRETRAINED / "features.onnx", tmp_path / "classifier.onnx")
-    page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
-    (options,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    options = (examples / "gated.yaml").read_text()
     (tmp_path / "gated.yaml").write_text(options.replace("/srv/bundles/mine", str(PRETRAINED)))
     (tmp_path / "MAR-INF").mkdir()
     manifest = {"model": {"configFile": "gated.yaml"}}
