@@ -534,7 +534,7 @@ def test_spaces_after_a_length_that_the_server_keeps() -> None:
         return {"type": "http.request", "body": b""}
 
     limits, scope = Limits(), {"headers": [(b"content-length", b"0 \t")]}
-    with Memory(limits).share() as share:
+    with Memory(limits).reserve() as share:
         assert asyncio.run(read_body(scope, receive, share, limits)) == b""
 
 
@@ -985,7 +985,7 @@ def test_a_fast_start_does_not_excuse_a_trickle() -> None:
             return {"type": "http.request", "body": part or b"x", "more_body": True}
 
         limits = Limits(body_grace_s=1.5)
-        with Memory(limits).share() as share, pytest.raises(ApiError, match="came too slowly"):
+        with Memory(limits).reserve() as share, pytest.raises(ApiError, match="came too slowly"):
             await read_body({"headers": []}, receive, share, limits)
         assert asyncio.get_running_loop().time() < 2
 
@@ -994,7 +994,7 @@ def test_a_fast_start_does_not_excuse_a_trickle() -> None:
 
 
 def test_the_bound_follows_the_time_that_answers_take() -> None:
-    async def play(lane: InFlightLimit, num: int, seconds: float) -> int:
+    async def play(limit: InFlightLimit, num: int, seconds: float) -> int:
         """The largest number in flight at once, after the bound has had time to adapt."""
         in_flight: set[int] = set()
         most: list[int] = []
@@ -1003,7 +1003,7 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
             return await asyncio.Future()
 
         async def one(i: int) -> None:
-            async with lane.turn(patient):
+            async with limit.turn(patient):
                 in_flight.add(i)
                 most.append(len(in_flight))
                 await asyncio.sleep(seconds)
@@ -1013,16 +1013,16 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         return max(most[-num // 4 :])
 
     async def check() -> None:
-        lane = InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1))
-        assert await play(lane, 200, 0.001) == 40  # fast answers: as many as wait
+        limit = InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1))
+        assert await play(limit, 200, 0.001) == 40  # fast answers: as many as wait
         # After slow answers few are in flight, so that the others can still be dropped.
-        assert await play(lane, 60, 0.15) == 3
+        assert await play(limit, 60, 0.15) == 3
         # But no worker is idle.
         assert (
             await play(InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1), 50), 200, 0.15)
             == 50
         )
-        assert await play(lane, 200, 0.001) == 40
+        assert await play(limit, 200, 0.001) == 40
         with pytest.raises(ApiError, match="too many requests are waiting"):
             await play(InFlightLimit(Limits(in_flight=(1, 1, 1), waiting=1)), 3, 0.01)
 
@@ -1032,8 +1032,8 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
 
 def test_no_engine_lets_a_worker_be_idle() -> None:
     model: Any = SimpleNamespace(name="score", identity="m@1", num_workers=99, answer=None)
-    lane = Application([model], {}, Limits()).api("/predictions/score").lane
-    assert lane is not None and lane._least == 99
+    limit = Application([model], {}, Limits()).api("/predictions/score").in_flight
+    assert limit is not None and limit._least == 99
 
 
 async def patient() -> dict[str, Any]:
@@ -1041,8 +1041,8 @@ async def patient() -> dict[str, Any]:
     return await asyncio.Future()
 
 
-async def take_turn(lane: InFlightLimit) -> None:
-    async with lane.turn(patient):
+async def take_turn(limit: InFlightLimit) -> None:
+    async with limit.turn(patient):
         pass
 
 
@@ -1055,9 +1055,9 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled() -> None:
     """Or if the last request leaves just as another comes."""
 
     async def check(num_before: int, num_steps: int, leaves_first: bool | None) -> None:
-        lane = InFlightLimit(Limits(in_flight=(1, 1, 1)))
-        async with lane.turn(patient):
-            waiting = asyncio.create_task(take_turn(lane))
+        limit = InFlightLimit(Limits(in_flight=(1, 1, 1)))
+        async with limit.turn(patient):
+            waiting = asyncio.create_task(take_turn(limit))
             await steps(num_before)
             if leaves_first is False:
                 waiting.cancel()
@@ -1067,8 +1067,8 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled() -> None:
             waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=leaves_first is not None)
         async with asyncio.timeout(5):
-            await take_turn(lane)
-        assert lane._num_in_flight == 0
+            await take_turn(limit)
+        assert limit._num_in_flight == 0
 
     for case in itertools.product(range(6), range(8), (True, False, None)):
         asyncio.run(check(*case))
@@ -1082,10 +1082,10 @@ def test_a_client_that_leaves_ends_only_its_own_wait(
     """Also one that left before; a request that the server stops is cancelled, whoever leaves."""
 
     async def check() -> None:
-        departure, after = DisconnectGuard(), asyncio.Event()
+        disconnect, after = DisconnectGuard(), asyncio.Event()
 
         async def request() -> None:
-            with contextlib.suppress(ClientGone), departure:
+            with contextlib.suppress(ClientGone), disconnect:
                 await asyncio.Event().wait()
             after.set()
             await asyncio.sleep(0)
@@ -1094,7 +1094,7 @@ def test_a_client_that_leaves_ends_only_its_own_wait(
         for _ in range(num_steps):
             await asyncio.sleep(0)
         if leaves:
-            departure.note()
+            disconnect.note()
         if stops:
             task.cancel()
         await asyncio.wait([task], timeout=5)
@@ -1191,9 +1191,9 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
             InFlightLimit(limits),
             Endpoint(answer, INFERRING),
         )
-        scoring = Endpoint(answer, INFERRING, "tiny@1", lane=score)
+        scoring = Endpoint(answer, INFERRING, "tiny@1", in_flight=score)
         endpoints = {"/score": scoring, "/v1": scoring}
-        endpoints |= {"/sample": Endpoint(answer, INFERRING, lane=sample), "/metrics": metrics}
+        endpoints |= {"/sample": Endpoint(answer, INFERRING, in_flight=sample), "/metrics": metrics}
         front = Front(endpoints.__getitem__, limits, Memory(limits), "secret", refusals)
 
         async def send(body: bytes = b"", path: str = "/score", **headers: str) -> int:
@@ -1210,7 +1210,7 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
             while not score.clients.number:
                 await asyncio.sleep(0)
             assert await probe() == 200  # computed: probes are no sign that others are answered
-            assert await send(path="/v1") == 200  # which waits in the same lane
+            assert await send(path="/v1") == 200  # which waits in the same queue
             assert await probe() == 503 and await probe("/sample") == 200
             busy = await client.post("/score", headers={PROBE_HEADER: "secret"})
             assert busy.headers[MODEL_HEADER] == "tiny@1"  # as `ade status` shows it

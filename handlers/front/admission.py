@@ -76,31 +76,31 @@ class Memory:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._used = 0
-        self._shares: set[Reservation] = set()
+        self._reservations: set[Reservation] = set()
 
-    def share(self) -> Reservation:
-        """The share of one request, to be entered."""
+    def reserve(self) -> Reservation:
+        """The reservation of one request, to be entered."""
         return Reservation(self)
 
-    def add(self, share: Reservation) -> None:
-        """Count a share from now on."""
-        self._shares.add(share)
+    def add(self, reservation: Reservation) -> None:
+        """Count a reservation from now on."""
+        self._reservations.add(reservation)
 
-    def remove(self, share: Reservation) -> None:
-        """Release what a share holds."""
-        self.fits(share, 0)
-        self._shares.discard(share)
+    def remove(self, reservation: Reservation) -> None:
+        """Release what a reservation holds."""
+        self.fits(reservation, 0)
+        self._reservations.discard(reservation)
 
-    def fits(self, share: Reservation, size: int) -> bool:
-        """Count the new size of a share and make room for it; returns whether there is room."""
+    def fits(self, reservation: Reservation, size: int) -> bool:
+        """Count a new size and make room for it; returns whether there is room."""
         free = self._limits.free_bytes
-        self._used += max(0, size - free) - max(0, share.size - free)
-        share.size = size
+        self._used += max(0, size - free) - max(0, reservation.size - free)
+        reservation.size = size
         while size > free and self._used > self._limits.memory_bytes:
             largest = max(
-                (s for s in self._shares if s.patience is not None),
+                (s for s in self._reservations if s.patience is not None),
                 key=lambda s: s.size,
-                default=share,
+                default=reservation,
             )
             if largest.size <= size:
                 return False
@@ -139,7 +139,7 @@ class Reservation:
         """Wait for the client for at most ``seconds``.
 
         Raises:
-            TimeoutError: it took longer, or the share was dropped.
+            TimeoutError: it took longer, or the reservation was dropped.
         """
         try:
             async with asyncio.timeout(seconds) as self.patience:
@@ -156,7 +156,7 @@ class Reservation:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, share: Reservation, limits: Limits
+    scope: Scope, receive: Receive, reservation: Reservation, limits: Limits
 ) -> bytearray:
     """Read the whole body of a request.
 
@@ -174,10 +174,10 @@ async def read_body(
     body = bytearray()
     has_message = (scope.get("extensions") or {}).get("ade.has_message", lambda: False)
     try:
-        await _fill(body, receive, share, limits, has_message)
+        await _fill(body, receive, reservation, limits, has_message)
     except BaseException:
         body.clear()  # the error's traceback would keep it in memory
-        share.hold(0)
+        reservation.hold(0)
         raise
     return body
 
@@ -185,7 +185,7 @@ async def read_body(
 async def _fill(
     body: bytearray,
     receive: Receive,
-    share: Reservation,
+    reservation: Reservation,
     limits: Limits,
     has_message: Callable[[], bool],
 ) -> None:
@@ -196,10 +196,10 @@ async def _fill(
             if has_message():  # a small body mostly comes with its head
                 message = await receive()
             else:
-                async with share.waiting(min(limits.body_idle_s, deadline - clock())):
+                async with reservation.waiting(min(limits.body_idle_s, deadline - clock())):
                     message = await receive()
         except TimeoutError:
-            if share.was_dropped:
+            if reservation.was_dropped:
                 raise overloaded("the bodies of all requests are too large together") from None
             raise ApiError(
                 408, "request_timeout", f"the body came too slowly: {len(body)} bytes so far"
@@ -209,7 +209,7 @@ async def _fill(
         body += message["body"]
         if len(body) > limits.body_bytes:
             raise _too_large(limits)
-        if not share.hold(len(body)):
+        if not reservation.hold(len(body)):
             raise overloaded("the bodies of all requests are too large together")
         # A fast start does not extend the grace period.
         deadline = min(
@@ -350,21 +350,21 @@ class InFlightLimit:
 
 
 class Turn:
-    """A request's turn in a lane, see :meth:`InFlightLimit.turn`."""
+    """A request's turn, see :meth:`InFlightLimit.turn`."""
 
-    def __init__(self, lane: InFlightLimit, receive: Receive) -> None:
-        self._lane = lane
+    def __init__(self, in_flight: InFlightLimit, receive: Receive) -> None:
+        self._in_flight = in_flight
         self._receive = receive
 
     async def __aenter__(self) -> None:
-        self._num_sent = await self._lane.enter(self._receive)
+        self._num_sent = await self._in_flight.enter(self._receive)
         self._started = asyncio.get_running_loop().time()
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             seconds = asyncio.get_running_loop().time() - self._started
-            self._lane.adapt(self._num_sent, seconds)
-        self._lane.leave()
+            self._in_flight.adapt(self._num_sent, seconds)
+        self._in_flight.leave()
 
 
 class DisconnectGuard:

@@ -111,8 +111,8 @@ class BoundedProtocol(PipeliningProtocol):
         for cycle in self._cycles:  # uvicorn itself notifies only the latest
             cycle.disconnected = True
             cycle.message_event.set()
-            departure: Any = cycle.scope["extensions"]["ade.departure"]
-            departure.note()
+            disconnect: Any = cycle.scope["extensions"]["ade.disconnect"]
+            disconnect.note()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -137,7 +137,7 @@ class BoundedProtocol(PipeliningProtocol):
         # The front aborts the connection if the client does not read the answer.
         self.scope["extensions"] = self._extensions = {
             "ade.abort": {"connection": self.transport.abort},
-            "ade.departure": DisconnectGuard(),
+            "ade.disconnect": DisconnectGuard(),
         }
         self._await_head()
 

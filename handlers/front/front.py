@@ -87,8 +87,8 @@ class Endpoint:
         answer: computes the answer; may raise :class:`ApiError`.
         methods: allowed methods.
         model: that computes the answer, ``NAME@HASH``; empty if none does.
-        lane: bounds the number of its requests, if workers compute the answers. Of a client that
-            leaves, ``answer`` is cancelled then.
+        in_flight: bounds the number of its requests, if workers compute the answers. ``answer`` is
+            cancelled then if the client leaves.
         route: returns the endpoint that answers a request, if that is not this one.
         hold: entered while the endpoint has a request, of which there may be several.
     """
@@ -96,7 +96,7 @@ class Endpoint:
     answer: Callable[[Request], Awaitable[Answer]]
     methods: tuple[str, ...] = READING
     model: str = ""
-    lane: InFlightLimit | None = None
+    in_flight: InFlightLimit | None = None
     route: Callable[[Request], Endpoint] | None = None
     hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -169,9 +169,9 @@ class Front:
             await refuse(wrong, scope, receive, send, [("allow", allowed)])
             return
         limits = self._limits_of_reading if endpoint.methods == READING else self._limits
-        with self._memory.share() as share, contextlib.suppress(ClientGone):
+        with self._memory.reserve() as reservation, contextlib.suppress(ClientGone):
             try:
-                body = await read_body(scope, receive, share, limits)
+                body = await read_body(scope, receive, reservation, limits)
             except ApiError as error:
                 self._refusals[error.code] += 1
                 await refuse(error, scope, receive, send)
@@ -179,18 +179,18 @@ class Front:
             try:
                 answer = await self._ask(endpoint, scope, receive, body)
                 # Answers that are read slowly would fill the memory.
-                if not share.hold(len(answer.body)):
+                if not reservation.hold(len(answer.body)):
                     raise overloaded(
                         "the answers that clients have yet to read are too large together"
                     )
             except ApiError as error:
                 self._refusals[error.code] += 1
                 answer = Answer.of_error(shaped(error, path))
-                share.hold(len(answer.body))
+                reservation.hold(len(answer.body))
             del body
             if len(answer.body) <= self._limits.free_bytes:  # its memory does not count
                 await _send_answer(answer, send)
-            elif not await _is_sent(answer, share, send):
+            elif not await _is_sent(answer, reservation, send):
                 del answer  # only now is its memory free
                 scope["extensions"]["ade.abort"]["connection"]()
                 await hang_up(receive)
@@ -209,24 +209,26 @@ class Front:
             endpoint = endpoint.route(request)
         if endpoint.model and request.model not in ("", endpoint.model):
             raise other_model(request.model, endpoint.model)
-        lane = endpoint.lane
-        if request.is_probe and lane is not None and lane.is_answering():
+        in_flight = endpoint.in_flight
+        if request.is_probe and in_flight is not None and in_flight.is_answering():
             # Its turn might come too late for it, and a busy service is not a broken one.
             error = shaped(overloaded("other requests come first"), request.path)
             return Answer.of_error(error, (MODEL_HEADER, endpoint.model))
-        counted = contextlib.nullcontext() if request.is_probe or not lane else lane.clients
+        counted = (
+            contextlib.nullcontext() if request.is_probe or not in_flight else in_flight.clients
+        )
         with counted, endpoint.hold:
-            async with contextlib.nullcontext() if lane is None else lane.turn(receive):
-                departure = (scope.get("extensions") or {}).get("ade.departure")
-                if lane is None:
+            async with contextlib.nullcontext() if in_flight is None else in_flight.turn(receive):
+                disconnect = (scope.get("extensions") or {}).get("ade.disconnect")
+                if in_flight is None:
                     answer = await endpoint.answer(request)
-                elif departure is None:  # of another server, such as Ray's
+                elif disconnect is None:  # of another server, such as Ray's
                     answer = await unless_gone(endpoint.answer(request), receive)
                 else:
-                    with departure:
+                    with disconnect:
                         answer = await endpoint.answer(request)
-        if lane and not request.is_probe and answer.status < 500:
-            lane.has_answered()
+        if in_flight and not request.is_probe and answer.status < 500:
+            in_flight.has_answered()
         return answer
 
     def _request(self, scope: Scope, body: bytearray, endpoint: Endpoint) -> Request:
@@ -246,13 +248,13 @@ class Front:
             for name, value in reversed(scope["headers"])
         }
         content_type = headers.get("content-type", "")
-        if endpoint.lane is not None and scope.get("query_string"):
+        if endpoint.in_flight is not None and scope.get("query_string"):
             raise malformed(
                 "parameters are fields of a form or of JSON, not of the query string, got "
                 + show(scope["query_string"].decode("latin-1"))
             )
         coding = headers.get("content-encoding", "identity")
-        if endpoint.lane is not None and coding.lower() != "identity":
+        if endpoint.in_flight is not None and coding.lower() != "identity":
             raise ApiError(
                 415,
                 "unsupported_encoding",
@@ -270,10 +272,10 @@ def other_model(wanted: str, model: str) -> ApiError:
     )
 
 
-async def _is_sent(answer: Answer, share: Reservation, send: Send) -> bool:
+async def _is_sent(answer: Answer, reservation: Reservation, send: Send) -> bool:
     """Send an answer; returns whether the client read it before its memory was needed."""
     try:
-        async with share.waiting(None):
+        async with reservation.waiting(None):
             await _send_answer(answer, send)
     except TimeoutError:
         return False

@@ -27,7 +27,7 @@ def end_if_it_hangs(front: Child, port: int, supervisor: Supervisor) -> None:
         supervisor: of the child.
     """
     threading.Thread(
-        target=_watch, args=(front, port, supervisor), name="hangs", daemon=True
+        target=_watch, args=(front, port, supervisor), name="watchdog", daemon=True
     ).start()
 
 

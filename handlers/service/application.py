@@ -133,7 +133,7 @@ class Application:
                 functools.partial(_infer, model),
                 ("POST",),
                 model.identity,
-                self._predictions[model.name].lane,
+                self._predictions[model.name].in_flight,
             )
             for model in models
             if v2 is not None
@@ -204,8 +204,8 @@ class Application:
 
     def num_waiting(self, name: str) -> int:
         """Number of a model's requests that wait for their turn."""
-        lane = self._predictions[name].lane
-        return 0 if lane is None else lane.num_waiting
+        in_flight = self._predictions[name].in_flight
+        return 0 if in_flight is None else in_flight.num_waiting
 
     def is_ready(self) -> bool:
         """Whether every model has a worker that is ready."""

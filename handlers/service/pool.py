@@ -5,6 +5,7 @@ A pool is the processes of one release. The application asks its models, and kno
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import dataclasses
 import time
@@ -247,7 +248,7 @@ class PooledModel:
         self._metrics.update(metric.name, common, value)
 
 
-class Pool:
+class Pool(abc.ABC):
     """The processes of a release: within the block its models can answer.
 
     An engine is a subclass with :meth:`start` and :meth:`stop`, which
@@ -262,17 +263,17 @@ class Pool:
         self.models = models
         self.folder = folder
 
+    @abc.abstractmethod
     async def start(self) -> None:
         """Start the processes, and wait until all workers can compute.
 
         Raises:
             WorkerError: one cannot be started.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def stop(self) -> None:
         """Kill what was started. What is being computed is answered 503."""
-        raise NotImplementedError
 
     async def __aenter__(self) -> Self:
         try:

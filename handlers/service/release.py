@@ -179,7 +179,7 @@ class CurrentRelease(Generic[B]):
         if path in running.endpoints:
             return running.endpoints[path]
         endpoint = running.backend.api(path)
-        if endpoint.lane is None:  # not computed by workers
+        if endpoint.in_flight is None:  # not computed by workers
             return endpoint
         running.endpoints[path] = dataclasses.replace(
             endpoint, route=functools.partial(self._route, path), hold=running
