@@ -11,7 +11,15 @@ from training.config import DiscriminatorConfig, TrainConfig
 # Fields that define a system, follow from the data and from options, or differ only in models of
 # earlier versions.
 FIXED = {
-    *("recipe", "size", "model", "discriminator", "coverage", "flow_sees_quality"),
+    *(
+        "recipe",
+        "size",
+        "model",
+        "discriminator",
+        "pixel_discriminator",
+        "coverage",
+        "flow_sees_quality",
+    ),
     *("image_size", "channels", "encoder", "posterior_bound", "d_kind"),
 }
 WORDS = {bool: "true or false", int: "an integer", float: "a number"}

@@ -124,13 +124,12 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
         "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
         "decoder_blocks": model.decoder_blocks[:levels],
     }
-    discriminator = config.discriminator
-    if discriminator is not None:
-        stages = 4 if discriminator.kind == "projected" else 2 + discriminator.plain_stages
-        discriminator = dataclasses.replace(discriminator, widths=(8,) * stages)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(model, **small), discriminator=discriminator
-    )
+    adversaries = {}
+    for name in ("discriminator", "pixel_discriminator"):
+        if (its := getattr(config, name)) is not None:
+            stages = 4 if its.kind == "projected" else 2 + its.plain_stages
+            adversaries[name] = dataclasses.replace(its, widths=(8,) * stages)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **small), **adversaries)
 
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:

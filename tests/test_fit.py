@@ -130,7 +130,7 @@ def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
     assert str(raised.value) == (
         "the fitting was begun by another version of this program, which trains av-ade at size "
         "tiny (flow_width 32) for 48 min; this version would train flagship at size tiny "
-        "(likelihood_share 0.519) for 48 min: finish it with the version that began it"
+        "(likelihood_share 0.618) for 48 min: finish it with the version that began it"
     )
 
 

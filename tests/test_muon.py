@@ -31,6 +31,14 @@ def step(made: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> No
     optimizer.step()
 
 
+def test_a_stack_of_kernels_is_orthogonalised_as_each_of_them() -> None:
+    kernels = torch.randn(3, 16, 144)
+    alone = torch.stack([orthogonalized(kernel) for kernel in kernels])
+    assert torch.allclose(orthogonalized(kernels), alone, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(orthogonalized(kernels), alone, atol=0.05)
+
+
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16)])
 def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

@@ -72,9 +72,10 @@ def test_the_heads_largest_singular_values_are_1() -> None:
 
 def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
     trained = trainer(CONFIG)
-    assert trained.discriminator is not None
     logits: list[torch.Tensor] = []
-    trained.discriminator.register_forward_hook(lambda _, given, out: logits.append(out.detach()))
+    network = trained.adversaries[0].network
+    judge = network.judge
+    network.judge = lambda levels: logits.append(judge(levels)) or logits[-1]  # type: ignore[method-assign,func-returns-value]
     losses = trained.run(batches(real_images, 1, CONFIG)[0])
     real, fake, _ = logits  # the last are the generator's
     assert losses["d_loss"] == pytest.approx(hinge_discriminator_loss(real, fake).item())
@@ -83,22 +84,20 @@ def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
 
 def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
     trained = trainer(CONFIG)
-    assert trained.discriminator is not None
     heads_alone = ("heads.", "compare.")
-    buffers = trained.discriminator.named_buffers()
+    buffers = trained.adversaries[0].network.named_buffers()
     frozen = {n: value.clone() for n, value in buffers if not n.startswith(heads_alone)}
     assert {name.split(".")[0] for name in frozen} == {"features", "mix_channels", "mix_scales"}
-    assert all(name.startswith(heads_alone) for name in trained.discriminator.state_dict())
-    heads = {name: p.clone() for name, p in trained.discriminator.named_parameters()}
+    assert all(name.startswith(heads_alone) for name in trained.adversaries[0].network.state_dict())
+    heads = {name: p.clone() for name, p in trained.adversaries[0].network.named_parameters()}
     for batch in batches(real_images, 2, CONFIG):
         losses = trained.run(batch)
     assert {"d_loss", "quality_loss", "bpd"} <= losses.keys() and "gradient_penalty" not in losses
-    parameters = trained.discriminator.named_parameters()
+    parameters = trained.adversaries[0].network.named_parameters()
     assert not any(torch.equal(p, heads[name]) for name, p in parameters if p.ndim > 1)
     # Frozen parts are the same for every seed: they are rebuilt, not stored.
-    again = trainer(CONFIG, seed=5).discriminator
-    assert again is not None
-    for discriminator in (trained.discriminator, again):
+    again = trainer(CONFIG, seed=5).adversaries[0].network
+    for discriminator in (trained.adversaries[0].network, again):
         now = dict(discriminator.named_buffers())
         assert all(torch.equal(value, now[name]) for name, value in frozen.items())
     counted = count_weights(recipe("av-ade-pd", 32, 3, "tiny")).discriminator

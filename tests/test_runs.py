@@ -92,8 +92,8 @@ def test_the_likelihood_alone_then_both_then_lower_rates(
 
     def look(self: Trainer, drawn: list[torch.Tensor], spent: float = 0.0) -> dict[str, float]:
         losses = run(self, drawn, spent)
-        rate, weight = self.optimizer.param_groups[1]["lr"], self._quality_weight
-        seen.append((len(drawn[-1]), "d_loss" in losses, round(rate, 6), round(weight, 4)))
+        rate, share = self.optimizer.param_groups[1]["lr"], self._quality_share
+        seen.append((len(drawn[-1]), "d_loss" in losses, round(rate, 6), share))
         return losses
 
     monkeypatch.setattr(Trainer, "run", look)
@@ -102,10 +102,10 @@ def test_the_likelihood_alone_then_both_then_lower_rates(
     options = RunOptions(images=16 * 8, device="cpu", precision="float32")
     progress = train(config, dataset, tmp_path / "run", options, resume=False)
     g = config.g_learning_rate
-    assert seen[:8] == [(8, False, rate, 0.05) for rate in (1e-3, *[2e-3] * 7)]
+    assert seen[:8] == [(8, False, rate, 1) for rate in (1e-3, *[2e-3] * 7)]
     assert [line[:2] for line in seen[8:]] == [(16, True)] * 4
     assert [line[2] for line in seen[8:]] == pytest.approx([g, g, g * 0.673, g * 0.347], abs=1e-6)
-    assert [line[3] for line in seen[8:]] == [0.05, 0.05, 0.05, 0.05]
+    assert [line[3] for line in seen[8:]] == [1, 1, 1, 1]
     assert (progress.step, progress.images) == (12, 128)
     # The end of the first phase is kept, to fall back on.
     kept = [path.name for path in checkpoint_folders(tmp_path / "run")]
@@ -123,15 +123,17 @@ def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
 ) -> None:
     """In each phase: all that a step depends on is in the checkpoint.
 
-    The recipe's own settings, with narrow networks: 8 steps of likelihood alone, then 6 joint ones.
+    The recipe's own settings, with narrow networks: 10 steps of likelihood alone, then 10 joint
+    ones, of which the generator learns from the last 7. Until the adversaries take part, the run
+    can also resume with others.
     """
     arguments = ["train", "flagship", "--data", str(folder), "--image-size", "8", "--size", "tiny"]
-    arguments += [*NARROW, "widths=16,16,16", "flow_width=16"]
+    arguments += [*NARROW, "widths=16,16,16", "flow_width=16", "alone_steps=3", "warmup_steps=3"]
     whole, cut, resume = tmp_path / "whole", tmp_path / "cut", list[str]()
     once = ["--images", "320", "--checkpoint-steps", "1", "--precision", "bfloat16"]  # are kept
     assert main([*arguments, *once, "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "ade_cli.main", *arguments, "--out", str(cut)]
-    for step in (3, 8, 10):
+    for step in (3, 10, 15):
         with open(os.devnull, "w") as null:
             process = subprocess.Popen([*command, *(resume or once)], stdout=null, stderr=null)
         while process.poll() is None and not any(
@@ -144,15 +146,17 @@ def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
     for words, message in (
         ([], "with --resume"),
         (["--resume", "--set", "quality_weight=3"], "started with quality_weight 0.05, now 3.0"),
+        (["--resume", "--set", "alone_steps=4"], "started with alone_steps 3, now 4"),
         (["--resume", "--seed", "3"], "--seed must be that of the run, 0, with"),
     ):
         assert main([*arguments, "--out", str(cut), *words]) == 2
         assert message in capsys.readouterr().err
     assert main([*arguments, "--out", str(cut), "--resume"]) == 0
-    assert losses_of(cut) == losses_of(whole) and list(losses_of(whole)) == [1, 10]
-    assert read_state(latest_checkpoint(whole))["joint_since"] == 8
+    assert losses_of(cut) == losses_of(whole) and list(losses_of(whole)) == [1, 10, 20]
+    # 160 images of likelihood alone in batches of 16, then as many in joint steps.
+    assert read_state(latest_checkpoint(whole))["joint_since"] == 10
     paths = sorted(latest_checkpoint(whole).glob("*.safetensors"))
-    assert len(paths) == 5 and latest_checkpoint(whole).name == "step-000000014"
+    assert len(paths) == 7 and latest_checkpoint(whole).name == "step-000000020"
     for path in paths:
         assert path.read_bytes() == (latest_checkpoint(cut) / path.name).read_bytes(), path.name
 

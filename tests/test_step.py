@@ -38,14 +38,13 @@ def test_likelihood_improves(small_images: np.ndarray) -> None:
 def test_both_players_are_trained(small_images: np.ndarray) -> None:
     trained = trainer()
     before = {name: p.clone() for name, p in trained.model.named_parameters()}
-    assert trained.discriminator is not None
-    d_before = [p.clone() for p in trained.discriminator.parameters()]
+    d_before = [p.clone() for p in trained.adversaries[0].network.parameters()]
     for b in batches(small_images, 3):
         losses = trained.run(b)
     assert set(losses) >= {"bpd", "quality_loss", "d_loss", "grad_norm", "d_grad_norm"}
     assert all(
         not torch.equal(a, b)
-        for a, b in zip(d_before, trained.discriminator.parameters(), strict=True)
+        for a, b in zip(d_before, trained.adversaries[0].network.parameters(), strict=True)
     )
     assert sum(
         not torch.equal(before[n], p) for n, p in trained.model.named_parameters()
@@ -117,7 +116,7 @@ CHANGES = """
     d_learning_rate=0.01 d_beta1=0.0 d_beta2=0.5 optimizer="adamax" coverage=false warmup_steps=1
     cooldown=0.5 quality_weight=5.0 free_bits=9.0 reconstruction_weight=5.0 flow_sees_quality=true
     gp_weight=10.0 gp_target=1.0 gp_every=2 ema_decay=0.05 clip=0.001 flips=false
-    likelihood_share=0.5 likelihood_share=0.5,likelihood_learning_rate=0.01
+    likelihood_share=0.5 likelihood_share=0.5,likelihood_learning_rate=0.01 coverage_batch_size=8
 """
 
 
@@ -190,14 +189,13 @@ def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(
     assert each["d_grad_norm"] == pytest.approx(every_second["d_grad_norm"], rel=1e-6)
     # Nor is it clipped more often for being seldom.
     trained = trainer(dataclasses.replace(SMALL, gp_weight=10.0, gp_every=2, warmup_steps=0))
-    assert trained.discriminator is not None and trained.d_optimizer is not None
-    weights, applied = list(trained.discriminator.parameters()), []
+    weights, applied = list(trained.adversaries[0].network.parameters()), []
 
     def step() -> None:
         gradients = [p.grad.flatten() for p in weights if p.grad is not None]
         applied.append(torch.cat(gradients).norm().item())
 
-    monkeypatch.setattr(trained.d_optimizer, "step", step)
+    monkeypatch.setattr(trained.adversaries[0].optimizer, "step", step)
     found = [trained.run(batch) for _ in range(80)]
     kept = [size / its["d_grad_norm"] for size, its in zip(applied, found, strict=True)]
     of_penalty = [
@@ -219,13 +217,48 @@ def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray) -> N
     )
     trained.run(batches(small_images, 1, config)[0])
     assert len(drawn) == 1 and found and not any(n.startswith("flow.") for n in found)
-    assert trained.discriminator is not None
-    quality_loss(trained.discriminator(sample(drawn[-1]))).backward()
+    quality_loss(trained.adversaries[0].network(sample(drawn[-1]))).backward()
     assert all(
         torch.allclose(p.grad, found[n], atol=1e-7)
         for n, p in trained.model.named_parameters()
         if n in found
     )
+
+
+def test_two_adversaries_train_alone_first_then_the_generator_learns_from_both(
+    real_images: np.ndarray,
+) -> None:
+    config = dataclasses.replace(narrow("flagship", image_size=32), alone_steps=2, warmup_steps=2)
+    trained = trainer(config)
+    (alone,) = trained.batch_sizes
+    trained.begin_joint()
+    assert (alone, trained.batch_sizes) == (16, [16, 16])
+    names = {"d_loss", "logit_real", "d_grad_norm", "d_skipped"}
+    weights = trained.model.decoder.to_mean[1].weight
+    shares, seen = [], []
+    for batch in batches(real_images, 5, config):
+        shares.append(trained._quality_share)
+        before = [next(its.network.parameters()).clone() for its in trained.adversaries]
+        losses = trained.run(batch)
+        assert losses.keys() >= names | {f"pixel_{name}" for name in names} | {"bpd"}
+        seen.append({"quality_loss", "pixel_quality_loss"} & losses.keys())
+        after = [next(its.network.parameters()) for its in trained.adversaries]
+        assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert shares == [0, 0, 0.5, 1, 1] and list(map(len, seen)) == [0, 0, 2, 2, 2]
+    # L_Q is the mean of the two, and each reaches the generator.
+    noise = Noise(0, 9, torch.device("cpu"), 0, 1)
+    shown = trained._augmented(trained._generate(4, noise), noise)
+    features = [its.network.features_of(shown) for its in trained.adversaries]
+    objective, _ = trained._quality_objective(features)
+    alone = [
+        quality_loss(its.network.judge(levels))
+        for its, levels in zip(trained.adversaries, features, strict=True)
+    ]
+    both, projected, pixels = (
+        torch.autograd.grad(loss, weights, retain_graph=True)[0] for loss in (objective, *alone)
+    )
+    assert projected.any() and pixels.any()
+    assert torch.allclose(both, 0.05 / 2 * (projected + pixels), rtol=1e-3, atol=1e-7)
 
 
 def test_reconstructions_train_the_whole_model(small_images: np.ndarray) -> None:

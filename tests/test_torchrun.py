@@ -131,13 +131,13 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
     with pytest.raises(RunError, match="has other initial weights than process 0"):
         check(trainer(seed=1), dataset)
     theirs = trainer()
-    assert theirs.discriminator is not None
-    theirs.discriminator.load_state_dict(trainer(seed=1).discriminator.state_dict())
+    theirs.adversaries[0].network.load_state_dict(
+        trainer(seed=1).adversaries[0].network.state_dict()
+    )
     with pytest.raises(RunError, match="has other initial weights than process 0"):
         check(theirs, dataset)  # each would keep its own, and only one is saved
     theirs = trainer()
-    assert theirs.discriminator is not None
-    theirs.discriminator.register_buffer("rounded", torch.ones(1))
+    theirs.adversaries[0].network.register_buffer("rounded", torch.ones(1))
     check(theirs, dataset)  # as spectral norms are, by each processor in its way
 
 

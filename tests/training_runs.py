@@ -35,9 +35,9 @@ def trainer(config: TrainConfig = SMALL, seed: int = 0) -> Trainer:
 def batches(
     images: np.ndarray, steps: int, config: TrainConfig = SMALL
 ) -> list[list[torch.Tensor]]:
-    source = ImageSet(images).batches(config.batch_size, 0)
-    count = 2 if config.discriminator else 1
-    return [[torch.from_numpy(next(source)) for _ in range(count)] for _ in range(steps)]
+    sizes = [*([config.batch_size] if config.discriminator else []), config.joint_batch_size]
+    source = ImageSet(images).batches(sum(sizes), 0)
+    return [list(torch.from_numpy(next(source)).split(sizes)) for _ in range(steps)]
 
 
 TRAIN = shlex.split(

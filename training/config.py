@@ -93,7 +93,12 @@ class TrainConfig:
         size: of the networks, one of :data:`SIZES`.
         model: configuration of the model.
         discriminator: configuration of the discriminator; ``None`` for maximum likelihood alone.
-        batch_size: images per step, over all processes.
+        pixel_discriminator: of one of pixels that takes part beside a projected one.
+        batch_size: images per step, over all processes; with a discriminator, as many real as
+            generated ones.
+        coverage_batch_size: images whose likelihood is trained in a step with a discriminator; 0
+            for ``batch_size``.
+        alone_steps: first steps of the discriminators, from which the generator does not learn.
         likelihood_share: first part of the images, with which the likelihood alone trains, before
             the discriminator takes part.
         likelihood_batch_size: as batch_size, for these; 0 for the same.
@@ -149,7 +154,10 @@ class TrainConfig:
     model: ModelConfig
     size: str = "small"
     discriminator: DiscriminatorConfig | None = None
+    pixel_discriminator: DiscriminatorConfig | None = None
     batch_size: int = 64
+    coverage_batch_size: int = 0
+    alone_steps: int = 0
     likelihood_share: float = 0.0
     likelihood_batch_size: int = 0
     likelihood_learning_rate: float = 0.0
@@ -185,6 +193,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         least_values = {
             "batch_size": 1,
+            "coverage_batch_size": 0,
+            "alone_steps": 0,
             "likelihood_batch_size": 0,
             "likelihood_learning_rate": 0,
             "gp_every": 1,
@@ -234,26 +244,34 @@ class TrainConfig:
                 f"noisy_share must be 0 or at least 1/{self.batch_size}, one image of each batch, "
                 f"got {self.noisy_share:g}"
             )
-        alone = ("likelihood_share", "likelihood_batch_size", "likelihood_learning_rate")
-        for name in alone[1:]:
+        for name in ("likelihood_batch_size", "likelihood_learning_rate", "alone_steps"):
             if getattr(self, name) and not self.likelihood_share:
                 raise ConfigError(
                     f"{name} must be 0 without likelihood_share, got {getattr(self, name)}"
                 )
-        for name in ("reconstruction_weight", "noisy_share", "likelihood_share"):
+        for name in (
+            "reconstruction_weight",
+            "noisy_share",
+            "likelihood_share",
+            "coverage_batch_size",
+        ):
             if getattr(self, name) and not self.coverage:
                 raise ConfigError(
                     f"{name} must be 0 without L_C, got {getattr(self, name)} for {self.recipe}"
                 )
-        for name in ("noisy_share", "likelihood_share"):
+        for name in ("noisy_share", "likelihood_share", "coverage_batch_size"):
             if getattr(self, name) and self.discriminator is None:
                 raise ConfigError(
                     f"{name} must be 0 without a discriminator, got {getattr(self, name)} "
                     f"for {self.recipe}"
                 )
-        if self.discriminator is not None:
-            self.discriminator.check_image_size(self.model.image_size)
-        if self.compares_images and self.gp_weight:
+        for discriminator in (self.discriminator, self.pixel_discriminator):
+            if discriminator is not None:
+                discriminator.check_image_size(self.model.image_size)
+        pixels = self.pixel_discriminator
+        if pixels is not None and (not self.compares_images or pixels.kind == "projected"):
+            raise ConfigError("a pixel_discriminator takes part beside a projected one alone")
+        if self.compares_images and self.gp_weight and pixels is None:
             raise ConfigError(
                 "gp_weight must be 0 with a projected discriminator, which has several logits per "
                 f"image, got {self.gp_weight} for {self.recipe}"
@@ -265,8 +283,15 @@ class TrainConfig:
         return self.discriminator is not None and self.discriminator.kind == "projected"
 
     @property
+    def joint_batch_size(self) -> int:
+        """Images per step, once adversaries take part, that count towards the budget."""
+        return self.coverage_batch_size or self.batch_size
+
+    @property
     def first_batch_size(self) -> int:
         """Images per step of the run's first phase."""
+        if not self.likelihood_share:
+            return self.joint_batch_size
         return self.likelihood_batch_size or self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,14 +305,14 @@ class TrainConfig:
         Raises:
             ConfigError: a field is unknown, as in a run of version 0.1, or invalid.
         """
-        discriminator = values["discriminator"]
-        unknown = sorted(
-            [*(values.keys() - names_of(cls))]
-            + [f"d_{name}" for name in (discriminator or {}).keys() - names_of(DiscriminatorConfig)]
-        )
+        unknown = sorted(values.keys() - names_of(cls))
+        values = {**values, "model": ModelConfig.from_dict(values["model"])}
+        for name, prefix in (("discriminator", "d_"), ("pixel_discriminator", "pixel_d_")):
+            given = values.get(name)
+            if given is not None:
+                others = given.keys() - names_of(DiscriminatorConfig)
+                unknown += sorted(prefix + field for field in others)
+                values[name] = None if others else DiscriminatorConfig(**given)
         if unknown:
             raise ConfigError(f"a configuration of training has unknown fields: {unknown}")
-        values = {**values, "model": ModelConfig.from_dict(values["model"])}
-        if discriminator is not None:
-            values["discriminator"] = DiscriminatorConfig(**discriminator)
         return cls(**values)

@@ -67,15 +67,27 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(config.widths[-1] * size * size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.judge(self.features_of(x))
+
+    def features_of(self, x: Tensor) -> list[Tensor]:
+        """What comes before the trained layers: the images."""
+        return [x]
+
+    def judge(self, levels: list[Tensor]) -> Tensor:
+        """The logits of :meth:`features_of`."""
+        (x,) = levels
         h = self.stages(self.stem(F.pixel_unshuffle(2 * x - 1, self.patch)))
         logits: Tensor = self.head(F.leaky_relu(h, 0.2).flatten(1))
         return logits.squeeze(1).to(torch.float32)
 
 
-def make_discriminator(config: DiscriminatorConfig, image_size: int, channels: int) -> nn.Module:
+def make_discriminator(
+    config: DiscriminatorConfig, image_size: int, channels: int
+) -> Discriminator | ProjectedDiscriminator:
     """Build a discriminator: from ``x``, ``(N, C, H, W)`` in [0, 1], to logits ``(N, …)``.
 
-    Logits are positive for real images.
+    Logits are positive for real images. ``features_of(x)`` needs no training, so that the features
+    of generated images serve the steps of both players; ``judge`` turns them into the logits.
     """
     if config.kind == "projected":
         return ProjectedDiscriminator(config.widths, image_size, channels)

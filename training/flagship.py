@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-LINE = "the shipped model's: likelihood, then also a projected discriminator (not in the paper)"
+LINE = "the shipped model's: likelihood, then also two discriminators (not in the paper)"
+LINE_PROJECTED = "flagship with the projected discriminator alone, for comparison"
 
 # Of the networks, at each size: a larger flow than that of the systems to compare. At size tiny a
 # dequantiser gains nothing in the minutes that there are.
@@ -26,19 +27,21 @@ MODEL: dict[str, dict[str, Any]] = {
     },
     "paper": {"dequantizer_width": 48},
 }
-# With fewer images per step, the same minutes have more steps.
-BATCH_SIZES = {"tiny": (16, 32), "small": (32, 48), "paper": (64, 64)}
+# Of likelihood alone; with discriminators: generated, and those whose likelihood is trained. With
+# fewer images per step, the same minutes have more steps.
+BATCH_SIZES = {"tiny": (16, 32, 16), "small": (32, 48, 16), "paper": (64, 64, 32)}
+GP_WEIGHT = 0.5  # of the discriminator of pixels
 TRAINING: dict[str, Any] = {
     "optimizer": "muon",
-    "likelihood_share": 0.4,
+    "likelihood_share": 0.5,
     "likelihood_learning_rate": 2e-3,
     "learning_rate": 1e-3,
     "g_learning_rate": 3e-4,
     "d_learning_rate": 4e-4,
     "d_beta1": 0.0,
-    "gp_weight": 0.0,
     "augment": True,
     "warmup_steps": 300,
+    "alone_steps": 400,
     # Without these two, a strong flow leaves the latents unused.
     "free_bits": 8.0,
     "reconstruction_weight": 6.0,
@@ -48,8 +51,8 @@ TRAINING: dict[str, Any] = {
 
 def training_of(size: str) -> dict[str, Any]:
     """Fields of :class:`training.config.TrainConfig` at a size of the networks."""
-    first, batch_size = BATCH_SIZES[size]
-    return {**TRAINING, "likelihood_batch_size": first, "batch_size": batch_size}
+    names = ("likelihood_batch_size", "batch_size", "coverage_batch_size")
+    return {**TRAINING, **dict(zip(names, BATCH_SIZES[size], strict=True))}
 
 
 # What a budget allows. With less there is no time for an adversary.
@@ -57,7 +60,7 @@ ADVERSARIAL_FROM_MINUTES = 16.0
 SMALL_FROM_MINUTES = 300.0
 LEAST_LIKELIHOOD_MINUTES = 11.0  # on a CPU
 LIKELIHOOD_OF_TIME = 0.35
-JOINT_COST = 2.0  # time of an image in a joint step, in those of one in a step of likelihood alone
+JOINT_COST = 3.0  # time of an image in a joint step, in those of one in a step of likelihood alone
 
 
 def alone(size: str) -> dict[str, Any]:

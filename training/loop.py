@@ -173,8 +173,8 @@ def _check_alike(
     names = dataset.files.get("train", dataset.splits["train"])
     images = [names, len(dataset.parts["train"]), sketch]
     values = [*trainer.model.state_dict().values()]
-    if trainer.discriminator is not None:  # not its buffers, which processors may round otherwise
-        values += trainer.discriminator.parameters()
+    for adversary in trainer.adversaries:  # not their buffers: processors may round them otherwise
+        values += adversary.network.parameters()
     weights = [value.detach().cpu().numpy().tobytes() for value in values]
     digests = [hashlib.sha256(its) for its in (json.dumps(images).encode(), b"".join(weights))]
     with _with_others(fabric):
@@ -365,12 +365,12 @@ def _batches(
     before = (trainer.joint_since or 0) if trainer.joint_since is not None else progress.step
     first = before * config.first_batch_size + (progress.step - before) * sum(sizes)
     images = dataset.parts["train"].batches(sum(sizes), seed, first)
-    share = sizes[0] // trainer.processes
+    ends = np.cumsum(sizes)
     while True:
         of_step = next(images)
         yield [
-            torch.from_numpy(np.ascontiguousarray(batch[trainer.rank * share :][:share]))
-            for batch in np.split(of_step, len(sizes))
+            torch.from_numpy(np.array_split(batch, trainer.processes)[trainer.rank].copy())
+            for batch in np.split(of_step, ends[:-1])
         ]
 
 

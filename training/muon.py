@@ -34,6 +34,7 @@ class Muon(torch.optim.Adam):
             for p in group["params"]
             if p.grad is not None and _is_wide(p)
         ]
+        by_shape: dict[torch.Size, list[tuple[Tensor, float, Tensor]]] = {}
         for group, p in own:
             momentum = max(group["betas"][0], MOMENTUM)
             state = self.state[p]
@@ -42,8 +43,12 @@ class Muon(torch.optim.Adam):
             state["step"] += 1  # which Adam expects of all weights when it is loaded
             mean = state["mean"]
             mean.lerp_(p.grad, 1 - momentum)
-            update = orthogonalized(p.grad.lerp(mean, momentum).flatten(1))  # Nesterov's
-            p.add_(update.view_as(p), alpha=-group["lr"] * _ADAMS_SIZE * max(update.shape) ** 0.5)
+            update = p.grad.lerp(mean, momentum).flatten(1)  # Nesterov's
+            by_shape.setdefault(update.shape, []).append((p, group["lr"], update))
+        for shape, alike in by_shape.items():
+            updates = orthogonalized(torch.stack([update for _, _, update in alike]))
+            for (p, rate, _), update in zip(alike, updates, strict=True):
+                p.add_(update.view_as(p), alpha=-rate * _ADAMS_SIZE * max(shape) ** 0.5)
         gradients = [p.grad for _, p in own]
         for _, p in own:  # for which Adam shall do nothing
             p.grad = None
@@ -53,15 +58,22 @@ class Muon(torch.optim.Adam):
         return result
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """A matrix with the same singular vectors, and singular values between about 0.7 and 1.2."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if is_tall else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices with the same singular vectors, and singular values between about 0.7 and 1.2.
+
+    Args:
+        matrices: ``(..., m, n)``; under autocast they are rounded once.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     for _ in range(_ITERATIONS):
-        square = x @ x.T
+        square = x @ x.mT
         x = _A * x + (_B * square + _C * square @ square) @ x
-    return x.T if is_tall else x
+    found: Tensor = x.mT if is_tall else x
+    return found.to(matrices.dtype)
 
 
 def _is_wide(parameter: Tensor) -> bool:

@@ -67,6 +67,10 @@ class ProjectedDiscriminator(nn.Module):
         self.compare = _BatchComparison(widths[-1])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.judge(self.features_of(x))
+
+    def features_of(self, x: Tensor) -> list[Tensor]:
+        """The frozen part: ``(N, width, h, w)`` for each level, finest first."""
         x = F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False)
         levels = [
             mix(level)
@@ -77,6 +81,10 @@ class ProjectedDiscriminator(nn.Module):
                 F.interpolate(levels[fine + 1], scale_factor=2.0, mode="nearest")
             )
             levels[fine] = (levels[fine] + coarse) * 0.5**0.5
+        return levels
+
+    def judge(self, levels: list[Tensor]) -> Tensor:
+        """The trained part: logits of :meth:`features_of`."""
         # A level of fewer positions repeats its logits, so that all levels have the same weight.
         logits = [
             F.interpolate(head(level), POSITIONS, mode="nearest").flatten(1)

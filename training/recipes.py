@@ -76,7 +76,8 @@ _SIZES = {
 }
 # The same for all sizes, since the frozen features take most of its operations.
 _PROJECTED = DiscriminatorConfig((64, 64, 128, 256), "projected")
-_ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment")  # how names of such fields begin
+# How names of such fields begin.
+_ADVERSARIAL = ("g_", "d_", "gp_", "quality_weight", "augment", "alone_", "coverage_")
 # Fields that need a flow, a VAE, or weights that only the likelihood trains.
 _OF_FLOW = {"flow_mask", "flow_couplings", "flow_blocks", "flow_width", "flow_max_log_scale"}
 _OF_VAE = {"sigma", "patch", "posterior_iaf"}
@@ -95,6 +96,7 @@ class _System:
     line: str
     coverage: bool = True
     adversary: str | None = None  # a kind of discriminator
+    with_pixels: bool = False  # whether one of pixels takes part beside it
     vae: bool = True
     flow_scales: int = 1
     wide: bool = False
@@ -143,7 +145,8 @@ _SYSTEMS = {
             "noisy_share": 0.5,
         },
     ),
-    "flagship": _System(flagship.LINE, adversary="projected"),
+    "flagship": _System(flagship.LINE, adversary="projected", with_pixels=True),
+    "flagship-pd": _System(flagship.LINE_PROJECTED, adversary="projected"),
     "av-ade-wg-rd": _System(
         "av-ade-rd with a generator of twice the width", adversary="residual", wide=True
     ),
@@ -228,6 +231,7 @@ def recipe(
         ]
         training |= {
             "discriminator": dataclasses.replace(discriminator, **of_the_discriminator),
+            "pixel_discriminator": sized.plain if system.with_pixels else None,
             "g_learning_rate": sized.adversarial_rate,
         }
     else:
@@ -237,11 +241,13 @@ def recipe(
         ]
         if idle:
             raise ConfigError(f"{min(idle)}: {name} has no discriminator")
-    if name == "flagship":
+    is_flagship = name.startswith("flagship")
+    if is_flagship:
         training |= flagship.training_of(size)
+        training["gp_weight"] = flagship.GP_WEIGHT * system.with_pixels
     training |= {**system.training, **changes}
     fields = _model_fields(system, size, image_size, training.get("inference_share", 0) > 0)
-    if name == "flagship":
+    if is_flagship:
         fields |= flagship.MODEL[size]
     model = ModelConfig(
         **{"image_size": image_size, "channels": channels, **fields, **of_the_model}

@@ -18,12 +18,16 @@ from training.runs import (
     checkpoint_folders,
     folder_name,
     read_json,
+    read_state,
     write_json,
 )
 from training.schedule import schedule_of
 
 logger = logging.getLogger(__name__)
 DATA_NAME = "data.json"
+# How fields of adversaries begin. A run may resume with others until they take part: two copies of
+# it compare two adversaries.
+OF_ADVERSARIES = ("recipe ", "d_", "pixel_d_", "gp_", "quality_weight ", "alone_steps ", "augment ")
 # What a run writes after run.json, with which it begins.
 WRITTEN = ("metrics.jsonl", "report.md", "checkpoints", "pictures")
 
@@ -59,7 +63,7 @@ def check_shares(config: TrainConfig, processes: int) -> None:
     Raises:
         RunError: they cannot.
     """
-    for name in ("batch_size", "likelihood_batch_size"):
+    for name in ("batch_size", "coverage_batch_size", "likelihood_batch_size"):
         if getattr(config, name) % processes:
             raise RunError(
                 f"{name} must be a multiple of {processes}, the number of processes, "
@@ -196,6 +200,9 @@ def check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) ->
 
 def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
     different = different_fields(read_started(run), config, data)
+    folders = checkpoint_folders(run)
+    if folders and read_state(folders[-1])["joint_since"] is None:
+        different = [its for its in different if not its.startswith(OF_ADVERSARIES)]
     if different:
         raise RunError(f"{run} cannot be resumed: it was started with {'; '.join(different)}")
 
@@ -264,5 +271,6 @@ def _fields(config: TrainConfig, data: str) -> dict[str, Any]:
     """The fields of a configuration and of its networks, as changes to a recipe name them."""
     values = {"data set": data, **config.to_dict()}
     networks = values.pop("model")
-    networks |= {f"d_{name}": value for name, value in (values.pop("discriminator") or {}).items()}
+    for kind, prefix in (("discriminator", "d_"), ("pixel_discriminator", "pixel_d_")):
+        networks |= {f"{prefix}{k}": value for k, value in (values.pop(kind) or {}).items()}
     return {**values, **networks}

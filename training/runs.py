@@ -30,12 +30,12 @@ from ade_model.checkpoint import (
     read_tensors,
     save_model,
 )
+from training.adversary import Adversary
 from training.step import Trainer
 
 KEEP = 3
 EMA_NAME = WEIGHTS_NAME  # the averaged weights are the model; the raw ones serve to resume
 RAW_NAME = "raw.safetensors"
-DISCRIMINATOR_NAME = "discriminator.safetensors"
 STATE_NAME = "state.json"
 MANIFEST_NAME = "manifest.json"  # only bundles have one
 
@@ -191,9 +191,10 @@ def save_checkpoint(run: Path, trainer: Trainer, progress: Progress, about: dict
         _save(trainer.model.state_dict(), folder / RAW_NAME)
         _save_optimizer(trainer.optimizer, folder / "optimizer.safetensors")
         # Before they take part they are new, and a function of the seed alone.
-        if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
-            _save(trainer.discriminator.state_dict(), folder / DISCRIMINATOR_NAME)
-            _save_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+        for adversary in trainer.adversaries if trainer.is_joint else ():
+            weights, optimizer = (folder / name for name in _files_of(adversary))
+            _save(adversary.network.state_dict(), weights)
+            _save_optimizer(adversary.optimizer, optimizer)
         write_json(
             folder / STATE_NAME,
             {
@@ -233,9 +234,10 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> Progress:
     trainer.step = progress.step
     for name in TRAINER_STATE:
         setattr(trainer, name, state[name])
-    if trainer.is_joint and trainer.discriminator is not None and trainer.d_optimizer:
-        trainer.discriminator.load_state_dict(read_tensors(folder / DISCRIMINATOR_NAME))
-        _load_optimizer(trainer.d_optimizer, folder / "d_optimizer.safetensors")
+    for adversary in trainer.adversaries if trainer.is_joint else ():
+        weights, optimizer = (folder / name for name in _files_of(adversary))
+        adversary.network.load_state_dict(read_tensors(weights))
+        _load_optimizer(adversary.optimizer, optimizer)
     if trainer.inferring:
         trainer.begin_inference()
     return progress
@@ -249,6 +251,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state: dict[str, Any] = read_json(folder / STATE_NAME, *STATE)
     return state
+
+
+def _files_of(adversary: Adversary) -> tuple[str, str]:
+    """The names of the files of a discriminator's weights and of its optimiser's state."""
+    return f"{adversary.name}.safetensors", f"{adversary.prefix}d_optimizer.safetensors"
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

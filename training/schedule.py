@@ -40,13 +40,15 @@ def schedule_of(config: TrainConfig, images: int, joint_since: int | None = None
 
     Args:
         config: of the run.
-        images: the budget.
+        images: the budget; those that discriminators alone see do not count.
         joint_since: step after which the adversary took part; ``None`` before that.
     """
     likelihood = round(config.likelihood_share * images / config.first_batch_size)
     if joint_since is not None:  # the budget may have been changed since then
         likelihood = joint_since
-    joint = math.ceil(max(0, images - likelihood * config.first_batch_size) / config.batch_size)
+    joint = math.ceil(
+        max(0, images - likelihood * config.first_batch_size) / config.joint_batch_size
+    )
     total = max(1, likelihood + joint)
     inference = math.ceil(round(config.inference_share * images) / config.batch_size)
     return Schedule(likelihood, total, inference)
@@ -62,4 +64,4 @@ def images_in(config: TrainConfig, seconds: float, likelihood: float, joint: flo
         joint: seconds per image in the others.
     """
     share = config.likelihood_share
-    return max(config.batch_size, round(seconds / (share * likelihood + (1 - share) * joint)))
+    return max(config.joint_batch_size, round(seconds / (share * likelihood + (1 - share) * joint)))

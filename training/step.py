@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,12 @@ from torch import Tensor, nn
 from ade_base.errors import UserError
 from ade_model.model import ADEModel
 from ade_model.quantization import dequantize
+from training.adversary import adversaries_of, to_device
 from training.augment import NUMBERS, augment
 from training.config import TrainConfig
-from training.discriminator import make_discriminator
-from training.losses import (
-    coverage_loss,
-    discriminator_loss,
-    gradient_penalty,
-    hinge_discriminator_loss,
-    latent_surcharge,
-    quality_loss,
-)
+from training.losses import coverage_loss, latent_surcharge, quality_loss
 from training.noise import Noise
 from training.optimizers import (
-    group_of,
     groups_of,
     inference_parameters,
     make_optimizer,
@@ -58,20 +49,12 @@ RECONSTRUCTED = 0.5  # share of a batch
 LAST_RATE = 0.02  # fraction of the full rate at the end of a cooldown
 
 
-_Network = TypeVar("_Network", bound=nn.Module)
-
-
-def _to_device(network: _Network, device: torch.device) -> _Network:
-    """Move a network, with channels last, so that CPU convolutions need no reordering."""
-    return network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
 class TrainingDiverged(UserError, RuntimeError):
     """A loss was not finite, or gradients stayed abnormally large after several rescues."""
 
 
 class Trainer:
-    """The model, the discriminator, their optimisers and the averaged weights.
+    """The model, its adversaries, their optimisers and the averaged weights.
 
     Every random number of a step comes from one generator, seeded by ``(seed, step)``, so that a
     resumed run draws the same numbers as an uninterrupted one.
@@ -103,32 +86,22 @@ class Trainer:
         self.seed = seed
         self.rank, self.processes = rank, processes
         torch.manual_seed(seed)
-        self.model = _to_device(ADEModel(config.model), device)
+        self.model = to_device(ADEModel(config.model), device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = make_optimizer(config.optimizer, groups_of(self.model, config))
-        self.discriminator: nn.Module | None = None
-        self.d_optimizer: torch.optim.Optimizer | None = None
-        if config.discriminator is not None:
-            self.discriminator = _to_device(
-                make_discriminator(
-                    config.discriminator, config.model.image_size, config.model.channels
-                ),
-                device,
-            )
-            self.d_optimizer = make_optimizer(
-                "adam" if config.optimizer == "muon" else config.optimizer,
-                [group_of(config, "d_", list(self.discriminator.parameters()))],
-            )
+        self.adversaries = adversaries_of(config, device)
         self.step = 0
         self.spent = 0.0
         # Step after which the adversary takes part, and a GAN's generator is frozen.
         self.joint_since: int | None = None if config.likelihood_share else 0
         self.inferring_since: int | None = None
-        self.skipped = {"model": 0, "discriminator": 0}
-        self.skipped_in_a_row = {"model": 0, "discriminator": 0}
-        # The discriminator's steps with the gradient penalty are longer, and have a mean of their
+        players = ["model", *(adversary.name for adversary in self.adversaries)]
+        self.skipped = dict.fromkeys(players, 0)
+        self.skipped_in_a_row = dict.fromkeys(players, 0)
+        # A discriminator's steps with the gradient penalty are longer, and have a mean of their
         # own: cut to that of the others, they would lose most of the penalty's weight.
-        self.usual_norm = {"model": 0.0, "discriminator": 0.0, "penalty": 0.0}
+        penalties = (f"{adversary.prefix}penalty" for adversary in self.adversaries)
+        self.usual_norm = dict.fromkeys([*players, *penalties], 0.0)
         self.rescued_at: list[int] = []
 
     @property
@@ -138,17 +111,16 @@ class Trainer:
 
     @property
     def is_joint(self) -> bool:
-        """Whether the discriminator takes part."""
-        return (
-            self.discriminator is not None and self.joint_since is not None and not self.inferring
-        )
+        """Whether the adversaries take part."""
+        return bool(self.adversaries) and self.joint_since is not None and not self.inferring
 
     @property
     def batch_sizes(self) -> list[int]:
         """Images of each batch of the next step, as :meth:`run` takes them, over all processes."""
         if self.joint_since is None:
             return [self.config.first_batch_size]
-        return [self.config.batch_size] * (1 if self.discriminator is None else 2)
+        of_adversaries = [self.config.batch_size] if self.adversaries else []
+        return [*of_adversaries, self.config.joint_batch_size]
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -163,12 +135,12 @@ class Trainer:
         return self.step - (self.inferring_since or 0)
 
     @property
-    def _quality_weight(self) -> float:
-        """Weight of L_Q in the loss, which grows in the first joint steps after others."""
+    def _quality_share(self) -> float:
+        """Share of L_Q's weight: 0 while adversaries train alone, then it grows."""
         if not self.config.likelihood_share or self.joint_since is None:
-            return self.config.quality_weight
-        grown = (self.step - self.joint_since + 1) / max(1, self.config.warmup_steps)
-        return self.config.quality_weight * min(1.0, grown)
+            return 1.0
+        age = self.step - self.joint_since - self.config.alone_steps + 1
+        return min(1.0, max(0, age) / max(1, self.config.warmup_steps))
 
     def begin_joint(self) -> None:
         """Let the adversary take part from the next step on."""
@@ -186,18 +158,18 @@ class Trainer:
             parameter.requires_grad_(True)
 
     def run(self, batches: list[Tensor], spent: float = 0.0) -> dict[str, float]:
-        """One iteration: a step of the discriminator, then a joint step of the model.
+        """One iteration: a step of each discriminator, then a joint step of the model.
 
         Args:
-            batches: this process's share of uint8 images, ``(N, H, W, C)``: the discriminator's
-                batch, then the model's; before the adversary takes part, the model's alone.
+            batches: this process's share of uint8 images, ``(N, H, W, C)``: the discriminators'
+                batch, then the model's; before adversaries take part, the model's alone.
             spent: fraction of the present phase's budget that is spent, for the cooldown.
 
         Returns:
             Losses by name, averaged over processes; ``bpd`` is L_C and ``kl_0`` the KL of the
             coarsest level, both in bits per dimension. Beside them the norms of gradients that are
             finite, and the number of steps skipped so far: ``grad_norm``, ``skipped`` and the
-            same with ``d_`` for the discriminator.
+            same with ``d_`` for the discriminator. Those of a second one begin with ``pixel_``.
 
         Raises:
             TrainingDiverged: a loss was not finite, or gradients stayed abnormal.
@@ -205,12 +177,11 @@ class Trainer:
         noise = Noise(self.seed, self.step, self.device, self.rank, self.processes)
         self.spent = spent
         losses: dict[str, float] = {}
-        x_fake: Tensor | None = None
+        features: list[list[Tensor]] = []
         if self.is_joint:
-            x_real = self._dequantize_uniformly(self._pixels(batches[0], noise), noise)
-            x_fake = self._generate(len(x_real), noise)
-            losses.update(self._discriminator_step(x_real, x_fake.detach(), noise))
-        losses.update(self._model_step(self._pixels(batches[-1], noise), x_fake, noise))
+            x = self._dequantize_uniformly(self._pixels(batches[0], noise), noise)
+            features = self._discriminator_steps(x, noise, losses)
+        losses.update(self._model_step(self._pixels(batches[-1], noise), features, noise))
         if not self.skipped_in_a_row["model"]:
             decay = min(self.config.ema_decay, (1 + self._age) / (10 + self._age))
             update_average(self.ema, self.model, decay)
@@ -283,55 +254,57 @@ class Trainer:
         """Images as the discriminator sees them, augmented if configured."""
         return augment(x, noise.uniform(len(x), NUMBERS)) if self.config.augment else x
 
-    def _discriminator_step(self, x: Tensor, x_fake: Tensor, noise: Noise) -> dict[str, float]:
-        """One step of the discriminator alone.
+    def _discriminator_steps(
+        self, x: Tensor, noise: Noise, losses: dict[str, float]
+    ) -> list[list[Tensor]]:
+        """One step of each discriminator alone.
 
         Args:
             x: dequantised images, ``(N, C, H, W)``.
-            x_fake: samples without a graph, of the same shape.
             noise: of this iteration.
+            losses: to which theirs are added.
 
         Returns:
-            As :meth:`_apply`.
+            Each discriminator's features of as many samples, with the generator's graph if the
+            generator learns from them: the model has not changed since, so they give the exact
+            gradient and save another pass.
         """
-        assert self.discriminator is not None and self.d_optimizer is not None
-        with self.autocast():  # apart, because a discriminator may compare images within a batch
-            logits_real = self.discriminator(self._augmented(x, noise))
-            logits_fake = self.discriminator(self._augmented(x_fake, noise))
-        divergence = hinge_discriminator_loss if self.config.compares_images else discriminator_loss
-        loss = divergence(logits_real, logits_fake)
-        losses = {
-            "d_loss": loss.item(),
-            "logit_real": logits_real.mean().item(),
-            "logit_fake": logits_fake.mean().item(),
-        }
-        if self.config.gp_weight and self.step % self.config.gp_every == 0:
-            mix = noise.uniform(len(x), 1, 1, 1)
-            penalty = gradient_penalty(
-                self.discriminator, mix * x + (1 - mix) * x_fake, self.config.gp_target
+        with torch.set_grad_enabled(self._quality_share > 0):
+            x_fake = self._generate(len(x), noise)
+            real, shown = self._augmented(x, noise), self._augmented(x_fake, noise)
+            with self.autocast():
+                features = [its.network.features_of(shown) for its in self.adversaries]
+        for adversary, of_it in zip(self.adversaries, features, strict=True):
+            loss, found = adversary.loss(real, shown, of_it, noise, self.step, self.autocast)
+            loss.backward()
+            losses |= self._apply(
+                adversary.name, adversary.prefix, adversary.network, adversary.optimizer, found
             )
-            loss = loss + self.config.gp_weight * self.config.gp_every * penalty
-            losses["gradient_penalty"] = penalty.item()
-        loss.backward()
-        return self._apply("discriminator", self.discriminator, self.d_optimizer, losses)
+        return features if self._quality_share else []
 
-    def _model_step(self, pixels: Tensor, x_fake: Tensor | None, noise: Noise) -> dict[str, float]:
-        """One joint step: the likelihood of ``pixels``, and the quality of ``x_fake``."""
+    def _model_step(
+        self, pixels: Tensor, features: list[list[Tensor]], noise: Noise
+    ) -> dict[str, float]:
+        """One joint step: the likelihood of ``pixels``, and the quality of samples.
+
+        Args:
+            pixels: ``(N, C, H, W)``, 0..255.
+            features: of the samples, for each discriminator; empty without L_Q.
+            noise: of this iteration.
+        """
         losses: dict[str, float] = {}
-        u = noise.uniform(*pixels.shape)  # without L_C too: the augmentation draws after it
+        u = noise.uniform(*pixels.shape)
         if self.config.coverage or self.inferring:
             objective, found = self._coverage_objective(pixels, u, noise)
             objective.backward()
             losses |= found
-        if self.discriminator is not None and x_fake is not None:
-            # The samples of the discriminator's step are reused: the model has not changed
-            # since, so their graph gives the exact gradient and saves a pass of the generator.
-            self.discriminator.requires_grad_(False)
-            objective, found = self._quality_objective(self.discriminator, x_fake, noise)
+        if features:
+            objective, found = self._quality_objective(features)
             objective.backward()
             losses |= found
-            self.discriminator.requires_grad_(True)
-        return self._apply("model", self.model, self.optimizer, losses)
+            for adversary in self.adversaries:
+                adversary.network.requires_grad_(True)
+        return self._apply("model", "", self.model, self.optimizer, losses)
 
     def _coverage_objective(
         self, pixels: Tensor, u: Tensor, noise: Noise
@@ -368,33 +341,35 @@ class Trainer:
             )
         return loss, losses
 
-    def _quality_objective(
-        self, discriminator: nn.Module, x_fake: Tensor, noise: Noise
-    ) -> tuple[Tensor, dict[str, float]]:
-        """``w L_Q``.
+    def _quality_objective(self, features: list[list[Tensor]]) -> tuple[Tensor, dict[str, float]]:
+        """``w L_Q``, the mean over discriminators, whose weights it freezes.
 
         Args:
-            discriminator: with frozen weights.
-            x_fake: samples with their graph, ``(N, C, H, W)``.
-            noise: of this iteration.
+            features: of the samples with their graph, for each discriminator.
 
         Returns:
-            Scalar, and the loss by name, without its weight.
+            Scalar, and each discriminator's loss by name, without the weight.
         """
-        shown = self._augmented(x_fake, noise)
-        with self.autocast():
-            logits_fake = discriminator(shown)
-        loss = quality_loss(logits_fake)
-        return self._quality_weight * loss, {"quality_loss": loss.item()}
+        losses, total = {}, features[0][0].new_zeros((), dtype=torch.float32)
+        for adversary, of_it in zip(self.adversaries, features, strict=True):
+            adversary.network.requires_grad_(False)
+            with self.autocast():
+                logits_fake = adversary.network.judge(of_it)
+            loss = quality_loss(logits_fake)
+            losses[f"{adversary.prefix}quality_loss"] = loss.item()
+            total = total + loss
+        weight = self.config.quality_weight * self._quality_share / len(features)
+        return weight * total, losses
 
     def _apply(
         self,
         name: str,
+        prefix: str,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         losses: dict[str, float],
     ) -> dict[str, float]:
-        """Average, check and clip the gradients, then step.
+        """Average, check and clip the gradients of a player, then step.
 
         Returns:
             The losses, the number of steps skipped so far, and the gradient's norm before clipping,
@@ -406,7 +381,7 @@ class Trainer:
         if bad:
             raise TrainingDiverged(f"step {self.step}: losses must be finite, got {bad}")
         norm = flat.norm().item()
-        kind = "penalty" if "gradient_penalty" in losses else name
+        kind = f"{prefix}penalty" if f"{prefix}gradient_penalty" in losses else name
         usual = self.usual_norm[kind]
         if self._is_usual(name, norm, usual):
             set_clipped(gradients, flat, norm, self.config.clip * usual)
@@ -420,7 +395,7 @@ class Trainer:
         else:
             self._skip(name, norm, usual)
         optimizer.zero_grad(set_to_none=True)
-        prefix = "d_" if name == "discriminator" else ""
+        prefix = "" if name == "model" else f"{prefix}d_"
         losses[f"{prefix}skipped"] = self.skipped[name]
         if math.isfinite(norm):
             losses[f"{prefix}grad_norm"] = norm
@@ -438,14 +413,11 @@ class Trainer:
     def _is_usual(self, name: str, norm: float, usual: float) -> bool:
         """Whether a step with a gradient of this norm can be made.
 
-        Large gradients of the discriminator are legitimate: it reacts to a weakness that the model
+        Large gradients of a discriminator are legitimate: it reacts to a weakness that the model
         has found.
         """
         return math.isfinite(norm) and (
-            name == "discriminator"
-            or self._age < SPIKE_AFTER_STEPS
-            or usual == 0
-            or norm < SPIKE * usual
+            name != "model" or self._age < SPIKE_AFTER_STEPS or usual == 0 or norm < SPIKE * usual
         )
 
     def _skip(self, name: str, norm: float, usual: float) -> None:
@@ -477,7 +449,7 @@ class Trainer:
             for step in self.rescued_at
             if name == "model" and step >= (self.inferring_since or 0)
         ]
-        begun = self.joint_since if name == "discriminator" and self.joint_since else 0
+        begun = 0 if name == "model" else self.joint_since or 0
         age = min([self._age - begun, *(self.step - step for step in rescues[-1:])])
         share = min(1.0, (age + 1) / max(1, self.config.warmup_steps))
         for step in rescues:

@@ -13,7 +13,7 @@ from training.discriminator import make_discriminator
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Trained weights of the model, of its flow, which is part of it, and of the discriminator."""
+    """Trained weights of the model, of its flow, which is part of it, and of discriminators."""
 
     model: int
     flow: int
@@ -29,12 +29,12 @@ def count_weights(config: TrainConfig) -> WeightCounts:
     """Count the weights of a configured system, without allocating them."""
     with torch.device("meta"):
         model = ADEModel(config.model)
-        discriminator = config.discriminator and make_discriminator(
-            config.discriminator, config.model.image_size, config.model.channels
-        )
-    return WeightCounts(
-        _count(model), _count(model.flow), _count(discriminator) if discriminator else 0
-    )
+        discriminators = [
+            make_discriminator(its, config.model.image_size, config.model.channels)
+            for its in (config.discriminator, config.pixel_discriminator)
+            if its is not None
+        ]
+    return WeightCounts(_count(model), _count(model.flow), sum(map(_count, discriminators)))
 
 
 def _count(network: torch.nn.Module) -> int:
