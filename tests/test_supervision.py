@@ -76,43 +76,53 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_killed_child_is_restarted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
+def reapers(process: psutil.Process) -> set[int]:
+    """Those below a process."""
+    found = set()
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ade-reaper" in child.cmdline():
+                found.add(child.pid)
+    return found
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    with Supervisor(tmp_path) as started:
+        yield started
+
+
+def start(supervisor: Supervisor, script: str = "exec sleep 1000", **options: Any) -> Child:
+    """Start a page that is a script of a shell."""
+    given = {"restarts": True, **options}
+    return supervisor.start("page", ["sh", "-c", script], dict(os.environ), **given)
+
+
+@pytest.mark.parametrize("can_be_told", [True, False])
+def test_a_killed_child_is_restarted(
+    can_be_told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What it started ends before. Standard error may be a file on a full disk."""
+    pids = tmp_path / "pids"
+    with Supervisor(tmp_path) as supervisor, open("/dev/full", "w") as full:
+        if not can_be_told:
+            monkeypatch.setattr(sys, "stderr", full)
+        child = start(supervisor, f"sleep 1000 & echo $! >> {pids}; wait")
         first = child.process.pid
         assert not supervisor.tend()
+        assert until(lambda: pids.exists() and pids.read_text())
+        grandchild = int(pids.read_text().split()[0])
         os.kill(first, signal.SIGKILL)
-        assert until(supervisor.tend) and supervisor.pids["page"] != first
-        assert (
-            is_running(supervisor.pids["page"])
-            and "page ended with -9: restarting it" in capfd.readouterr().err
-        )
-    assert not is_running(supervisor.pids["page"])
-
-
-def test_what_a_child_started_ends_before_it_is_restarted(tmp_path: Path) -> None:
-    script = f"sleep 1000 & echo $! >> {tmp_path / 'pids'}; wait"
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("front", ["sh", "-c", script], dict(os.environ), restarts=True)
-        assert until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
-        grandchild = int((tmp_path / "pids").read_text())
-        child.process.kill()
         assert until(supervisor.tend) and until(lambda: not is_running(grandchild))
-
-
-def test_a_killed_child_is_restarted_even_if_nobody_can_be_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Standard error may be a file on a full disk."""
-    with open("/dev/full", "w") as full, Supervisor(tmp_path) as supervisor:
-        monkeypatch.setattr(sys, "stderr", full)
-        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
-        first = child.process.pid
-        child.process.kill()
-        assert until(supervisor.tend) and child.process.pid != first
+        assert supervisor.pids["page"] != first and is_running(supervisor.pids["page"])
         monkeypatch.undo()
         with contextlib.suppress(OSError):
             full.close()
+    assert not is_running(supervisor.pids["page"])
+    assert can_be_told == ("page ended with -9: restarting it" in capfd.readouterr().err)
 
 
 def test_addresses_are_printed_for_any_proxy_and_need_not_be(
@@ -167,26 +177,24 @@ def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
 
 
 def test_a_child_that_cannot_be_started_again_for_a_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Such as at a limit of processes: the other parts of the service continue."""
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("page", ["sleep", "60"], dict(os.environ), restarts=True)
-        other = supervisor.start("front", ["sleep", "60"], dict(os.environ), restarts=True)
-        first = child.process.pid
+    child, other = start(supervisor), start(supervisor)
+    first = child.process.pid
 
-        def fail(self: object) -> None:
-            raise BlockingIOError(11, "Resource temporarily unavailable")
+    def fail(self: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(type(child), "start", fail)
-            child.process.kill()
-            child.process.wait()
-            for _ in range(2 * MAX_DEATHS):
-                assert not supervisor.tend()
-            assert other.process.poll() is None
-            assert "page cannot be started, trying again: [Errno 11]" in capsys.readouterr().err
-        assert supervisor.tend() and child.process.pid != first and child.process.poll() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(child), "start", fail)
+        child.process.kill()
+        child.process.wait()
+        for _ in range(2 * MAX_DEATHS):
+            assert not supervisor.tend()
+        assert other.process.poll() is None
+        assert "page cannot be started, trying again: [Errno 11]" in capsys.readouterr().err
+    assert supervisor.tend() and child.process.pid != first and child.process.poll() is None
 
 
 def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
@@ -203,43 +211,38 @@ def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
     assert subprocess.run(shell, cwd=ROOT, timeout=60).returncode > 12
 
 
-def test_a_child_that_dies_slowly_may_have_more_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("restarts", "is_starting", "within_s", "pause_s", "message"),
+    [
+        (False, False, 60.0, 0.0, "page ended with 3:"),
+        (True, True, 60.0, 0.0, "page ended with 3:"),
+        (True, False, 60.0, 0.0, f"page ended {MAX_DEATHS} times within 60 s, at last with 3:"),
+        # Such as a driver on Ray, which waits a minute for the deployment of the one before.
+        (True, False, 600.0, 61.0, f"page ended {MAX_DEATHS} times within 600 s, at last with 3:"),
+    ],
+    ids=["may not end", "while the service starts", "keeps dying", "dies slowly"],
+)
+def test_a_child_whose_end_ends_the_service(
+    restarts: bool,
+    is_starting: bool,
+    within_s: float,
+    pause_s: float,
+    message: str,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Such as a driver on Ray, which waits a minute for the deployment of the one before."""
-    now = itertools.count(0.0, 61.0)
-    monkeypatch.setattr("handlers.processes.supervision.time.monotonic", lambda: next(now))
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start(
-            "front", ["false"], dict(os.environ), restarts=True, deaths_within_s=600.0
-        )
-        for _ in range(MAX_DEATHS - 1):
-            child.process.wait()
-            assert supervisor.tend()
+    script = "echo the reason; exit 3"
+    child = start(supervisor, script, restarts=restarts, deaths_within_s=within_s)
+    if pause_s:
+        now = itertools.count(0.0, pause_s)
+        monkeypatch.setattr("handlers.processes.supervision.time.monotonic", lambda: next(now))
+    for _ in range(MAX_DEATHS - 1 if restarts and not is_starting else 0):
         child.process.wait()
-        with pytest.raises(LaunchError, match=f"front ended {MAX_DEATHS} times within 600 s"):
-            supervisor.tend()
-
-
-def test_a_child_that_keeps_dying_ends_the_service(tmp_path: Path) -> None:
-    with Supervisor(tmp_path) as supervisor:
-        supervisor.start(
-            "page", ["sh", "-c", "echo the reason; exit 3"], dict(os.environ), restarts=True
-        )
-        with pytest.raises(
-            LaunchError,
-            match=rf"page ended {MAX_DEATHS} times within 60 s, at last with 3:\nthe reason",
-        ):
-            until(lambda: supervisor.tend() and False)
-
-
-def test_a_child_that_fails_while_the_service_starts(tmp_path: Path) -> None:
-    with Supervisor(tmp_path) as supervisor:
-        supervisor.start(
-            "page", ["sh", "-c", "echo the reason; exit 2"], dict(os.environ), restarts=True
-        )
-        with pytest.raises(LaunchError, match="page ended with 2:\nthe reason"):
-            until(lambda: supervisor.tend(restarts=False))
+        assert supervisor.tend()
+    child.process.wait()
+    with pytest.raises(LaunchError, match=f"{message}\nthe reason"):
+        supervisor.tend(restarts=not is_starting)
+    monkeypatch.undo()
 
 
 def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,120 +258,101 @@ def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.Monke
     assert not any(map(is_running, pids))
 
 
-def test_a_child_that_may_not_end(tmp_path: Path) -> None:
-    with Supervisor(tmp_path) as supervisor:
-        supervisor.start("torchserve", ["sh", "-c", "echo the reason; exit 1"], dict(os.environ))
-        with pytest.raises(LaunchError, match="torchserve ended with 1:\nthe reason"):
-            until(supervisor.tend)
+@pytest.fixture
+def interrupts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """Sends SIGTERM when a process was started whose command has the word ``before``.
 
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_a_signal_while_a_child_is_started_leaves_no_orphan(
-    restarts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-    may_interrupt = not restarts
-    popen = subprocess.Popen
+    What ``at`` returns when the signal arrives is in the list.
+    """
+    popen, given, seen = subprocess.Popen, {"before": None, "at": lambda: None}, list[Any]()
 
     def interrupted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         made = popen(command, **options)
-        if command == SLEEP:
-            started.append(made)
-            if may_interrupt:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return made
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(0)
-
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
-            supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
-            may_interrupt = True
-            os.kill(started[0].pid, signal.SIGKILL)
-            until(supervisor.tend)
-        assert signal.getsignal(signal.SIGTERM) == stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert len(started) == 1 + restarts and not any(is_running(one.pid) for one in started)
-
-
-def test_a_child_that_may_end_is_not_signalled_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its number may be another's then."""
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
-        supervisor.let_end(child)
-        child.process.kill()
-        child.process.wait()
-        assert not supervisor.tend()
-        signalled: list[int] = []
-        monkeypatch.setattr(os, "killpg", lambda number, sign: signalled.append(number))
-        supervisor.stop(child)
-        assert signalled == []
-        monkeypatch.undo()
-
-
-def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    popen, may_interrupt, has_folder = subprocess.Popen, False, list[bool]()
-
-    def interrupted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        made = popen(command, **options)
-        if command[0] == "/bin/sh" and may_interrupt:
+        if given["before"] in command:
             os.kill(os.getpid(), signal.SIGTERM)
         return made
 
     def stop(number: int, frame: object) -> None:
-        has_folder.append(tmp_path.exists())
+        seen.append(given["at"]())
         raise SystemExit(0)
 
+    former = signal.signal(signal.SIGTERM, stop)
     monkeypatch.setattr(subprocess, "Popen", interrupted)
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
-            child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
-            may_interrupt = True
-            child.process.kill()
-            try:
-                until(supervisor.tend)
-            finally:
-                may_interrupt = False
-                assert supervisor._reaper.poll() is None and supervisor._reaper.stdin is not None
-                assert not supervisor._reaper.stdin.closed
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert has_folder == [True]
+    yield given, seen
+    assert signal.getsignal(signal.SIGTERM) == stop
+    signal.signal(signal.SIGTERM, former)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_signal_while_a_child_is_started_leaves_no_orphan(
+    restarts: bool, tmp_path: Path, interrupts: tuple[dict[str, Any], list[Any]]
+) -> None:
+    given, seen = interrupts
+    before = set(psutil.Process().children())
+    with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
+        given["before"] = None if restarts else "exec sleep 1000"
+        child = start(supervisor)
+        given["before"] = "exec sleep 1000"
+        child.process.kill()
+        until(supervisor.tend)
+    assert len(seen) == 1
+    assert not [one for one in psutil.Process().children() if one not in before]
+
+
+def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(
+    tmp_path: Path, interrupts: tuple[dict[str, Any], list[Any]]
+) -> None:
+    given, seen = interrupts
+    given["at"] = tmp_path.exists
+    with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
+        child = start(supervisor)
+        given["before"] = "ade-reaper"
+        child.process.kill()
+        try:
+            until(supervisor.tend)
+        finally:
+            given["before"] = None
+            assert reapers(psutil.Process())
+    assert seen == [True]
 
 
 def test_the_reaper_stays_until_there_is_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the machine has no room for a process, a service that is killed still leaves none."""
     popen = subprocess.Popen
-    is_full = False
 
     def scarce(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        if command[0] == "/bin/sh" and is_full:
+        if "ade-reaper" in command:
             raise OSError("Resource temporarily unavailable")
         return popen(command, **options)
 
-    monkeypatch.setattr(subprocess, "Popen", scarce)
-    with Supervisor(tmp_path) as supervisor:
-        child = supervisor.start("page", SLEEP, dict(os.environ), restarts=True)
-        first, is_full = supervisor._reaper, True
+    child, first = start(supervisor), reapers(psutil.Process())
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", scarce)
         announced: list[Child] = []
-        monkeypatch.setattr(supervisor, "_announce", announced.append)
+        patch.setattr(supervisor, "_announce", announced.append)
         child.process.kill()
-        assert until(supervisor.tend)
-        assert supervisor._reaper is first and first.poll() is None and announced == [child]
-        is_full = False
-        supervisor.tend()
-        assert supervisor._reaper is not first and first.poll() is not None
+        assert until(supervisor.tend) and announced == [child]
+        assert reapers(psutil.Process()) == first
+    supervisor.tend()
+    assert reapers(psutil.Process()).isdisjoint(first) and reapers(psutil.Process())
+
+
+def test_a_child_that_may_end_is_not_signalled_later(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another's then."""
+    child = start(supervisor)
+    supervisor.let_end(child)
+    child.process.kill()
+    child.process.wait()
+    assert not supervisor.tend()
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda number, sign: signalled.append(number))
+    supervisor.stop(child)
+    monkeypatch.undo()
+    assert signalled == []
 
 
 def kills(answers: list[bool | None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -551,19 +535,11 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
         def descendants() -> list[psutil.Process]:
             return psutil.Process(process.pid).children(recursive=True)
 
-        def reaper() -> int | None:
-            for child in descendants():
-                with contextlib.suppress(psutil.Error):
-                    if "ade-reaper" in child.cmdline():
-                        return child.pid
-            return None
-
         assert until(lambda: len(descendants()) == 5)
         if kills_reaper:
-            first = reaper()
-            assert first is not None
+            (first,) = reapers(psutil.Process(process.pid))
             os.kill(first, signal.SIGKILL)
-            assert until(lambda: reaper() not in (None, first))
+            assert until(lambda: reapers(psutil.Process(process.pid)) - {first})
         everything = descendants()
         process.kill()
         process.wait(10)
@@ -930,19 +906,6 @@ def test_a_service_whose_front_hangs_answers_again(tmp_path: Path) -> None:
         )
     finally:
         assert running.stop() == []
-
-
-@pytest.mark.slow
-def test_the_reaper_is_killed_and_then_the_service(running: RunningService) -> None:
-
-    def reapers() -> set[int]:
-        return {p.pid for p in running.descendants() if "ade-reaper" in p.cmdline()}
-
-    (first,) = reapers()
-    os.kill(first, signal.SIGKILL)
-    assert until(lambda: reapers() - {first})
-    running.process.kill()
-    running.process.wait(10)
 
 
 @pytest.mark.slow
