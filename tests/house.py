@@ -91,7 +91,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def product_files() -> list[Path]:
-    return [path for path in python_files(*PACKAGES) if "tests" not in path.parts]
+    return [p for p in python_files(*PACKAGES) if "tests" not in p.relative_to(ROOT).parts]
 
 
 def module_of(path: Path) -> str:

@@ -480,6 +480,16 @@ def test_of_several_bundles_the_one_of_the_same_name_is_replaced(
     assert found["models"] == release.models == release_of(other, second).models
 
 
+def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(PRETRAINED, tmp_path / "changed"))
+    with open(changed / WEIGHTS_NAME, "ab") as file:
+        file.write(b"\0")
+    publisher = publisher_of(engine := SwitchingEngine(), PRETRAINED)
+    with pytest.raises(BundleError, match="does not match the manifest"):
+        publishing(publisher, changed)
+    assert engine.published == []
+
+
 def test_an_engine_that_cannot_publish_says_which_can(second: Path) -> None:
     publisher = publisher_of(SimpleNamespace(), PRETRAINED)
     with pytest.raises(PublishError, match="use ade serve --engine process, or start a second"):
@@ -728,15 +738,10 @@ def test_publish_and_back_and_a_kill_meanwhile(
     tmp_path: Path,
 ) -> None:
     a, b = open_bundle(PRETRAINED).model_id, open_bundle(second).model_id
-    mismatched = Path(shutil.copytree(PRETRAINED, tmp_path / "mismatched"))
-    with open(mismatched / WEIGHTS_NAME, "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\1")
     page = served.pids["page"]
     load = Load(served.url)
     with load.running():
         for folder, message in (
-            (mismatched, "does not match the manifest"),
             (tmp_path / "none", "is not a bundle"),
             (damaged, f"({a}) stays: worker"),
         ):
