@@ -11,7 +11,7 @@ from ade_base.errors import ConfigError
 SIGMA_KINDS = ("scalar", "pixel")
 MASKS = ("channel", "checkerboard")
 # Fields that models of earlier versions lack.
-LATER_FIELDS = frozenset(("posterior_bound", "dequantizer_width"))
+LATER_FIELDS = frozenset(("posterior_bound", "dequantizer_width", "latent_groups"))
 OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 
@@ -30,6 +30,8 @@ class ModelConfig:
         widths: feature channels of encoder and decoder, one number per resolution.
         latent_channels: channels of ``z``, one number per resolution; 0 for a resolution without
             latents.
+        latent_groups: levels that the latents of each resolution are split into. Each has an equal
+            share of the channels, and depends on those before it.
         decoder_blocks: residual blocks of the decoder, one number per resolution; 0 for a plain
             convolution, in the encoder too.
         patch: pixels per side of a position at the finest resolution, 1 or 2.
@@ -61,6 +63,7 @@ class ModelConfig:
     channels: int = 3
     widths: tuple[int, ...] = (192, 128, 64)
     latent_channels: tuple[int, ...] = (32, 16, 8)
+    latent_groups: int = 1
     decoder_blocks: tuple[int, ...] = (1, 1, 2)
     patch: int = 2
     encoder: bool = True
@@ -91,6 +94,7 @@ class ModelConfig:
         for name, least in (
             ("image_size", 2),
             ("channels", 1),
+            ("latent_groups", 1),
             ("flow_scales", 0),
             ("flow_couplings", 1),
             ("flow_blocks", 0),
@@ -115,6 +119,11 @@ class ModelConfig:
         if self.widths and not self.latent_channels[0]:
             raise ConfigError(
                 "latent_channels must be above 0 at the coarsest level, its first, "
+                f"got {self.latent_channels}"
+            )
+        if any(c % self.latent_groups for c in self.latent_channels):
+            raise ConfigError(
+                f"latent_channels must be multiples of latent_groups ({self.latent_groups}), "
                 f"got {self.latent_channels}"
             )
         if not self.widths and not (self.flow_scales and self.encoder):
@@ -158,7 +167,9 @@ class ModelConfig:
         if not self.widths:
             return [(self.channels, self.image_size, self.image_size)]
         return [
-            (c, s, s) for c, s in zip(self.latent_channels, self.resolution_sizes, strict=True) if c
+            (c // self.latent_groups, s, s)
+            for c, s in zip(self.latent_channels, self.resolution_sizes, strict=True)
+            for _ in range(self.latent_groups if c else 0)
         ]
 
     @property

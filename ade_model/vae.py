@@ -96,21 +96,32 @@ class Encoder(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the decoder, with prior and posterior of its latents if it has any.
+    """One level of the decoder, with prior and posterior of its latents if it has any.
+
+    A resolution is one level, or ``config.latent_groups`` of them if it has latents. The first
+    enlarges the features of the resolution above; the last has the residual blocks.
 
     Args:
         config: of the model.
-        index: of the resolution, from 0 for the coarsest one.
+        resolution: its index, from 0 for the coarsest one.
+        group: index of the level among those of its resolution.
     """
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, resolution: int, group: int = 0) -> None:
         super().__init__()
-        width, latent_channels = config.widths[index], config.latent_channels[index]
-        blocks, size = config.decoder_blocks[index], config.resolution_sizes[index]
+        width = config.widths[resolution]
+        latent_channels = config.latent_channels[resolution] // config.latent_groups
+        is_last = not latent_channels or group == config.latent_groups - 1
+        blocks = config.decoder_blocks[resolution] if is_last else 0
+        self.resolution = resolution
         self.is_bounded = config.posterior_bound
-        self.above = conv3x3(config.widths[index - 1], width) if index else None
-        # The coarsest level starts from a learned map, so that its prior is that of every image.
-        if self.above is None:
+        self.enlarges = group == 0 and resolution > 0
+        if self.enlarges:
+            self.above = conv3x3(config.widths[resolution - 1], width)
+        # The first level starts from a learned map, so that its prior is that of every image.
+        self.is_top = group == resolution == 0
+        if self.is_top:
+            size = config.resolution_sizes[0]
             self.top = nn.Parameter(torch.randn(1, width, size, size) * 0.1)
         self.has_latents = latent_channels > 0
         if self.has_latents:
@@ -125,24 +136,28 @@ class Level(nn.Module):
             if infers and config.posterior_iaf
             else None
         )
-        self.blocks = (
-            nn.Sequential(*(ResidualBlock(width) for _ in range(blocks))) if blocks else nn.ELU()
+        self.blocks: nn.Module = (
+            nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+            if blocks
+            else (nn.ELU() if is_last else nn.Identity())
         )
 
     def start(self, features: Tensor | None, num_images: int) -> Tensor:
-        """Features of the level above, upsampled to this resolution.
+        """Features of the level above, at this level's resolution.
 
         Args:
-            features: ``(N, width above, h/2, w/2)``, unused at the coarsest level.
+            features: ``(N, width above, h/2, w/2)``, or of the shape that is returned in a later
+                group of the same resolution; unused at the first level.
             num_images: N.
 
         Returns:
             ``(N, width, h, w)``.
         """
-        if self.above is None or features is None:
+        if self.is_top or features is None:
             return self.top.expand(num_images, -1, -1, -1)
-        fine: Tensor = self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
-        return fine
+        if self.enlarges:
+            features = self.above(F.interpolate(features, scale_factor=2.0, mode="nearest"))
+        return features
 
     def prior(self, features: Tensor) -> DiagonalGaussian:
         """``p(z_i | z_<i)``, on ``(N, c, h, w)``, from features, ``(N, width, h, w)``."""
@@ -207,7 +222,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.patch = config.patch
-        self.levels = nn.ModuleList(Level(config, i) for i in range(len(config.widths)))
+        self.levels = nn.ModuleList(
+            Level(config, resolution, group)
+            for resolution, channels in enumerate(config.latent_channels)
+            for group in range(config.latent_groups if channels else 1)
+        )
         self.to_mean = nn.Sequential(
             nn.ELU(), conv3x3(config.widths[-1], config.patch**2 * config.channels)
         )
@@ -221,15 +240,15 @@ class Decoder(nn.Module):
         )
 
     @property
-    def resolutions(self) -> list[Level]:
-        """Every resolution, with latents or without, coarsest first."""
+    def all_levels(self) -> list[Level]:
+        """Every level, with latents or without, coarsest first."""
         return cast("list[Level]", list(self.levels))
 
     def inference_modules(self) -> list[nn.Module]:
         """Modules of ``q(z | y)``, which the generator does not use."""
         return [
             m
-            for level in self.resolutions
+            for level in self.all_levels
             for m in (level.posterior_net, level.iaf)
             if m is not None
         ]
@@ -248,7 +267,8 @@ class Decoder(nn.Module):
         """
         draws: list[Draw] = []
         features = None
-        for level, h in zip(self.resolutions, encoded, strict=True):
+        for level in self.all_levels:
+            h = encoded[level.resolution]
             features = level.start(features, h.shape[0])
             if level.has_latents:
                 draws.append(level.infer(features, h, eps[len(draws)]))
@@ -259,7 +279,7 @@ class Decoder(nn.Module):
         """Draw latents from the prior; returns ``z`` and ``p(y | z)``."""
         z: list[Tensor] = []
         features = None
-        for level in self.resolutions:
+        for level in self.all_levels:
             features = level.start(features, eps[0].shape[0])
             if level.has_latents:
                 z.append(level.prior(features).sample(eps[len(z)]))
@@ -270,7 +290,7 @@ class Decoder(nn.Module):
         """``p(y | z)`` for given latents, coarsest first."""
         features = None
         remaining = iter(z)
-        for level in self.resolutions:
+        for level in self.all_levels:
             features = level.start(features, z[0].shape[0])
             features = level.finish(features, next(remaining) if level.has_latents else None)
         return self._p_y(features)

@@ -121,7 +121,9 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
         "widths": (8,) * levels,
         "flow_width": 8,
         "flow_couplings": 2,
-        "latent_channels": tuple(min(3, c) for c in model.latent_channels[:levels]),
+        "latent_channels": tuple(
+            min(3 * model.latent_groups, c) for c in model.latent_channels[:levels]
+        ),
         "decoder_blocks": model.decoder_blocks[:levels],
     }
     adversaries = {}

@@ -65,6 +65,8 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> No
             "flow_scales must be at least 1 and encoder true",
         ),
         ({"latent_channels": (1, 2)}, "one number per resolution"),
+        ({"latent_groups": 0}, "latent_groups must be an integer of at least 1, got 0"),
+        ({"latent_groups": 2, "latent_channels": (2, 2, 3)}, r"multiples of latent_groups \(2\)"),
         ({"channels": 0}, "channels must be an integer"),
         ({"flow_scales": -1}, "flow_scales"),
         ({"flow_width": 2.5}, "flow_width"),
@@ -103,6 +105,24 @@ def test_every_option_changes_the_model(change: dict) -> None:
     )
 
 
+def test_groups_of_latents_are_levels_and_each_depends_on_those_before() -> None:
+    two = {"latent_channels": (4, 2), "latent_groups": 2}
+    model = make_model(dataclasses.replace(TINY, **two))
+    assert model.config.latent_shapes == [(2, 2, 2), (2, 2, 2), (1, 4, 4), (1, 4, 4)]
+    x, eps = torch.rand(2, 3, 8, 8), noise(model)
+    z, p_y = model.decoder.generate(eps)
+    assert torch.equal(model.decoder(z).mean, p_y.mean)
+    encoded = model.encoder(model.flow(x)[0])
+    draws, p_y = model.decoder.infer(encoded, eps)
+    assert torch.equal(model.decoder([draw.z for draw in draws]).mean, p_y.mean)
+    for level in range(4):
+        changed = [e + (i == level) for i, e in enumerate(eps)]
+        priors = [draw.prior.mean for draw in model.decoder.infer(encoded, changed)[0]]
+        same = [torch.equal(a, b.prior.mean) for a, b in zip(priors, draws, strict=True)]
+        assert same == [i <= level for i in range(4)]
+    assert model.elbo_terms(x, eps).log_weight.shape == (2,)
+
+
 def test_noise_comes_in() -> None:
     """The same noise gives the same answer, and the global generator is left alone."""
     model = make_model()
@@ -139,7 +159,7 @@ def test_decoding_an_encoding_is_the_reconstruction() -> None:
 def test_a_posterior_is_hardly_wider_than_its_prior(bound: bool) -> None:
     """Whatever its network asks for; narrower ones are as asked for."""
     model = make_model(dataclasses.replace(TINY, posterior_bound=bound))
-    for level in model.decoder.resolutions:
+    for level in model.decoder.all_levels:
         half = level.posterior_net[-1].out_channels // 2
         with torch.no_grad():
             level.posterior_net[-1].bias[half:] = torch.linspace(-1, 50, half)

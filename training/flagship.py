@@ -20,12 +20,13 @@ MODEL: dict[str, dict[str, Any]] = {
     "tiny": {"flow_scales": 2, "flow_couplings": 6, "flow_width": 48},
     "small": {
         "latent_channels": (32, 32, 16),
+        "latent_groups": 2,
         "flow_scales": 3,
         "flow_couplings": 8,
         "flow_width": 64,
         "dequantizer_width": 48,
     },
-    "paper": {"dequantizer_width": 48},
+    "paper": {"latent_groups": 2, "dequantizer_width": 48},
 }
 # Of likelihood alone; with discriminators: generated, and those whose likelihood is trained. With
 # fewer images per step, the same minutes have more steps.

@@ -88,11 +88,11 @@ class _EncoderMaps(nn.Module):
     def __init__(self, encoder: nn.Module, levels: list[Level]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.has_latents = [level.has_latents for level in levels]
+        self.resolutions = sorted({level.resolution for level in levels if level.has_latents})
 
     def forward(self, y: Tensor) -> tuple[Tensor, ...]:
         maps = self.encoder(y)
-        return tuple(m for m, has in zip(maps, self.has_latents, strict=True) if has)
+        return tuple(maps[resolution] for resolution in self.resolutions)
 
 
 class _Posterior(nn.Module):
@@ -255,7 +255,7 @@ class _Writer:
     def _levels(self) -> int:
         decoder, encoder = self.model.decoder, self.model.encoder
         assert isinstance(decoder, Decoder) and encoder is not None
-        levels = decoder.resolutions
+        levels = decoder.all_levels
         config = self.model.config
         y = torch.linspace(-1, 1, config.num_dims).reshape(
             1, config.channels, config.image_size, config.image_size
@@ -265,7 +265,7 @@ class _Writer:
             _EncoderMaps(encoder, levels),
             "codec-encoder",
             {"y": y},
-            [f"encoded_{i}" for i in range(len(latent))],
+            [f"encoded_{i}" for i in range(len(latent) // config.latent_groups)],
         )
         features = levels[0].start(None, 1)
         prior = levels[0].prior(features)
@@ -277,7 +277,7 @@ class _Writer:
             "log_sigma": decoder.log_sigma.expand_as(y[0]).contiguous().numpy(),
         }
         for i, first in enumerate(latent):
-            q = {"features": features, "encoded": encoded[i]}
+            q = {"features": features, "encoded": encoded[i // config.latent_groups]}
             q |= {"prior_mean": mean, "prior_log_scale": log_scale}
             z, _ = self._graph(
                 _Posterior(levels[first]), f"codec-posterior-{i}", q, ["mean", "log_scale"]

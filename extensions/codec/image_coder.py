@@ -137,7 +137,10 @@ class ImageCoder:
         return floats
 
     def _encode_maps(self, y: np.ndarray) -> list[np.ndarray]:
-        return self._networks.run("codec-encoder", {"y": self._floats(y)})
+        """The map that each level sees; the groups of a resolution see the same one."""
+        maps = self._networks.run("codec-encoder", {"y": self._floats(y)})
+        groups = self._networks.levels // len(maps)
+        return [m for m in maps for _ in range(groups)]
 
     def _latents(self, z: np.ndarray, level: int) -> np.ndarray:
         shape = self._networks.latent_shapes[level]

@@ -62,6 +62,14 @@ FLOW = {"flow_couplings": 1, "flow_width": 8}
 CONFIGS = {
     "av-ade": ModelConfig(image_size=8, **BLOCKS, **FLOW),
     "v-ade": ModelConfig(image_size=8, dequantizer_width=8, **BLOCKS, **FLOW),
+    "flagship": ModelConfig(
+        image_size=8,
+        widths=(8, 8),
+        latent_channels=(4, 2),
+        latent_groups=2,
+        decoder_blocks=(1, 1),
+        **FLOW,
+    ),
     "real-nvp": ModelConfig(
         image_size=8,
         widths=(),
