@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image
 
 from export.write import add_graphs
+from extensions.codec import sources
 from extensions.codec.compress import compress
 from extensions.codec.decompress import decompress
 from extensions.codec.lattice import Rotation
 from extensions.codec.networks import CODEC_NAME, Networks
-from extensions.codec.pictures import Picture
 from extensions.codec.sources import ArraySource, open_source
 from extensions.codec.stack import Stack
 from serving.engine.bundle import open_bundle
@@ -120,17 +120,16 @@ def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], s
         source = ArraySource(folder / "images.npy")
         with timed() as encoding:
             start = time.process_time()
-            report = compress(source, folder / "images.ade", bundle, verify=False)
-            encode = time.process_time() - start - report.bound_seconds
+            report = compress(source, folder / "images.ade", bundle)
+            encode = time.process_time() - start - report.checking_seconds
         with timed() as decoding:
             start = time.process_time()
             decompress(folder / "images.ade", folder / "back.npy", bundle)
             decode = time.process_time() - start
         assert np.array_equal(np.load(folder / "back.npy"), images)
     f = report.figures
-    bound, net = f.bound_bits / f.values, f.coded_bits / f.values
-    paid = f.values + f.initial_values
-    whole = 8 * (report.archive_bytes - f.stored_bytes) / paid
+    values = report.dims * f.coded
+    bound, net, whole = f.bound_bits / values, f.coded_bits / values, report.whole_rate
     rows = [
         Row(
             "**AV-ADE, the whole archive**",
@@ -155,7 +154,7 @@ def measure_model(bundle_folder: Path, images: np.ndarray) -> tuple[list[Row], s
     return rows, about
 
 
-PARTS: dict[str, list[tuple[type, str]]] = {
+PARTS: dict[str, list[tuple[Any, str]]] = {
     "networks": [(Networks, "run")],
     "rotations": [(Rotation, "forward"), (Rotation, "inverse")],
     "Gaussians": [
@@ -165,7 +164,7 @@ PARTS: dict[str, list[tuple[type, str]]] = {
     "uniform draws": [
         (Stack, name) for name in ("pop_uniform", "push_uniform", "pop_bits", "push_bits")
     ],
-    "lossless WebP, to compare": [(Picture, "stored")],
+    "lossless WebP, to compare": [(sources, "to_webp")],
 }
 
 
@@ -248,7 +247,7 @@ def main() -> None:
     usable = [pixels for pixels in pictures if pixels is not None and pixels.shape == shape]
     if len(usable) < MIN_IMAGES:
         parser.error(
-            f"IMAGES must hold at least {MIN_IMAGES} PNG or BMP images of {shape[1]} x {shape[0]} "
+            f"IMAGES must hold at least {MIN_IMAGES} PNG images of {shape[1]} x {shape[0]} "
             f"pixels and {shape[2]} channels, got {len(usable)} of {source.count}"
         )
     images = np.stack(usable)

@@ -1,293 +1,256 @@
-"""The file format: a header, chunks, and an end.
+"""The file format: a zip, whose members other programs can list and read.
 
-    magic, length of the header, SHA-256 of the header, header (JSON)
-    for each chunk: b"ADEc", number of its first image, number of images, length, SHA-256, CRC-32
-        of these, content
-    the first line once more, which is read if the first is damaged
-    b"ADEe", number of images, 0, 0, SHA-256 of everything before, CRC-32 of these
+- ``manifest.json``: format version, the bundle and processor that made the archive, the shape of an
+  array (null for files), and how many images each chunk has;
+- ``00000.json``, ``00001.json``, …: for each chunk the names of its images, how each is stored, and
+  the SHA-256 of what must come back;
+- ``00000.bin``, …: the bits of each chunk.
 
-All numbers are little-endian. A chunk can be found and checked without those before it, so a
-damaged one loses its own images alone. A file without an end is unfinished or truncated.
+A zip ends with the list of its members, so an unfinished or truncated one is no archive. Until an
+archive is complete, these members are files of a folder, in which each chunk is whole or absent.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
 import json
 import os
-import struct
+import shutil
+import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any
 
+from ade_base.files import replacing
+from ade_base.messages import show
 from ade_base.pictures.read import MAX_FILE_BYTES
-from extensions.codec.chunks import MAX_IMAGES, MAX_PAYLOAD
-from extensions.codec.errors import CodingError
+from extensions.codec.chunks import MAX_BYTES, MAX_IMAGES, Chunk
+from extensions.codec.errors import CodingError, Damaged
 
-MAGIC = b"\x89ADE\r\n\x1a\n"
-FORMAT_VERSION = 1
-_HEADER = struct.Struct("<I32s")
-_MAX_HEADER = 2**20
-_MAX_IMAGES = 2**32  # times the bytes of the largest image, below 2**63: the size of a file
-_RECORD = struct.Struct("<4sQIQ32s")
-_CRC = struct.Struct("<I")
-_RECORD_BYTES = _RECORD.size + _CRC.size
-_CHUNK, _END = b"ADEc", b"ADEe"
-_BLOCK = 2**20
-_PAGE = 2**12  # what a disk cannot read is lost page by page
-_FIELDS: dict[str, type] = {
-    "format_version": int,
-    "kind": str,
-    "images": int,
-    "image_shape": list,
-    "bundle": dict,
-    "fingerprint": dict,
-    "input": str,
-}
+FORMAT_VERSION = 2
+_OLD_MAGIC = b"\x89ADE\r\n\x1a\n"
+_MANIFEST = "manifest.json"
+_MAX_JSON = 16 * 2**20
+_MAX_DATA = 3 * MAX_BYTES + 4 * MAX_FILE_BYTES
+_BROKEN = (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, zlib.error)  # of zipfile
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Where a chunk is, and which images it holds."""
-
-    first: int
-    count: int
-    offset: int
-    length: int
-    digest: bytes
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a scan of an archive found.
-
-    Attributes:
-        header: the fields of the header.
-        chunks: whose records are valid, in order; their content is not checked yet.
-        is_complete: whether the archive has an end.
-        is_intact: whether the SHA-256 of the whole is right.
-    """
-
-    header: dict[str, Any]
-    chunks: list[Chunk]
-    is_complete: bool
-    is_intact: bool
-
-    def lost(self) -> list[range]:
-        """Images of the header's number that no chunk holds."""
-        gaps, position = [], 0
-        for chunk in self.chunks:
-            if chunk.first > position:
-                gaps.append(range(position, chunk.first))
-            position = chunk.first + chunk.count
-        if self.header["images"] > position:
-            gaps.append(range(position, self.header["images"]))
-        return gaps
-
-
-def header_bytes(header: dict[str, Any]) -> bytes:
-    """What an archive begins with."""
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return MAGIC + _HEADER.pack(len(text), hashlib.sha256(text).digest()) + text
-
-
-def write_header(file: IO[bytes], header: dict[str, Any]) -> None:
-    """Write what an archive begins with, durably."""
-    file.write(header_bytes(header))
-    _sync(file)
-
-
-def write_chunk(file: IO[bytes], first: int, count: int, payload: bytes) -> None:
-    """Write a chunk at the end of the file, durably."""
-    file.seek(0, os.SEEK_END)
-    digest = hashlib.sha256(payload).digest()
-    file.write(_record(_CHUNK, first, count, len(payload), digest) + payload)
-    _sync(file)
-
-
-def write_end(file: IO[bytes], images: int) -> None:
-    """Complete an archive; a copy of the header before its end replaces one that is damaged."""
-    start = _read_header(file, Path())[1]
-    file.seek(0)
-    header = file.read(start)
-    file.seek(0, os.SEEK_END)
-    file.write(header)
-    digest = _digest(file, file.seek(0, os.SEEK_END))
-    file.write(_record(_END, images, 0, 0, digest))
-    _sync(file)
-
-
-def read_chunk(file: IO[bytes], chunk: Chunk) -> bytes | None:
-    """The content of a chunk, or ``None`` if it is damaged or the disk cannot read it."""
-    file.seek(chunk.offset)
-    try:
-        payload = file.read(chunk.length)
-    except OSError as error:
-        _check_damage(error)
-        return None
-    return payload if hashlib.sha256(payload).digest() == chunk.digest else None
-
-
-def scan(file: IO[bytes], path: Path) -> Contents:
-    """Find the chunks of an archive.
+class Part:
+    """The folder of an archive that is not complete.
 
     Args:
-        file: opened for reading.
-        path: for messages.
+        folder: of an interrupted compression, or new.
+        fields: of the manifest.
 
     Raises:
-        CodingError: the file is not an archive, has another format version, or its header is
-            damaged.
+        CodingError: the folder is that of another archive, or something else.
     """
-    try:
-        header, start = _read_header(file, path)
-    except (CodingError, OSError) as error:
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        copy = _copy_of_header(file, path)
-        if copy is None:
-            raise
-        header, start = copy, 0
-    size = os.fstat(file.fileno()).st_size
-    chunks: list[Chunk] = []
-    position = start
-    while position < size:
-        record = _parse(_read(file, position, _RECORD_BYTES))
-        if record is None:
-            position = _next_record(file, position + 1, size)
-            continue
-        kind, first, count, length, digest = record
-        position += _RECORD_BYTES
-        if kind == _END:
-            try:
-                is_intact = _digest(file, position - _RECORD_BYTES) == digest and position == size
-            except OSError as error:
-                _check_damage(error)
-                is_intact = False
-            return Contents(header, chunks, True, is_intact)
-        expected = chunks[-1].first + chunks[-1].count if chunks else 0
-        fits = expected <= first and first + count <= header["images"] and 0 < count <= MAX_IMAGES
-        if not fits or length > MAX_PAYLOAD + 4 * MAX_FILE_BYTES:
-            continue  # no encoder writes it
-        if position + length > size:
-            position = _next_record(file, position, size)
-            continue
-        chunks.append(Chunk(first, count, position, length, digest))
-        position += length
-    return Contents(header, chunks, False, False)
+
+    def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
+        self._folder = folder
+        self._fields = fields
+        if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+            raise CodingError(f"{folder} is in the way: remove it, or take another name")
+        folder.mkdir(exist_ok=True)
+        manifest = folder / _MANIFEST
+        if not manifest.exists():
+            if any(path.suffix != ".tmp" for path in folder.iterdir()):
+                raise CodingError(f"{folder} is another folder: remove it, or take another name")
+            self._write(_MANIFEST, _json(fields))
+        found = json.loads(manifest.read_text())
+        different = [name for name in fields if found.get(name) != fields[name]]
+        if different:
+            raise CodingError(
+                f"{folder} was started with other values of {', '.join(different)}: remove it to "
+                "start again"
+            )
+
+    def chunk(self, number: int) -> Chunk | None:
+        """A chunk that is written already."""
+        table, data = (self._folder / name for name in _members(number))
+        if not table.exists():
+            return None
+        return Chunk(**json.loads(table.read_text()), data=data.read_bytes())
+
+    def add(self, number: int, chunk: Chunk) -> None:
+        """Write a chunk, durably."""
+        table, data = _members(number)
+        fields = asdict(chunk)
+        self._write(data, fields.pop("data"))
+        self._write(table, _json(fields))  # the last: it says that the chunk is whole
+
+    def finish(self, counts: list[int], out: Path) -> None:
+        """Make the archive of chunks with so many images, and remove the folder.
+
+        Raises:
+            CodingError: ``out`` exists.
+        """
+        packed = self._folder / "archive.tmp"
+        with open(packed, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                names = [name for i in range(len(counts)) for name in _members(i)]
+                _add(archive, _MANIFEST, _json({**self._fields, "chunks": counts}))
+                for name in names:
+                    _add(archive, name, (self._folder / name).read_bytes())
+            os.fsync(file.fileno())
+        if os.path.lexists(out):
+            raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
+        os.rename(packed, out)
+        shutil.rmtree(self._folder)
+
+    def _write(self, name: str, content: bytes) -> None:
+        with replacing(self._folder / name) as file:
+            file.write(content)
 
 
-def _record(kind: bytes, first: int, count: int, length: int, digest: bytes) -> bytes:
-    record = _RECORD.pack(kind, first, count, length, digest)
-    return record + _CRC.pack(zlib.crc32(record))
+class Archive:
+    """A complete archive, from anywhere: nothing in it is trusted.
 
+    Attributes:
+        made_with: ``model`` and ``codec`` of the bundle.
+        fingerprint: of the encoder.
+        shape: of an array, ``(N, H, W, C)``; ``None`` for files.
+        counts: how many images each chunk has.
 
-def _parse(data: bytes) -> tuple[bytes, int, int, int, bytes] | None:
-    if len(data) < _RECORD_BYTES or data[:4] not in (_CHUNK, _END):
-        return None
-    if _CRC.unpack_from(data, _RECORD.size)[0] != zlib.crc32(data[: _RECORD.size]):
-        return None
-    record: tuple[bytes, int, int, int, bytes] = _RECORD.unpack_from(data)
-    return record
+    Raises:
+        CodingError: the file is no archive, or one of another version.
+    """
 
-
-def _next_record(file: IO[bytes], position: int, size: int) -> int:
-    """Where the next valid record begins; ``size`` if there is none."""
-    overlap = _RECORD_BYTES - 1
-    block = 2**12  # grows, since a hostile file may have a record every few bytes
-    while position < size:
-        data = _read(file, position, block + overlap)
-        found = 0
-        while (found := data.find(b"ADE", found)) >= 0 and found < block:
-            if _parse(data[found : found + _RECORD_BYTES]) is not None:
-                return position + found
-            found += 1
-        position += block
-        block = min(2 * block, _BLOCK)
-    return size
-
-
-def _read(file: IO[bytes], position: int, length: int) -> bytes:
-    """Read bytes of a file, with zeros for pages that the disk cannot read."""
-    file.seek(position)
-    try:
-        return file.read(length)
-    except OSError as error:
-        _check_damage(error)
-    pages = []
-    end = position + length
-    while position < end:
-        size = min(end, (position // _PAGE + 1) * _PAGE) - position
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise CodingError(f"{path} must be a regular file")
+        self._path = path
+        with open(path, "rb") as file:
+            if file.read(len(_OLD_MAGIC)) == _OLD_MAGIC:
+                raise CodingError(
+                    f"{path} has the archive format 1, of AV-ADE 0.2.0 before its release: restore "
+                    "it with the commit 443d5eb3, and compress the images again"
+                )
         try:
-            pages.append(os.pread(file.fileno(), size, position))
-        except OSError as error:
-            _check_damage(error)
-            pages.append(bytes(size))
-        position += size
-    return b"".join(pages)
+            self._zip = zipfile.ZipFile(path)
+        except _BROKEN as error:
+            raise CodingError(
+                f"{path} is not an archive of ade compress, or it is truncated: {error}"
+            ) from error
+        try:
+            self._check(self._read_manifest())
+        except Exception:
+            self._zip.close()
+            raise
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._zip.close()
+
+    def chunk(self, number: int) -> Chunk:
+        """One of the chunks.
+
+        Raises:
+            Damaged: its members are not those that were written.
+        """
+        table, data = _members(number)
+        return Chunk.checked(self._json(table), self._read(data, _MAX_DATA), self.counts[number])
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            found = self._json(_MANIFEST)
+        except Damaged as error:
+            raise CodingError(f"{self._path} is not an archive of ade compress: {error}") from error
+        version = found.get("format_version") if isinstance(found, dict) else None
+        if version != FORMAT_VERSION:
+            raise CodingError(
+                f"{self._path}: format_version must be {FORMAT_VERSION}, got {version!r:.20}"
+            )
+        fields: dict[str, Any] = found
+        return fields
+
+    def _check(self, manifest: dict[str, Any]) -> None:
+        """Check the manifest, and that the members are those that it promises."""
+        fields: list[Any] = [manifest.get(n) for n in ("bundle", "fingerprint", "chunks", "shape")]
+        made_with, fingerprint, counts, shape = fields
+        valid = {
+            "bundle": isinstance(made_with, dict),
+            "fingerprint": isinstance(fingerprint, dict),
+            "chunks": _are_sizes(counts, MAX_IMAGES),
+        }
+        valid["shape"] = valid["chunks"] and (shape is None or _is_shape(shape, sum(counts)))
+        for name, is_valid in valid.items():
+            if not is_valid:
+                raise CodingError(f"{self._path}: its manifest has no valid field {name}")
+        self.made_with: dict[str, Any] = made_with
+        self.fingerprint: dict[str, Any] = fingerprint
+        self.counts: list[int] = counts
+        self.shape: tuple[int, ...] | None = None if shape is None else tuple(shape)
+        expected = {_MANIFEST, *(name for i in range(len(counts)) for name in _members(i))}
+        found: set[str] = set()
+        for info in self._zip.infolist():
+            if info.filename in found:
+                raise CodingError(f"{self._path} holds {show(info.filename)} twice")
+            if info.filename not in expected:
+                raise CodingError(f"{self._path} holds {show(info.filename)}, which no archive has")
+            found.add(info.filename)
+        if expected - found:
+            raise CodingError(f"{self._path} is not complete: {min(expected - found)} is missing")
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads(self._read(name, _MAX_JSON, [zipfile.ZIP_DEFLATED]))
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{name} is not JSON or damaged: {error}") from error
+
+    def _read(self, name: str, most: int, packed: Any = ()) -> bytes:
+        """A member of at most so many bytes, stored or packed in one of these ways."""
+        try:
+            info = self._zip.getinfo(name)
+            if info.file_size > most:
+                raise Damaged(f"{name} has {info.file_size:,} bytes: at most {most:,} are read")
+            if info.compress_type not in (zipfile.ZIP_STORED, *packed):
+                raise Damaged(f"{name} is packed in another way")
+            with self._zip.open(info) as file:
+                return file.read(info.file_size)  # a bomb gives no more
+        except KeyError as error:
+            raise Damaged(f"{name} is missing") from error
+        except Damaged:
+            raise
+        except _BROKEN as error:
+            raise Damaged(f"{name} is damaged: {error}") from error
 
 
-def _check_damage(error: OSError) -> None:
-    """Raise the error again unless a part of the disk is damaged, because others may pass."""
-    if error.errno != errno.EIO:
-        raise error
+def _members(number: int) -> tuple[str, str]:
+    """The names of a chunk's table and bits."""
+    return f"{number:05}.json", f"{number:05}.bin"
 
 
-def _copy_of_header(file: IO[bytes], path: Path) -> dict[str, Any] | None:
-    """The copy of the header before the end; ``None`` if it is missing or damaged."""
-    size = file.seek(0, os.SEEK_END)
-    most = len(MAGIC) + _HEADER.size + _MAX_HEADER + _RECORD_BYTES
-    tail = _read(file, max(0, size - most), most)
-    start = tail.rfind(MAGIC)
-    if start < 0:
-        return None
-    try:
-        header, length = _read_header(io.BytesIO(tail[start:]), path)
-    except CodingError:
-        return None
-    # A header at another place is that of an archive which this one contains.
-    return header if start + length + _RECORD_BYTES == len(tail) else None
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    packed = zipfile.ZIP_DEFLATED if name.endswith(".json") else zipfile.ZIP_STORED
+    archive.writestr(zipfile.ZipInfo(name), content, packed, 9)  # without a time: always the same
 
 
-def _read_header(file: IO[bytes], path: Path) -> tuple[dict[str, Any], int]:
-    file.seek(0)
-    begin = file.read(len(MAGIC) + _HEADER.size)
-    if begin[: len(MAGIC)] != MAGIC[: len(begin)] or not begin:
-        raise CodingError(f"{path} is not an archive of ade compress")
-    if len(begin) < len(MAGIC) + _HEADER.size:
-        raise CodingError(f"{path} is truncated: its header is incomplete")
-    length, digest = _HEADER.unpack_from(begin, len(MAGIC))
-    text = file.read(length) if length <= _MAX_HEADER else b""
-    if hashlib.sha256(text).digest() != digest:
-        raise CodingError(f"{path} is damaged or truncated in its header, so nothing can be read")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CodingError(f"{path}: its header is not JSON") from error
-    version = header.get("format_version") if isinstance(header, dict) else None
-    if version != FORMAT_VERSION:
-        raise CodingError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r:.20}")
-    for name, kind in _FIELDS.items():
-        if type(header.get(name)) is not kind:
-            raise CodingError(f"{path}: its header has no valid field {name}")
-    if header["kind"] not in ("files", "array") or not 0 < header["images"] < _MAX_IMAGES:
-        raise CodingError(f"{path}: its header has no valid field kind or images")
-    return header, file.tell()
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _digest(file: IO[bytes], length: int) -> bytes:
-    """The SHA-256 of the first bytes of a file, which stays behind them."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0 and (block := file.read(min(length, _BLOCK))):
-        digest.update(block)
-        length -= len(block)
-    return digest.digest()
+def _are_sizes(values: Any, most: int) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(type(value) is int and 0 < value <= most for value in values)
+    )
 
 
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _is_shape(shape: Any, images: int) -> bool:
+    return (
+        _are_sizes(shape, images + 4000)
+        and len(shape) == 4
+        and shape[0] == images
+        and max(shape[1:3]) <= 4000
+        and shape[3] in (1, 3)
+    )

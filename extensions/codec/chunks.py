@@ -7,11 +7,8 @@ these *initial bits*. They come back when all other images have been popped.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,48 +16,77 @@ import numpy as np
 
 from extensions.codec.errors import Damaged, NotCoded
 from extensions.codec.image_coder import ImageCoder
-from extensions.codec.pictures import Picture, inflate, read_stored, update_digest
+from extensions.codec.pictures import Picture, Restored, digest_of, from_webp
 from extensions.codec.stack import Stack
 
 MAX_IMAGES = 512
-MAX_PARTS = 64  # of an image's name: folders and file; what makes or removes folders recurses
 MAX_BYTES = 32 * 2**20  # in memory; one image may exceed it
-MAX_PAYLOAD = 3 * MAX_BYTES
-_MAX_TABLE = 16 * 2**20
-_LENGTHS = struct.Struct("<II")  # bytes of the table, words of the stack
 _MARGIN = 64  # words below which the stack must not fall
 _FIRST_NEED = 2**16  # words on the stack for the first image, whose need is unknown
+_NO_WORDS = np.zeros(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images, coded.
+
+    Attributes:
+        names: of the files; ``None`` for images of an array.
+        kinds: how each image is stored: ``m`` by the model, ``i`` as initial bits, ``s`` otherwise.
+        sizes: bytes of each image that the model does not code.
+        sha256: of what must come back.
+        data: the stack of the model's images, little-endian uint32, then the images ``s``.
+    """
+
+    names: list[str] | None
+    kinds: str
+    sizes: list[int]
+    sha256: str
+    data: bytes
+
+    @classmethod
+    def checked(cls, table: Any, data: bytes, count: int) -> Chunk:
+        """A chunk of an archive, from anywhere.
+
+        Raises:
+            Damaged: no encoder writes it.
+        """
+        if not isinstance(table, dict) or set(table) != {"names", "kinds", "sizes", "sha256"}:
+            raise Damaged("the table of a chunk is not complete")
+        names, kinds, sizes = table["names"], table["kinds"], table["sizes"]
+        is_valid = (
+            isinstance(kinds, str)
+            and len(kinds) == count
+            and set(kinds) <= {"m", "i", "s"}
+            and _are(sizes, int)
+            and len(sizes) == count - kinds.count("m")
+            and min(sizes, default=0) >= 0
+            and (names is None or (_are(names, str) and len(names) == count))
+        )
+        if not is_valid:
+            raise Damaged("the table of a chunk is not valid")
+        return cls(**table, data=data)
 
 
 @dataclass
 class Figures:
-    """What the images of a chunk, or of several, cost.
+    """What images cost.
 
     Attributes:
         images: number of images.
         coded: those that the model coded.
         initial: those that pay the initial bits of others.
-        values: pixel values of the coded images.
-        coded_bits: their net size, initial bits not counted.
-        bound_bits: their size by the bound of ``ade score``; 0 if not computed.
-        initial_bytes: size of the images that pay initial bits.
-        initial_values: their pixel values, 0 for files that are stored byte for byte.
-        initial_files: how many of them are such files.
-        stored_bytes: size of all other images that the model did not code.
-        table_bytes: size of names and lengths.
+        coded_bits: net size of the coded images, initial bits not counted.
+        bound_bits: their size by the bound of ``ade score``.
+        stored_bytes: size of the images that are neither.
     """
 
     images: int = 0
     coded: int = 0
     initial: int = 0
-    values: int = 0
     coded_bits: int = 0
     bound_bits: float = 0.0
-    initial_bytes: int = 0
-    initial_values: int = 0
-    initial_files: int = 0
     stored_bytes: int = 0
-    table_bytes: int = 0
 
     def add(self, other: Figures) -> None:
         """Add the figures of further images."""
@@ -83,8 +109,8 @@ class ChunkCoder:
     need: int = 0
 
     def encode(
-        self, names: Sequence[str] | None, pictures: Sequence[Picture], use_model: bool = True
-    ) -> tuple[bytes, Figures, str]:
+        self, names: list[str] | None, pictures: Sequence[Picture], use_model: bool = True
+    ) -> tuple[Chunk, Figures]:
         """Encode images.
 
         Args:
@@ -93,32 +119,27 @@ class ChunkCoder:
             use_model: whether the model may be used.
 
         Returns:
-            The chunk, what it costs, and how each image is stored: ``m`` by the model, ``w`` as
-            WebP, ``f`` as the file that it is.
+            The chunk and what it costs.
         """
-        stored = [picture.stored() for picture in pictures]
+        without = _pack(names, pictures, ["s"] * len(pictures), _NO_WORDS, 0)
         fits = [
-            picture.pixels is not None and picture.pixels.shape == self.image_shape
-            for picture in pictures
+            i
+            for i, picture in enumerate(pictures)
+            if picture.pixels is not None and picture.pixels.shape == self.image_shape
         ]
-        without = self._pack(names, pictures, stored, np.zeros(0, np.uint32), [], 0, 0)
-        if not use_model or sum(fits) < 2:
+        if not use_model or not fits:
             return without
         if not self.need:
-            self._measure(next(p for p, fit in zip(pictures, fits, strict=True) if fit))
+            self._measure(pictures[fits[0]])
         wanted = 4 * (self.need + self.need // 4 + _MARGIN)
-        paid, size = 0, 0
-        while size < wanted and paid < len(pictures):
-            size += len(stored[paid][1])
-            paid += 1
-        if paid == len(pictures):
-            return without
-        stack = Stack(_words(b"".join(blob for _, blob in stored[:paid])), sealed=True)
-        coded: list[int] = []
+        paid = b""
+        kinds = ["s"] * len(pictures)
+        while fits and len(paid) < wanted:
+            kinds[fits[0]] = "i"
+            paid += pictures[fits.pop(0)].stored
+        stack = Stack(_words(paid), sealed=True)
         empty = stack.bits
-        for i in range(paid, len(pictures)):
-            if not fits[i]:
-                continue
+        for i in fits:
             pixels = pictures[i].pixels
             assert pixels is not None
             trial = stack.copy()
@@ -128,62 +149,69 @@ class ChunkCoder:
             except NotCoded:
                 continue
             self.need = max(self.need, before // 32 - trial.low)
-            if trial.low >= _MARGIN and trial.bits - before < 8 * len(stored[i][1]):
+            if trial.low >= _MARGIN and trial.bits - before < 8 * len(pictures[i].stored):
                 stack = trial
-                coded.append(i)
-        with_model = self._pack(
-            names, pictures, stored, stack.finish(), coded, paid, stack.bits - empty
-        )
-        if not coded or len(with_model[0]) >= len(without[0]):
+                kinds[i] = "m"
+        with_model = _pack(names, pictures, kinds, stack.finish(), stack.bits - empty)
+        if "m" not in kinds or len(with_model[0].data) >= len(without[0].data):
             return without
         return with_model
 
-    def decode(self, payload: bytes, count: int) -> Iterator[tuple[str | None, Picture]]:
-        """Decode the images of a chunk, in order, one at a time.
+    def decode(self, chunk: Chunk, array_shape: Sequence[int] | None) -> list[Restored]:
+        """Decode the images of a chunk.
 
         Args:
-            payload: what :meth:`encode` returned, or anything else.
-            count: number of images.
-
-        Yields:
-            Name, or ``None`` for images of an array, and image.
+            chunk: what :meth:`encode` returned, or any other.
+            array_shape: ``(N, H, W, C)``; ``None`` for files.
 
         Raises:
-            Damaged: the chunk is not what an encoder writes, or the decoded images are not those
-                that were encoded; then all of them were yielded and are invalid.
+            Damaged: the images are not those that were encoded, or no encoder writes this chunk.
         """
         try:
-            yield from self._decode(payload, count)
+            images = self._decode(chunk, None if array_shape is None else tuple(array_shape[1:]))
         except NotCoded as error:
             raise Damaged(str(error)) from error
+        if digest_of(images) != chunk.sha256:
+            raise Damaged("the decoded images are not those that were encoded")
+        return images
 
-    def _decode(self, payload: bytes, count: int) -> Iterator[tuple[str | None, Picture]]:
-        table, words, rest, expected = _unpack(payload, count)
-        kinds = table["kinds"]
-        coded = kinds.count("m")
-        if coded * int(np.prod(self.image_shape)) > 2 * MAX_BYTES:
-            raise Damaged("a chunk has too many images")
+    def _decode(self, chunk: Chunk, shape: tuple[int, ...] | None) -> list[Restored]:
+        if (chunk.names is None) != (shape is not None):
+            raise Damaged("images of an array have no names, and files have one each")
+        coded = chunk.kinds.count("m")
+        if coded and shape not in (None, self.image_shape):
+            raise Damaged("the model codes images of another shape than the array's")
+        # An encoder would have begun another chunk.
+        most = (
+            coded * math.prod(self.image_shape)
+            if shape is None
+            else ((len(chunk.kinds) - 1) * math.prod(shape))
+        )
+        if most > 2 * MAX_BYTES:
+            raise Damaged("a chunk has too many pixels")
+        sizes = iter(chunk.sizes)
+        lengths = [0 if kind == "m" else next(sizes) for kind in chunk.kinds]
+        paid = [n for n, kind in zip(lengths, chunk.kinds, strict=True) if kind == "i"]
+        end = len(chunk.data) - (sum(lengths) - sum(paid))
+        if end < 0 or end % 4:
+            raise Damaged("a chunk is incomplete")
         decoded: list[np.ndarray] = []
         initial = b""
         if coded:
-            stack = Stack(words, sealed=False)
+            stack = Stack(np.frombuffer(chunk.data[:end], "<u4"), sealed=False)
             decoded = [self.coder.decode(stack) for _ in range(coded)]
             initial = stack.unseal().astype("<u4").tobytes()
-        blobs = _split(initial, rest, table["sizes"], table["paid"])
-        grey = set(table["grey"])
-        digest = hashlib.sha256()
-        size = 0
-        for i, kind in enumerate(kinds):
-            if size >= MAX_BYTES:  # an encoder would have begun another chunk
-                raise Damaged("a chunk has too many pixels")
-            picture = (
-                Picture(decoded.pop()) if kind == "m" else read_stored(kind, next(blobs), i in grey)
-            )
-            size += picture.num_bytes
-            update_digest(digest, picture, kind == "f")
-            yield (None if table["names"] is None else table["names"][i]), picture
-        if digest.digest() != expected:
-            raise Damaged("the decoded images are not those that were encoded")
+        if sum(paid) > len(initial):
+            raise Damaged("a stored image is incomplete")
+        sources = {"i": memoryview(initial), "s": memoryview(chunk.data)[end:]}
+        images: list[Restored] = []
+        for kind, length in zip(chunk.kinds, lengths, strict=True):
+            if kind == "m":
+                images.append(decoded.pop())
+                continue
+            stored, sources[kind] = bytes(sources[kind][:length]), sources[kind][length:]
+            images.append(stored if shape is None else from_webp(stored, shape))
+        return images
 
     def _measure(self, picture: Picture) -> None:
         """Find out how many words one image takes from the stack."""
@@ -196,131 +224,37 @@ class ChunkCoder:
             return
         self.need = len(words) - stack.low
 
-    def _pack(
-        self,
-        names: Sequence[str] | None,
-        pictures: Sequence[Picture],
-        stored: Sequence[tuple[str, bytes]],
-        words: np.ndarray,
-        coded: list[int],
-        paid: int,
-        coded_bits: int,
-    ) -> tuple[bytes, Figures, str]:
-        by_model = set(coded)
-        kinds = "".join("m" if i in by_model else kind for i, (kind, _) in enumerate(stored))
-        blobs = [blob for i, (_, blob) in enumerate(stored) if i not in by_model]
-        digest = hashlib.sha256()
-        for kind, picture in zip(kinds, pictures, strict=True):
-            update_digest(digest, picture, kind == "f")
-        table = {
-            "names": None if names is None else list(names),
-            "kinds": kinds,
-            "sizes": [len(blob) for blob in blobs],
-            "paid": paid,
-            "grey": [
-                i
-                for i, picture in enumerate(pictures)
-                if kinds[i] == "w" and picture.pixels is not None and picture.pixels.shape[2] == 1
-            ],
-        }
-        packed = zlib.compress(json.dumps(table, separators=(",", ":")).encode(), 9)
-        rest = b"".join(blobs[paid:])
-        payload = b"".join(
-            [
-                digest.digest(),
-                _LENGTHS.pack(len(packed), len(words)),
-                packed,
-                words.astype("<u4").tobytes(),
-                rest,
-            ]
-        )
-        payers = [picture.pixels for picture in pictures[:paid]]
-        figures = Figures(
-            images=len(pictures),
-            coded=len(coded),
-            initial=paid,
-            values=int(np.prod(self.image_shape)) * len(coded),
-            coded_bits=coded_bits,
-            initial_bytes=sum(len(blob) for blob in blobs[:paid]),
-            initial_values=sum(known.size for known in payers if known is not None),
-            initial_files=sum(known is None for known in payers),
-            stored_bytes=len(rest),
-            table_bytes=len(payload) - 4 * len(words) - len(rest),
-        )
-        return payload, figures, kinds
+
+def digest_as(pictures: Sequence[Picture], kinds: str) -> str:
+    """The digest of a chunk that stores these images in these ways."""
+    return digest_of(p.restored(kind == "m") for p, kind in zip(pictures, kinds, strict=True))
 
 
-def kinds_if_of(
-    payload: bytes, names: Sequence[str] | None, pictures: Sequence[Picture]
-) -> str | None:
-    """How a chunk stores each of these images, without decoding it; ``None`` if it has others.
-
-    Raises:
-        Damaged: the chunk is not what an encoder writes.
-    """
-    table, _, _, expected = _unpack(payload, len(pictures))
-    digest = hashlib.sha256()
-    for kind, picture in zip(table["kinds"], pictures, strict=True):
-        update_digest(digest, picture, kind == "f")
-    is_same = digest.digest() == expected and table["names"] == (
-        None if names is None else list(names)
+def _pack(
+    names: list[str] | None,
+    pictures: Sequence[Picture],
+    kinds: list[str],
+    words: np.ndarray,
+    coded_bits: int,
+) -> tuple[Chunk, Figures]:
+    stored = [p.stored for p, kind in zip(pictures, kinds, strict=True) if kind == "s"]
+    data = words.astype("<u4").tobytes() + b"".join(stored)
+    sizes = [len(p.stored) for p, kind in zip(pictures, kinds, strict=True) if kind != "m"]
+    joined = "".join(kinds)
+    chunk = Chunk(names, joined, sizes, digest_as(pictures, joined), data)
+    figures = Figures(
+        images=len(pictures),
+        coded=kinds.count("m"),
+        initial=kinds.count("i"),
+        coded_bits=coded_bits,
+        stored_bytes=sum(map(len, stored)),
     )
-    return "".join(table["kinds"]) if is_same else None
+    return chunk, figures
 
 
 def _words(data: bytes) -> np.ndarray:
     return np.frombuffer(data + bytes(-len(data) % 4), "<u4").astype(np.uint32)
 
 
-def _unpack(payload: bytes, count: int) -> tuple[dict[str, Any], np.ndarray, bytes, bytes]:
-    """Table, words, further bytes and digest of a chunk."""
-    start = 32 + _LENGTHS.size
-    if len(payload) < start:
-        raise Damaged("a chunk is too short")
-    length, num_words = _LENGTHS.unpack_from(payload, 32)
-    end = start + length + 4 * num_words
-    if end > len(payload):
-        raise Damaged("a chunk is too short")
-    text = inflate(payload[start : start + length], _MAX_TABLE)
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damaged("the table of a chunk is not JSON") from error
-    if not _is_table(table, count):
-        raise Damaged("the table of a chunk is not complete")
-    words = np.frombuffer(payload, "<u4", num_words, start + length).astype(np.uint32)
-    return table, words, payload[end:], payload[:32]
-
-
-def _is_table(table: Any, count: int) -> bool:
-    if not isinstance(table, dict):
-        return False
-    fields: list[Any] = [table.get(n) for n in ("names", "kinds", "sizes", "paid", "grey")]
-    names, kinds, sizes, paid, grey = fields
-    return (
-        isinstance(kinds, str)
-        and len(kinds) == count
-        and set(kinds) <= {"m", "w", "f"}
-        and _are(sizes, int)
-        and len(sizes) == count - kinds.count("m")
-        and min(sizes, default=0) >= 0
-        and (names is None or (_are(names, str) and len(names) == count))
-        and _are(grey, int)
-        and type(paid) is int
-        and 0 <= paid <= len(sizes)
-    )
-
-
 def _are(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
-
-
-def _split(initial: bytes, rest: bytes, sizes: list[int], paid: int) -> Iterator[bytes]:
-    """The stored images, of which the first ``paid`` are in the initial bits."""
-    for data, lengths in ((initial, sizes[:paid]), (rest, sizes[paid:])):
-        position = 0
-        for length in lengths:
-            if position + length > len(data):
-                raise Damaged("a stored image is incomplete")
-            yield data[position : position + length]
-            position += length

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from ade_base.files import only_writer
 from ade_base.messages import counted
-from extensions.codec.archive import (
-    FORMAT_VERSION,
-    header_bytes,
-    read_chunk,
-    scan,
-    write_chunk,
-    write_end,
-    write_header,
-)
-from extensions.codec.chunks import MAX_BYTES, MAX_IMAGES, ChunkCoder, Figures, kinds_if_of
-from extensions.codec.errors import CodingError, Damaged, TooLarge
+from extensions.codec.archive import FORMAT_VERSION, Part
+from extensions.codec.chunks import MAX_BYTES, MAX_IMAGES, Chunk, ChunkCoder, Figures, digest_as
+from extensions.codec.errors import CodingError, Damaged
 from extensions.codec.image_coder import ImageCoder
 from extensions.codec.networks import Networks, codec_digest, fingerprint
 from extensions.codec.pictures import Picture
@@ -38,43 +31,41 @@ class Report:
     """What an archive costs.
 
     Attributes:
+        dims: values of an image that the model codes.
         figures: of the images that this call compressed.
         resumed: number of images that an earlier call had compressed.
         archive_bytes: size of the archive.
-        without_metadata: files whose metadata is not in the archive.
-        bound_seconds: processor time that the bound of ``ade score`` took.
+        checking_seconds: processor time of decoding again, and of the bound of ``ade score``.
         not_reproduced: chunks that the model did not reproduce, and which are stored without it.
     """
 
+    dims: int
     figures: Figures = field(default_factory=Figures)
     resumed: int = 0
     archive_bytes: int = 0
-    without_metadata: int = 0
-    bound_seconds: float = 0.0
+    checking_seconds: float = 0.0
     not_reproduced: int = 0
 
     def lines(self) -> list[str]:
         """The report as text."""
         f = self.figures
+        stored = f.images - f.coded - f.initial
         lines = [
             f"{counted(f.images, 'image')}: {f.coded} coded by the model, {f.initial} stored to "
-            f"start the coder (initial bits), {f.images - f.coded - f.initial} stored because the "
-            "model cannot code them or would need more bytes"
+            f"start the coder (initial bits), {stored} stored because the model cannot code them "
+            "or would need more bytes"
         ]
         if f.coded:
-            net = f.coded_bits / f.values
+            net, bound = (bits / (self.dims * f.coded) for bits in (f.coded_bits, f.bound_bits))
             line = f"net rate of the model's images: {net:.4f} bits per dimension"
-            if f.bound_bits:
-                bound = f.bound_bits / f.values
+            if bound:
                 line += f"; bound of ade score: {bound:.4f} ({100 * (net / bound - 1):+.2f} %)"
             lines.append(line)
-            all_bits = 8 * (f.initial_bytes + f.table_bytes) + f.coded_bits
-            if not f.initial_files:  # their number of pixels is not known
-                lines.append(
-                    f"with initial bits ({f.initial_bytes} bytes) and names ({f.table_bytes} "
-                    f"bytes): {all_bits / (f.values + f.initial_values):.4f} bits per dimension"
-                )
-        if f.stored_bytes:
+        if f.coded and not self.resumed:
+            lines.append(
+                f"with initial bits, names and lengths: {self.whole_rate:.4f} bits per dimension"
+            )
+        if stored:
             lines.append(f"stored without the model: {f.stored_bytes} bytes")
         if self.resumed:
             lines.append(f"resumed: {counted(self.resumed, 'image')} compressed before")
@@ -83,92 +74,78 @@ class Report:
                 f"warning: {counted(self.not_reproduced, 'chunk')} stored without the model, which "
                 "did not reproduce the images"
             )
-        if self.without_metadata:
-            lines.append(
-                f"the metadata of {counted(self.without_metadata, 'file')} is not in the archive"
-            )
         lines.append(f"archive: {self.archive_bytes} bytes")
         return lines
+
+    @property
+    def whole_rate(self) -> float:
+        """Bits per dimension of coded images and those that pay their initial bits."""
+        f = self.figures
+        return 8 * (self.archive_bytes - f.stored_bytes) / (self.dims * (f.coded + f.initial))
 
 
 def compress(
     source: Source,
     out: Path,
     bundle: Bundle,
-    verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Compress images into a new archive.
 
-    Chunks are appended to ``OUT.part``. After an interruption the same call resumes after the last
-    complete chunk. ``OUT`` appears when everything is written.
+    Each chunk is decoded and compared with its images before it is written, into the folder
+    ``OUT.part``. After an interruption the same call resumes after the last of them. ``OUT``
+    appears when everything is written.
 
     Args:
         source: the images.
         out: the archive; must not exist.
         bundle: with a codec.
-        verify: decode each chunk and compare it with the images before it is written.
         progress: called with the number of images done and of all.
 
     Raises:
-        CodingError: ``out`` exists, an image cannot be read, the machine is too busy to verify one,
-            another process writes the archive, or ``OUT.part`` belongs to other images or another
-            model, or is another file.
+        CodingError: ``out`` exists, an image cannot be read, another process writes the archive, or
+            ``OUT.part`` belongs to other images or another model, or is another folder.
         BundleError: the bundle's files do not match its manifest.
     """
-    if os.path.lexists(out):
-        raise CodingError(f"{out} exists: take another name")
+    _check_free(out)
     networks = Networks(bundle)
     coder = ChunkCoder(ImageCoder(networks), networks.image_shape)
-    header = {
+    listed = json.dumps(source.names).encode()
+    fields = {
         "format_version": FORMAT_VERSION,
-        "kind": source.kind,
-        "images": source.count,
-        "image_shape": list(networks.image_shape),
         "bundle": {"model": bundle.model_id, "codec": codec_digest(bundle)},
         "fingerprint": fingerprint(),
-        "input": source.identity,
-        "verified": verify,
+        "shape": source.shape,
+        "input": hashlib.sha256(listed).hexdigest(),  # of the names; contents are compared later
     }
     # The calibration may be invalid, and the bound does not need it.
     engine = InferenceEngine(bundle.uncalibrated(), device="cpu", operations=["score"])
-    report = Report()
-    part = out.with_name(out.name + ".part")
-    with only_writer(out, CodingError), _open_part(part) as file:
-        if os.path.lexists(out):  # another process has finished meanwhile
-            if not os.fstat(file.fileno()).st_size:  # opening made it
-                part.unlink()
-            raise CodingError(f"{out} exists: take another name")
-        done = report.resumed = _resume(file, part, header, source, report)
-        progress(done, source.count)
+    report = Report(int(np.prod(networks.image_shape)))
+    counts: list[int] = []
+    done = 0
+    with only_writer(out, CodingError):
+        _check_free(out)  # another process may have finished meanwhile
+        part = Part(out.with_name(out.name + ".part"), fields)
+        progress(0, source.count)
         while done < source.count:
-            pictures = _read(source, done)
-            names = _names(source, done, len(pictures))
-            payload, figures, kinds = coder.encode(names, pictures)
-            if verify and not _reproduced(coder, payload, names, len(pictures)):
-                report.not_reproduced += 1
-                payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                if not _reproduced(coder, payload, names, len(pictures)):
-                    # Such as a large one, whose WebP takes longer to decode than is allowed.
-                    pictures = [Picture(None, p.data) if p.data else p for p in pictures]
-                    payload, figures, kinds = coder.encode(names, pictures, use_model=False)
-                    if not _reproduced(coder, payload, names, len(pictures)):
-                        raise CodingError("an image cannot be stored: this is a bug")
-            started = time.process_time()
-            by_kind = list(zip(kinds, pictures, strict=True))
-            report.without_metadata += _without_metadata(kinds, pictures)
-            figures.bound_bits = _bound_bits(engine, [p for kind, p in by_kind if kind == "m"])
-            report.bound_seconds += time.process_time() - started
-            write_chunk(file, done, len(pictures), payload)
-            done += len(pictures)
-            report.figures.add(figures)
+            chunk = part.chunk(len(counts))
+            if chunk is None:
+                pictures = _read(source, done)
+                chunk = _encode(coder, engine, source, done, pictures, report)
+                part.add(len(counts), chunk)
+            else:
+                report.resumed += _check_same(chunk, source, done)
+            counts.append(len(chunk.kinds))
+            done += counts[-1]
             progress(done, source.count)
-        write_end(file, done)
-        report.archive_bytes = file.tell()
-        if os.path.lexists(out):
-            raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
-        os.rename(part, out)
+        part.finish(counts, out)
+    report.archive_bytes = out.stat().st_size
     return report
+
+
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out):
+        raise CodingError(f"{out} exists: take another name")
 
 
 def _read(source: Source, first: int) -> list[Picture]:
@@ -181,85 +158,48 @@ def _read(source: Source, first: int) -> list[Picture]:
     return pictures
 
 
-def _names(source: Source, first: int, count: int) -> list[str] | None:
-    if source.kind == "array":
-        return None
-    return [str(source.name(i)) for i in range(first, first + count)]
+def _check_same(chunk: Chunk, source: Source, first: int) -> int:
+    """Check that an earlier call coded these images; returns how many."""
+    count = len(chunk.kinds)
+    pictures = [source.read(i) for i in range(first, first + count)]
+    if digest_as(pictures, chunk.kinds) != chunk.sha256:
+        raise CodingError(
+            "the images have changed since their compression was started: remove OUT.part to start "
+            "again"
+        )
+    return count
 
 
-def _reproduced(coder: ChunkCoder, payload: bytes, names: Sequence[str] | None, count: int) -> bool:
-    """Whether a chunk decodes to the images that were encoded, of which it has the digest."""
+def _encode(
+    coder: ChunkCoder,
+    engine: InferenceEngine,
+    source: Source,
+    first: int,
+    pictures: list[Picture],
+    report: Report,
+) -> Chunk:
+    """A chunk that decodes to its images; what it costs is entered into the report."""
+    names = None if source.names is None else source.names[first : first + len(pictures)]
+    chunk, figures = coder.encode(names, pictures)
+    started = time.process_time()
     try:
-        for _ in coder.decode(payload, count):
-            pass
+        coder.decode(chunk, source.shape)
     except Damaged:
-        return False
-    except TooLarge:
-        if names is None:  # images of an array are no files, as which they could be stored
-            raise
-        return False
-    return True
+        report.not_reproduced += 1
+        chunk, figures = coder.encode(names, pictures, use_model=False)
+        try:
+            coder.decode(chunk, source.shape)
+        except Damaged as error:
+            raise CodingError(f"an image cannot be stored: {error}") from error
+    coded = [p.pixels for p, kind in zip(pictures, chunk.kinds, strict=True) if kind == "m"]
+    figures.bound_bits = _bound_bits(engine, [pixels for pixels in coded if pixels is not None])
+    report.checking_seconds += time.process_time() - started
+    report.figures.add(figures)
+    return chunk
 
 
-def _bound_bits(engine: InferenceEngine, pictures: list[Picture]) -> float:
+def _bound_bits(engine: InferenceEngine, pixels: list[np.ndarray]) -> float:
     """The size of images by the bound of ``ade score``, bits."""
-    pixels = [p.pixels for p in pictures if p.pixels is not None]
     no_verdict = [CalibrationPair()] * len(pixels)  # not by a named calibration either
     scores = engine.score(np.stack(pixels), calibrations=no_verdict) if pixels else []
     return sum(score.bpd * pixels[0].size for score in scores if not isinstance(score, NotFinite))
-
-
-def _open_part(part: Path) -> IO[bytes]:
-    """Open for reading and writing, without following links at this predictable path."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    return open(descriptor, "r+b")
-
-
-def _without_metadata(kinds: str, pictures: list[Picture]) -> int:
-    return sum(p.has_metadata for kind, p in zip(kinds, pictures, strict=True) if kind != "f")
-
-
-def _resume(
-    file: IO[bytes], part: Path, header: dict[str, Any], source: Source, report: Report
-) -> int:
-    """The number of images in an unfinished archive, after its incomplete end is cut off.
-
-    Enters into the report what these images lose.
-    """
-    try:
-        contents = scan(file, part)
-    except CodingError as error:
-        start = header_bytes(header)
-        file.seek(0)
-        if not start.startswith(file.read(len(start))):
-            raise CodingError(f"{error}: remove it, or take another name") from None
-        file.seek(0)  # a new file, or an earlier call was killed while it wrote the header
-        file.truncate()
-        write_header(file, header)
-        return 0
-    if contents.header != header:
-        different = [name for name in header if contents.header.get(name) != header[name]]
-        raise CodingError(
-            f"{part} was started with other values of {', '.join(different)}: remove it to start "
-            "again"
-        )
-    done, end = 0, None
-    for chunk in contents.chunks:
-        payload = read_chunk(file, chunk)
-        if payload is None or chunk.first != done:
-            break
-        pictures = [source.read(i) for i in range(done, done + chunk.count)]
-        kinds = kinds_if_of(payload, _names(source, done, chunk.count), pictures)
-        if kinds is None:
-            raise CodingError(
-                f"the images have changed since {part} was started: remove it to start again"
-            )
-        report.without_metadata += _without_metadata(kinds, pictures)
-        done, end = done + chunk.count, chunk.offset + chunk.length
-    if end is None:
-        file.seek(0)
-        file.truncate()
-        write_header(file, header)
-        return 0
-    file.truncate(end)
-    return done

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import errno
-import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ade_base.files import new_folder
+from ade_base.files import new_folder, only_writer, preallocated, replacing
 from ade_base.messages import show
-from extensions.codec.archive import Chunk, Contents, read_chunk, scan
-from extensions.codec.chunks import MAX_PARTS, ChunkCoder
-from extensions.codec.errors import CodingError, Damaged, NotDecoded
+from extensions.codec.archive import Archive
+from extensions.codec.chunks import ChunkCoder
+from extensions.codec.errors import CodingError, Damaged
 from extensions.codec.image_coder import ImageCoder
+from extensions.codec.names import is_safe
 from extensions.codec.networks import Networks, codec_digest, fingerprint
-from extensions.codec.pictures import Picture, write_picture
+from extensions.codec.pictures import Restored, to_png
 from serving.engine.bundle import Bundle
 
-# Images without content may have 100,000 times the size of their archive. One that is made to fill
-# a disk has, too: if its images exceed this ratio, it must leave this share of the disk free.
-MAX_RATIO = 100
-MIN_FREE, MIN_FREE_BYTES = 0.05, 10 * 2**30  # whichever is less
-# FAT, exFAT and NTFS refuse ":" and others with EINVAL, and some file systems what is not UTF-8.
-_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+# Writes images: the number of the first, names of files, and the images.
+Write = Callable[[int, list[str], list[Restored]], None]
 
 
 @dataclass
@@ -40,14 +31,10 @@ class Result:
     Attributes:
         images: number of images of the archive.
         lost: those that did not come back, by their places in the archive.
-        is_truncated: whether the end of the archive is missing.
-        is_intact: whether the checksum of the whole archive is right.
     """
 
     images: int
     lost: list[range] = field(default_factory=list)
-    is_truncated: bool = False
-    is_intact: bool = True
 
     @property
     def restored(self) -> int:
@@ -73,251 +60,97 @@ def decompress(
         progress: called with the number of images done and of all.
 
     Returns:
-        What came back. A chunk that is damaged, or that this machine is too busy to decode, loses
-        its own images: their files are missing, and the rows of an array are zero.
+        What came back. A chunk that is damaged loses its own images: their files are missing, and
+        the rows of an array are zero.
 
     Raises:
         CodingError: the file is not an archive, nothing in it can be decoded, it was made with
-            another bundle, or ``out`` exists or is of the wrong kind.
+            another bundle, has names that leave its folder or repeat, or ``out`` exists or is of
+            the wrong kind.
         BundleError: the bundle's files do not match its manifest.
     """
-    if archive.exists() and not archive.is_file():  # in a pipe no chunk can be found
-        raise CodingError(f"{archive} must be a regular file")
-    with open(archive, "rb") as file:
-        contents = scan(file, archive)
+    with Archive(archive) as contents:
         _check_target(contents, out)
         networks = Networks(bundle)
-        _check_bundle(contents, bundle, archive)
-        for line in _differences(contents.header["fingerprint"]):
+        if contents.made_with.get("codec") != codec_digest(bundle):
+            raise CodingError(
+                f"{archive} was made with the model {show(contents.made_with.get('model'))}, and "
+                f"{bundle.folder} is {bundle.model_id} or has another codec: only the bundle that "
+                "compressed the images can restore them"
+            )
+        for line in _differences(contents.fingerprint):
             warn(line)
         coder = ChunkCoder(ImageCoder(networks), networks.image_shape)
-        total = contents.header["images"]
-        result = Result(total, contents.lost(), not contents.is_complete, contents.is_intact)
-        if not contents.chunks:
-            raise CodingError(f"{archive} is truncated or damaged: it holds no complete chunk")
-        done, size, not_decoded = 0, 0, None
-        target = _folder if contents.header["kind"] == "files" else _array
-        with target(out, total) as images:
+        total, done, why = sum(contents.counts), 0, ""
+        result = Result(total)
+        target = _folder(out) if contents.shape is None else _array(out, contents.shape)
+        with target as write:
             progress(0, total)
-            for chunk in contents.chunks:
-                _check_room(archive, out, size)
+            for number, count in enumerate(contents.counts):
                 try:
-                    size += _restore(file, chunk, coder, images)
-                except (Damaged, NotDecoded) as error:
-                    images.undo()
-                    lost = range(chunk.first, chunk.first + chunk.count)
-                    result.lost.append(lost)
-                    its = f"the images {lost.start + 1} to {lost.stop} are"
-                    if isinstance(error, NotDecoded):
-                        not_decoded = str(error)
-                        warn(f"{its} intact: {error}, with another OUT")
-                    else:
-                        warn(f"{its} damaged: {error}")
-                done += chunk.count
+                    chunk = contents.chunk(number)
+                    images = coder.decode(chunk, contents.shape)
+                except Damaged as error:
+                    why = why or str(error)
+                    result.lost.append(range(done, done + count))
+                    warn(f"the images {done + 1} to {done + count} are lost: {error}")
+                else:
+                    write(done, chunk.names or [], images)
+                done += count
                 progress(done, total)
-            result.lost.sort(key=lambda lost: lost.start)
             if not result.restored:
-                why = not_decoded or (
-                    "the archive is damaged, or this processor computes other numbers than the "
-                    "encoder's"
+                raise CodingError(
+                    f"{archive}: no image came back: {why}. The archive is damaged, or this "
+                    "processor computes other numbers than the encoder's"
                 )
-                raise CodingError(f"{archive}: no image came back: {why}")
     return result
 
 
-def _restore(file: IO[bytes], chunk: Chunk, coder: ChunkCoder, images: _Target) -> int:
-    """Write the images of a chunk; returns the bytes that they take.
+@contextmanager
+def _folder(out: Path) -> Iterator[Write]:
+    with new_folder(out, CodingError) as folder:
 
-    Raises:
-        Damaged: the images written since the last call of ``keep`` are invalid.
-        NotDecoded: as :func:`extensions.codec.pictures.read_stored`, or they cannot have their
-            names here; they are incomplete.
-    """
-    payload = read_chunk(file, chunk)
-    if payload is None:
-        raise Damaged("a chunk cannot be read, or its checksum is wrong")
-    size = 0
-    for i, (name, picture) in enumerate(coder.decode(payload, chunk.count)):
-        size += images.write(chunk.first + i, name, picture)
-    images.keep()
-    return size
+        def write(first: int, names: list[str], images: list[Restored]) -> None:
+            for name, image in zip(names, images, strict=True):
+                if not is_safe(name):
+                    raise CodingError(f"the archive has the name {show(name)}, which leaves {out}")
+                path = folder / name
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "xb") as file:  # never follows a link, never replaces a file
+                        file.write(image if isinstance(image, bytes) else to_png(image))
+                except (FileExistsError, NotADirectoryError) as error:
+                    raise CodingError(
+                        f"the archive has a second image for {show(name)}, perhaps in other "
+                        f"letters, which are the same on the disk of {out}"
+                    ) from error
+                except (OSError, UnicodeEncodeError) as error:
+                    reason = getattr(error, "strerror", None) or "it is not a name here"
+                    raise CodingError(f"{out}: {show(name)} cannot be written: {reason}") from error
 
-
-class _Target(Protocol):
-    def write(self, index: int, name: str | None, picture: Picture) -> int:
-        """Write an image; returns its bytes on disk."""
-        ...
-
-    def undo(self) -> None:
-        """Remove the images since the last call of ``keep``."""
-        ...
-
-    def keep(self) -> None: ...
-
-
-class _Files:
-    """Files below a folder that did not exist before."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._recent: list[Path] = []
-        self._names: set[str] = set()
-
-    def write(self, index: int, name: str | None, picture: Picture) -> int:
-        safe = _safe_name(name)
-        path = self._folder / safe
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "xb") as file:  # never follows a link, never replaces a file
-                self._recent.append(path)
-                size = file.write(write_picture(str(name), picture))
-        except (FileExistsError, NotADirectoryError) as error:
-            if str(safe) in self._names or isinstance(error, NotADirectoryError):
-                raise Damaged("two images have the same name") from error
-            raise NotDecoded(
-                f"here {show(safe)} is the name of another image, too, perhaps in other letters: "
-                "repeat the command on another file system"
-            ) from error
-        except OSError as error:
-            if error.errno in _NO_NAMES:
-                why = "is too long" if error.errno == errno.ENAMETOOLONG else "is not permitted"
-                raise NotDecoded(
-                    f"the name {show(safe)} {why} here: repeat the command on another file system"
-                ) from error
-            raise
-        self._names.add(str(safe))
-        return size
-
-    def undo(self) -> None:
-        for path in self._recent:
-            path.unlink(missing_ok=True)
-        self._recent = []
-
-    def keep(self) -> None:
-        self._recent = []
-
-
-class _Rows:
-    """The rows of an array, whose shape the first image sets."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        self._path = path
-        self._count = count
-        self._file: IO[bytes] | None = None
-        self._shape: tuple[int, ...] = ()
-        self._first = 0
-        self._recent: list[int] = []
-
-    def write(self, index: int, name: str | None, picture: Picture) -> int:
-        if name is not None or picture.pixels is None:
-            raise Damaged("an array has no file names")
-        if self._file is None:
-            self._file, self._shape = open(self._path, "xb"), picture.pixels.shape
-            shape = (self._count, *self._shape)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self._file, header)
-            self._first = self._file.tell()
-            # Images that do not come back are zeros, which take no room on disk.
-            self._file.truncate(self._first + math.prod(shape))
-        if picture.pixels.shape != self._shape:
-            raise Damaged("the images of an array have different shapes")
-        self._recent.append(index)
-        self._put(index, picture.pixels.tobytes())
-        return picture.pixels.nbytes
-
-    def _put(self, index: int, row: bytes) -> None:
-        assert self._file is not None
-        self._file.seek(self._first + index * math.prod(self._shape))
-        self._file.write(row)
-
-    def undo(self) -> None:
-        for index in self._recent:
-            self._put(index, bytes(math.prod(self._shape)))
-        self._recent = []
-
-    def keep(self) -> None:
-        self._recent = []
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        yield write
 
 
 @contextmanager
-def _folder(out: Path, count: int) -> Iterator[_Files]:
-    with new_folder(out, CodingError) as temporary:
-        yield _Files(temporary)
+def _array(out: Path, shape: tuple[int, ...]) -> Iterator[Write]:
+    with only_writer(out, CodingError), replacing(out) as file:
+        rows = preallocated(file, shape, out.parent, CodingError)
+
+        def write(first: int, names: list[str], images: list[Restored]) -> None:
+            for index, pixels in enumerate(images, first):
+                rows[index] = pixels
+
+        yield write
 
 
-@contextmanager
-def _array(out: Path, count: int) -> Iterator[_Rows]:
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    rows = _Rows(temporary, count)
-    try:
-        yield rows
-        rows.close()
-        if os.path.lexists(out):
-            raise CodingError(f"{out} was made by another process meanwhile: it stays as it is")
-        os.rename(temporary, out)
-    finally:
-        with suppress(OSError):
-            rows.close()
-        temporary.unlink(missing_ok=True)
-
-
-def _safe_name(name: str | None) -> str:
-    """Check that a name stays within the folder.
-
-    Raises:
-        Damaged: it does not, or is no name of a file.
-    """
-    if not name or "\0" in name or "\\" in name or len(name) > 4096:
-        raise Damaged("an image has no valid name")
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise Damaged("the name of an image leaves the folder")
-    if len(parts) > MAX_PARTS:
-        raise Damaged(f"the name of an image has more than {MAX_PARTS} parts")
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError as error:
-        raise Damaged("an image has no valid name") from error
-    return str(PurePosixPath(*parts))
-
-
-def _check_room(archive: Path, out: Path, restored: int) -> None:
-    """Stop before an archive of a few bytes has filled the disk.
-
-    Raises:
-        CodingError: the disk is nearly full, and the restored bytes are many times the archive's.
-    """
-    if restored > MAX_RATIO * archive.stat().st_size:
-        disk = shutil.disk_usage(out.parent)
-        if disk.free < min(MIN_FREE * disk.total, MIN_FREE_BYTES):
-            raise CodingError(
-                f"{archive} has images of more than {MAX_RATIO} times its size, which would fill "
-                f"the disk of {out}: {disk.free:,} bytes are free. Give OUT on a disk with more"
-            )
-
-
-def _check_target(contents: Contents, out: Path) -> None:
+def _check_target(contents: Archive, out: Path) -> None:
     if os.path.lexists(out):
         raise CodingError(f"{out} exists: take another name")
-    if (out.suffix == ".npy") != (contents.header["kind"] == "array"):
+    if (out.suffix == ".npy") != (contents.shape is not None):
         raise CodingError(
-            "the archive holds an array: give a file that ends with .npy"
-            if contents.header["kind"] == "array"
-            else f"the archive holds files: give a new folder, not {out}"
-        )
-
-
-def _check_bundle(contents: Contents, bundle: Bundle, archive: Path) -> None:
-    made_with = contents.header["bundle"]
-    if made_with.get("codec") != codec_digest(bundle):
-        raise CodingError(
-            f"{archive} was made with the model {show(made_with.get('model'))}, and "
-            f"{bundle.folder} is {bundle.model_id} or has another codec: only the bundle that "
-            "compressed the images can restore them"
+            f"the archive holds files: give a new folder, not {out}"
+            if contents.shape is None
+            else "the archive holds an array: give a file that ends with .npy"
         )
 
 

@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compress images without loss, with a bundle's model: an archive of images like those that "
         "the model was trained on is as small as their likelihood promises. Only the same bundle "
-        "restores them, on a processor of the same kind. Images of another size, and those that "
-        "the model codes worse, are stored as lossless WebP or as the files they are. The same "
-        "command resumes where it stopped. Files that cannot be read are left out and named on "
-        f"standard error. Exit status: 0; 2 for an error; {INCOMPLETE} if files were left out."
+        "restores them, on a processor of the same kind. The model codes PNG files of its size "
+        "with 8-bit RGB or grey pixels and no metadata; all others, and those that it codes worse, "
+        "are stored as the files they are. The same command resumes where it stopped. Files that "
+        "cannot be read are left out and named on standard error. Exit status: 0; 2 for an error; "
+        f"{INCOMPLETE} if files were left out."
     )
     parser.add_argument(
         "images",
@@ -42,16 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=given_path,
         required=True,
         help="folder of a bundle with a codec, which ade export --with-codec adds",
-    )
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="do not decode each chunk and compare it with the images: half the time",
-    )
-    parser.add_argument(
-        "--keep-metadata",
-        action="store_true",
-        help="store PNG and BMP files with metadata byte for byte, without the model",
     )
 
 
@@ -71,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     lacks_pictures = say_what_is_not_followed(args.images)
     if args.images.is_dir():
         print(f"looking for files in {args.images} that cannot be read", file=sys.stderr)
-    source = open_source(args.images, args.keep_metadata)
+    source = open_source(args.images)
     for path, reason in source.left_out:
         left_out(path, reason)
     others = 0
@@ -79,11 +70,9 @@ def run(args: argparse.Namespace) -> int:
         found = sum(len(names) for _, _, names in os.walk(args.images))
         others = max(0, found - source.count - len(source.left_out))
     with progress_bar() as progress:
-        report = compress(source, args.out, bundle, not args.no_verify, progress)
+        report = compress(source, args.out, bundle, progress)
     for line in report.lines():
         print(line)
-    if args.no_verify:
-        print("not verified: ade decompress shows whether the images come back")
     if source.left_out:
         missing = counted(len(source.left_out), "file")
         print(f"warning: {missing} could not be read: not in {args.out}", file=sys.stderr)

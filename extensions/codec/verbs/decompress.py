@@ -45,16 +45,4 @@ def run(args: argparse.Namespace) -> int:
 
         result = decompress(args.archive, args.out, bundle, warn, progress)
     print(f"{args.out}: {result.restored} of {result.images} images")
-    if result.is_truncated:
-        print(f"warning: {args.archive} is truncated: its end is missing", file=sys.stderr)
-    elif not result.is_intact:
-        print(
-            f"warning: {args.archive} is damaged: the checksum of the whole is wrong",
-            file=sys.stderr,
-        )
-    for lost in result.lost:
-        print(
-            f"warning: the images {lost.start + 1} to {lost.stop} of the archive did not come back",
-            file=sys.stderr,
-        )
     return LOST if result.lost else 0
