@@ -37,7 +37,7 @@ ARG DEVICE
 ARG ENGINE=torchserve
 # tini reaps orphans: as zombies they would keep process groups alive, for whose end a stop waits. KubeRay's probes call wget.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends tini $(if [ "$ENGINE" = ray ]; then echo wget; fi) \
+    && apt-get install --yes --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/*
 # A named volume takes the owner of the folder in its place. Everybody may write to one of Kubernetes: nobody else may reach it.
 RUN useradd --create-home --uid 10001 ade && install --directory --owner ade --group ade --mode 0700 /home/ade /home/ade/.cache

@@ -35,13 +35,13 @@ class Engine(NamedTuple):
     """What computes, of ``ade serve`` or ``ade score``.
 
     Attributes:
-        code: of ``ade serve``, a :class:`handlers.service.pool.Pool`, or a
-            :class:`handlers.launch.engines.Engine`; of ``ade score``, a function such as
-            :func:`extensions.ray.bulk.score.score_on_ray`.
+        code: of ``ade serve``, a :class:`handlers.service.pool.Pool`; of ``ade score``, a function
+            such as :func:`extensions.ray.bulk.score.score_on_ray`.
         extra: of pyproject.toml, with its packages.
         line: what is special about it, for ``--help``.
         on_clusters: whether the option ``--address`` can name a cluster.
         packages: by which the engine is recognised as installed; imported by no other one.
+        variables: beginnings of the names of environment variables that its processes inherit.
     """
 
     code: str
@@ -49,6 +49,7 @@ class Engine(NamedTuple):
     line: str = ""
     on_clusters: bool = False
     packages: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
 
 
 class DataSet(NamedTuple):

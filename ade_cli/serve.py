@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{TOKEN_VARIABLE}, of at least {MIN_TOKEN} characters; without it each start makes a new "
         "one, in a file that the start message names."
     )
-    parser.set_defaults(address=None)  # of engines on clusters
     parser.add_argument(
         "bundles",
         type=given_bundle,

@@ -39,6 +39,12 @@ def _publishing(last: dict[str, Any] | None) -> list[str]:
     return [f"publish     {text}".replace("\n", "\n            ")]
 
 
+def _place(worker: dict[str, Any]) -> str:
+    """Its memory, or the other machine on which it runs."""
+    memory = worker["memory_mib"]
+    return f"on {worker['host']}" if memory is None and "host" in worker else f"{memory} MiB"
+
+
 def _text(found: dict[str, Any]) -> str:
     answers = found["answers"] or {}
     if found["ready"]:
@@ -54,16 +60,14 @@ def _text(found: dict[str, Any]) -> str:
     ]
     if found["models"] is None:
         reason = (
-            "its engine does not answer, or is Ray, which does not report them here"
+            "the service does not answer"
             if found["is_own"]
             else "no service of this user is on these ports"
         )
         lines.append(f"workers     unknown: {reason}")
     for name, model in (found["models"] or {}).items():
         states = (
-            ", ".join(
-                f"{w['state']} (pid {w['pid']}, {w['memory_mib']} MiB)" for w in model["workers"]
-            )
+            ", ".join(f"{w['state']} (pid {w['pid']}, {_place(w)})" for w in model["workers"])
             or "none"
         )
         lines.append(f"{name:11} workers: {states}; queued: {model['queued']}")

@@ -28,7 +28,6 @@ from ade_base.files import image_paths
 from benchmarks.bulk import Memory
 from benchmarks.ray_cluster import Cluster, ray_cluster
 from benchmarks.serving import CORES, Outcome, engines
-from extensions.ray.serve.environment import MARK
 
 KILLED_AFTER = (0.1, 0.2, 0.3)  # fractions of the files
 NODE_KILLED_AFTER = 0.3
@@ -66,7 +65,7 @@ def ray_processes() -> int:
     found = 0
     for process in psutil.process_iter():
         try:
-            found += MARK in process.environ()
+            found += process.name().startswith(("raylet", "gcs_server", "ray::"))
         except psutil.Error:
             continue
     return found

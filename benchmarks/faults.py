@@ -35,7 +35,7 @@ from benchmarks.traffic import (
     new_session,
     running,
 )
-from handlers.launch.engines import DEFAULT, ENGINES
+from handlers.launch.engines import ENGINES, default_engine
 from handlers.limits import RESPONSE_TIMEOUT_S
 from serving.engine.bundle import open_bundle
 
@@ -232,7 +232,6 @@ FAULTS: tuple[Callable[[Running, list[Known]], Awaitable[list[Result]]], ...] = 
     hang,
     stop,
 )
-OF_WORKERS = (kill_each, exhaust, hang)  # which Ray does not describe
 
 
 def _held(service: Running) -> dict[str, int]:
@@ -251,16 +250,15 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        default=DEFAULT,
-        help=f"{DEFAULT} (default), or another one without the faults of workers",
+        default=default_engine(),
+        help="(default: %(default)s)",
     )
     args = parser.parse_args()
-    possible = [fault for fault in FAULTS if args.engine != "ray" or fault not in OF_WORKERS]
     chosen = [
-        fault for fault in possible if args.only is None or fault.__name__ in args.only.split(",")
+        fault for fault in FAULTS if args.only is None or fault.__name__ in args.only.split(",")
     ]
     if not chosen:
-        parser.error(f"--only must name some of {', '.join(fault.__name__ for fault in possible)}")
+        parser.error(f"--only must name some of {', '.join(fault.__name__ for fault in FAULTS)}")
     bad = 0
     words: dict[str, str] = {}  # texts of errors, with the fault
     with running(args.bundle, options=("--engine", args.engine)) as service:

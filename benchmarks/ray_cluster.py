@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 
 from ade_base.ports import free_ports
-from extensions.ray.serve.environment import MARK, of_every_node, of_haproxy
-from extensions.ray.serve.guard import end_all
+from extensions.ray.instance import OF_EVERY_NODE
 
 START_S = 60.0  # that a node may take to start
 
@@ -26,37 +25,24 @@ class Cluster:
 
     Args:
         folder: short, for its files.
-        is_alone: whether the head has no workers. Then it is as on a machine of its own: with
-            HAProxy, a dashboard, and an address besides 127.0.0.1.
     """
 
-    def __init__(self, folder: Path, is_alone: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
-        self.mark = secrets.token_hex(16)
         self.environment = {
             **os.environ,
-            **of_every_node(),
-            MARK: self.mark,
+            **OF_EVERY_NODE,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
-        if is_alone:
-            self.environment |= of_haproxy(folder)
-        else:
-            # Nodes of one machine have one address: one proxy, on the head, serves them all.
-            self.environment.pop("RAY_SERVE_ENABLE_HA_PROXY", None)
-        self.port, dashboard = free_ports(2)
-        self.host = "127.0.0.2" if is_alone else "127.0.0.1"
-        self.address = f"{self.host}:{self.port}"
-        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        (self.port,) = free_ports(1)
+        self.address = f"127.0.0.1:{self.port}"
         self.head = self._start(
             "--head",
             f"--port={self.port}",
-            f"--num-cpus={8 if is_alone else 1}",
-            f"--include-dashboard={is_alone}",
-            f"--dashboard-port={dashboard}",
+            "--num-cpus=1",
+            "--include-dashboard=False",
         )
 
     def add_worker(self, cpus: int) -> subprocess.Popen[bytes]:
@@ -79,7 +65,7 @@ class Cluster:
             f"--metrics-export-port={export}",
             "--min-worker-port=0",
             "--max-worker-port=0",
-            f"--node-ip-address={self.host}",
+            "--node-ip-address=127.0.0.1",
             f"--object-store-memory={100 * 2**20}",
         ]
         if "--head" in options:
@@ -100,18 +86,19 @@ class Cluster:
         return process
 
     def stop(self) -> None:
-        end_all(self.mark, self.folder)
         for process in self._processes:
+            if process.poll() is None:
+                self.kill(process)
             process.wait(10)
 
 
 @contextlib.contextmanager
-def ray_cluster(is_alone: bool = False) -> Iterator[Cluster]:
-    """A cluster for the length of the block; ``is_alone`` as for :class:`Cluster`."""
+def ray_cluster() -> Iterator[Cluster]:
+    """A cluster for the length of the block."""
     with tempfile.TemporaryDirectory(
         prefix="ade-", dir="/tmp", ignore_cleanup_errors=True
     ) as short:
-        made = Cluster(Path(short), is_alone)
+        made = Cluster(Path(short))
         try:
             yield made
         finally:

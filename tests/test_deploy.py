@@ -25,7 +25,7 @@ from ade_cli.main import parse
 from handlers.front.admission import Limits
 from handlers.front.exposition import REFUSALS, START
 from handlers.front.settings import TOKEN_VARIABLE
-from handlers.launch.pooled import PooledEngine
+from handlers.launch.launcher import DRAIN_S
 from handlers.launch.serve import _allowed_hosts
 from handlers.processes.supervision import KILL_TIMEOUT_S, STOP_TIMEOUT_S
 from serving.api.telemetry import METRICS
@@ -166,7 +166,7 @@ def test_ports_and_probes(
     # No alarm finds the metrics under another name of the job, which is the service's.
     assert [s["metadata"]["name"] for s in services] == ["ade", "ade-page"]
     (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:]]
-    stopping = PooledEngine.drain_s + STOP_TIMEOUT_S + KILL_TIMEOUT_S
+    stopping = DRAIN_S + STOP_TIMEOUT_S + KILL_TIMEOUT_S
     assert pod["terminationGracePeriodSeconds"] >= pause + stopping
     composed = load(DEPLOY / "compose.yaml")["services"]
     grace = {name: composed[name]["stop_grace_period"] for name in ("ade", "nginx")}
@@ -277,7 +277,6 @@ def test_a_containers_limit_bounds_the_cores(tmp_path: Path, text: str, cores: i
 def operators_objects() -> dict[str, Any]:
     """Each object of an operator in deploy/, by its kind."""
     paths = [
-        DEPLOY / "ray" / "rayservice.yaml",
         DEPLOY / "kserve.yaml",
         *(KUBERNETES / "monitoring").glob("[ps]*.yaml"),
     ]
@@ -287,14 +286,14 @@ def operators_objects() -> dict[str, Any]:
 def test_objects_of_operators_are_valid() -> None:
     """Also without unknown fields, which an API server drops with a warning.
 
-    The schemas are those of KubeRay 1.5.1 and 1.7.0, and of KServe and the Prometheus Operator in
+    The schemas are those of KServe and the Prometheus Operator in
     August 2026 (all Apache License 2.0), without descriptions, and strict.
     """
     jsonschema = pytest.importorskip("jsonschema")
     packed = (ROOT / "tests" / "data" / "crds.json.xz").read_bytes()
     schemas = json.loads(lzma.decompress(packed))
     objects = operators_objects()
-    assert {name.split()[0] for name in schemas} == set(objects) - {"NetworkPolicy", "Component"}
+    assert {name.split()[0] for name in schemas} == set(objects) - {"Component"}
     for name, schema in schemas.items():
         validator = jsonschema.Draft7Validator(schema)
         item = objects[name.split()[0]]

@@ -41,7 +41,6 @@ OTHERS_OF_EXTENSIONS = {
         "NotCoded": "the image is stored without the model",
     },
     "ray": {
-        "NotComputed": "an answer that names no reason",
         "Unhealthy": "Ray replaces the replica",
     },
 }

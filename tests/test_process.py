@@ -29,7 +29,7 @@ from ade_base.ports import Ports, free_ports
 from ade_cli.status import _text
 from handlers.front.admission import Limits, Memory
 from handlers.front.front import Front, Request
-from handlers.launch import engines
+from handlers.launch import launcher
 from handlers.launch.engines import ENGINES
 from handlers.launch.status import read_status
 from handlers.process.pool import Pool
@@ -64,7 +64,7 @@ IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 def release_of(*folders: Path, number: int = 1) -> Release:
-    return engines.release_of(number, [open_bundle(folder) for folder in folders])
+    return launcher.release_of(number, [open_bundle(folder) for folder in folders])
 
 
 def one_model(metrics: Metrics | None = None, folder: Path = Path("folder")) -> PooledModel:
@@ -465,7 +465,7 @@ def test_status_of_an_engine_that_reports_no_workers() -> None:
     assert f"ready       no: {page} does not answer\n" in _text({**found, "silent": [page]})
     assert "ready       no: not all operations answer\n" in _text({**found, "silent": []})
     own = {**found, "is_own": True, "last_errors": []}
-    assert "workers     unknown: its engine does not answer, or is Ray, which does" in _text(own)
+    assert "workers     unknown: the service does not answer" in _text(own)
 
 
 def test_status_asks_the_users_service_at_its_host(

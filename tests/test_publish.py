@@ -41,8 +41,7 @@ from ade_cli.main import main
 from ade_cli.status import _publishing
 from ade_client.client import AdeClient, AdeError
 from handlers.front.admission import Limits
-from handlers.launch.engines import PublishingEngine
-from handlers.launch.pooled import PooledEngine
+from handlers.launch.launcher import Launcher
 from handlers.launch.publish import Publisher, PublishError, check_contract
 from handlers.processes.channel import ChannelError, Listener, ask
 from handlers.processes.run_folder import RunFolder
@@ -397,7 +396,7 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     assert "cannot be compared: " in changed and "does not match the manifest" in changed
 
 
-class SwitchingEngine(PublishingEngine):
+class SwitchingEngine:
     """An engine that switches at once; ``published`` collects the releases."""
 
     def __init__(self) -> None:
@@ -490,13 +489,6 @@ def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path: Path
     assert engine.published == []
 
 
-def test_an_engine_that_cannot_publish_says_which_can(second: Path) -> None:
-    publisher = publisher_of(SimpleNamespace(), PRETRAINED)
-    with pytest.raises(PublishError, match="use ade serve --engine process, or start a second"):
-        publishing(publisher, second)
-    assert publisher.describe()["models"] == release_of(PRETRAINED).models
-
-
 def test_a_page_that_cannot_start_leaves_the_old_bundle(second: Path) -> None:
     starts = iter([LaunchError("the page of the new bundle does not start"), None])
 
@@ -560,7 +552,7 @@ def test_a_front_that_ends_while_it_publishes(
     def refuse(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         raise BundleError("an error after the settings were written")
 
-    engine: Any = PooledEngine.__new__(PooledEngine)
+    engine: Any = Launcher.__new__(Launcher)
     engine._folder, engine._settings = RunFolder(tmp_path), tmp_path / "front.json"
     ApplicationSettings(
         **{

@@ -7,16 +7,6 @@ import argparse
 from ade_cli.paths import given
 
 
-def of_serve(parser: argparse.ArgumentParser) -> None:
-    """Add the cluster of ``ade serve``."""
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="with --engine ray: a Ray cluster to serve on, from its head, with --host 0.0.0.0 "
-        "(default: a Ray instance of its own on this machine)",
-    )
-
-
 def of_score(parser: argparse.ArgumentParser) -> None:
     """Add the cluster of ``ade score``."""
     parser.add_argument(

@@ -4,15 +4,15 @@ from ade_base.extensions import Engine, Extension
 
 EXTENSION = Extension(
     options={
-        "serve": "extensions.ray.options:of_serve",
         "score": "extensions.ray.options:of_score",
     },
     engines={
         "ray": Engine(
-            "extensions.ray.serve.launcher:RayServe",
+            "extensions.ray.serve.pool:Pool",
             "ray",
-            "can use several machines",
-            on_clusters=True,
+            "can use several machines: those of the cluster that RAY_ADDRESS names",
+            packages=("ray",),
+            variables=("RAY_",),
         )
     },
     score_engines={

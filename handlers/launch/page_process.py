@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from ade_base.ports import Ports, local_address
-from handlers.launch.engines import Plan
+from handlers.launch.launcher import Plan
 from handlers.processes.environment import child_environment
 from handlers.processes.run_folder import RunFolder
 from handlers.processes.supervision import Child, LaunchError, Supervisor

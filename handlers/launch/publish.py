@@ -17,7 +17,7 @@ from typing import Any
 
 from ade_base.errors import UserError
 from ade_client.contract import DEFAULT
-from handlers.launch.engines import Engine, Plan, PublishingEngine, release_of
+from handlers.launch.launcher import Launcher, Plan, release_of
 from handlers.launch.page_process import Page
 from handlers.processes.channel import ChannelError, Say
 from handlers.processes.supervision import tell
@@ -61,7 +61,9 @@ class Publisher:
         changed: called after each change.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, page: Page, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, plan: Plan, engine: Launcher, page: Page, changed: Callable[[], None]
+    ) -> None:
         self._engine = engine
         self._page = page
         self._changed = changed
@@ -115,13 +117,12 @@ class Publisher:
         """Describe the release and the last command.
 
         Returns:
-            The ``models`` of the release, their ``workers`` (``None`` if the engine does not
-            answer), and ``last``: the fields of the last :class:`Command`, or ``None``.
+            The ``models`` of the release, their ``workers`` (``None`` if the application does
+            not answer), and ``last``: the fields of the last :class:`Command`, or ``None``.
         """
         workers = None
-        if isinstance(self._engine, PublishingEngine):
-            with contextlib.suppress(ChannelError):  # it is being started again
-                workers = self._engine.describe()["workers"]
+        with contextlib.suppress(ChannelError):  # it is being started again
+            workers = self._engine.describe()["workers"]
         return {
             "models": self._current.models,
             "workers": workers,
@@ -129,11 +130,6 @@ class Publisher:
         }
 
     def _publish(self, folder: Path, say: Say) -> None:
-        if not isinstance(self._engine, PublishingEngine):
-            raise PublishError(
-                "the engine of this service cannot serve two bundles at a time: use "
-                "ade serve --engine process, or start a second service on other ports"
-            )
         say(f"verifying {folder}")
         # The folder itself: a link may lead to another one later.
         bundle = verify_bundle(folder.resolve())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import os
 import re
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 from urllib.request import getproxies, proxy_bypass
 
 from ade_base import extensions as seam
@@ -23,8 +22,9 @@ from ade_base.errors import UserError
 from ade_base.files import alone_in
 from ade_base.ports import LOOPBACK, USER, Ports, check_host
 from ade_base.system import available_cores
-from handlers.front.settings import ANY_ADDRESS, TOKEN_VARIABLE, given_token
-from handlers.launch.engines import ENGINES, ON_CLUSTERS, Engine, Plan
+from handlers.front.settings import TOKEN_VARIABLE, given_token
+from handlers.launch.engines import ENGINES
+from handlers.launch.launcher import Launcher, Plan
 from handlers.launch.page_process import Page, inference_url, page_is_ready, wait_until
 from handlers.launch.publish import Publisher
 from handlers.processes.channel import Listener
@@ -49,16 +49,10 @@ def run(args: argparse.Namespace) -> None:
     check_host(args.host)
     if args.workers is not None and args.workers < 1:
         raise LaunchError(f"--workers must be at least 1, got {args.workers}")
-    if args.address is not None and args.engine not in ON_CLUSTERS:
-        raise LaunchError(f"--address is for --engine {', '.join(ON_CLUSTERS)}")
-    if args.address is not None:
-        _check_host_on_cluster(args.host)
-    if args.cuda_graphs and args.engine in ON_CLUSTERS:
-        raise LaunchError(f"--cuda-graphs cannot be used with --engine {args.engine}")
     # Report a missing package here, not in the log of a worker.
     if importlib.util.find_spec(PACKAGES[args.backend]) is None:
         raise ModuleNotFoundError(f"--backend {args.backend}", name=PACKAGES[args.backend])
-    make_engine = engine_class(args.engine)
+    seam.load(ENGINES[args.engine].code)  # likewise
     started = time.monotonic()
     signal.signal(signal.SIGTERM, _stop)
     bundles = [open_bundle(folder.resolve()) for folder in args.bundles]
@@ -95,9 +89,9 @@ def run(args: argparse.Namespace) -> None:
             allowed_hosts,
             secrets.token_hex(16),
             folder.path / "logs" if args.logs is None else args.logs.resolve(),
-            args.address,
+            args.engine,
         )
-        engine, is_serving = make_engine(plan, folder, supervisor), False
+        engine, is_serving = Launcher(plan, folder, supervisor), False
         page = Page(plan, folder, supervisor)
         describing = threading.Lock()
 
@@ -126,23 +120,6 @@ def run(args: argparse.Namespace) -> None:
                 engine.drain()
         finally:
             _ignore_signals()
-
-
-def engine_class(name: str) -> Callable[[Plan, RunFolder, Supervisor], Engine]:
-    """The engine of this name, whose packages are imported here.
-
-    Raises:
-        ModuleNotFoundError: of a package that is not installed.
-    """
-    from handlers.launch.pooled import PooledEngine
-    from handlers.service.pool import Pool
-
-    code = ENGINES[name].code
-    found: Any = seam.load(code)
-    if issubclass(found, Pool):
-        return functools.partial(PooledEngine, code)
-    made: type[Engine] = found
-    return made
 
 
 @contextmanager
@@ -186,26 +163,6 @@ def _token(host: str) -> str | None:
     return given_token() or secrets.token_urlsafe(32)
 
 
-def _check_host_on_cluster(host: str) -> None:
-    """Check a host on which every node of a cluster is to listen.
-
-    The HAProxy of a node calls its own front on loopback, and those of other nodes at their
-    addresses.
-
-    Raises:
-        LaunchError: it is a single address other than loopback.
-    """
-    if host in LOOPBACK:
-        tell(
-            f"warning: --address with --host {host} is for a cluster of one node: use --host "
-            f"{ANY_ADDRESS} on several"
-        )
-    elif host != ANY_ADDRESS:
-        raise LaunchError(
-            f"--address needs --host {ANY_ADDRESS}, because every node listens on it, got {host!r}"
-        )
-
-
 def _allowed_hosts(text: str, host: str) -> list[str]:
     """Names by which clients may address the service, of which its own host is one."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
@@ -222,7 +179,7 @@ def _allowed_hosts(text: str, host: str) -> list[str]:
 def _watch(
     supervisor: Supervisor,
     folder: RunFolder,
-    engine: Engine,
+    engine: Launcher,
     describe: Callable[[], None],
 ) -> NoReturn:
     """Watch the children until an exception.

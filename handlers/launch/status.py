@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import socket
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _workers(release: dict[str, Any]) -> dict[str, Any]:
     """Workers and queues by model."""
     found = {}
     for name, model in (release.get("workers") or {}).items():
-        workers = [{**one, "memory_mib": _memory(one["pid"])} for one in model["workers"]]
+        workers = [{**one, "memory_mib": _memory(one)} for one in model["workers"]]
         found[name] = {**model, "workers": workers}
     return found
 
@@ -122,10 +123,12 @@ def _who_answers(http: httpx.Client, url: str) -> dict[str, str] | None:
     return {name.lower(): value for name, value in found.items() if value}
 
 
-def _memory(pid: int) -> int | None:
-    """Resident memory in MiB."""
+def _memory(worker: dict[str, Any]) -> int | None:
+    """Resident memory in MiB, unless it runs on another machine."""
+    if worker.get("host", socket.gethostname()) != socket.gethostname():
+        return None
     try:
-        return round(psutil.Process(pid).memory_info().rss / 2**20)
+        return round(psutil.Process(worker["pid"]).memory_info().rss / 2**20)
     except (psutil.Error, ValueError):  # it has just ended
         return None
 

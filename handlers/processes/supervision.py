@@ -55,7 +55,6 @@ class Child:
         output: the file of its output, which is appended to.
         pass_fds: file descriptors that it inherits.
         on_trial: if true, the supervisor ignores its exit; the caller handles it.
-        deaths_within_s: if it ends :data:`MAX_DEATHS` times within this time, the service ends.
         is_swept: whether what was left of it was killed after its end.
     """
 
@@ -69,7 +68,6 @@ class Child:
     on_trial: bool = False
     is_swept: bool = field(default=False, init=False)
     process: subprocess.Popen[bytes] = field(init=False)
-    deaths_within_s: float = DEATHS_WITHIN_S
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
 
     def start(self) -> None:
@@ -185,7 +183,6 @@ class Supervisor:
         pass_fds: tuple[int, ...] = (),
         on_trial: bool = False,
         output: Path | None = None,
-        deaths_within_s: float = DEATHS_WITHIN_S,
     ) -> Child:
         """Start a command.
 
@@ -194,7 +191,7 @@ class Supervisor:
             command: run in the working folder.
             environment: the complete environment.
             restarts: whether the child is restarted when it ends. Otherwise the service ends too.
-            pass_fds, on_trial, deaths_within_s: see :class:`Child`.
+            pass_fds, on_trial: see :class:`Child`.
             output: file of its output; ``NAME.out`` in the working folder by default.
 
         Raises:
@@ -210,7 +207,6 @@ class Supervisor:
             restarts,
             pass_fds,
             on_trial,
-            deaths_within_s=deaths_within_s,
         )
         with self._lock, signals_held():
             if self._is_closed:
@@ -241,7 +237,7 @@ class Supervisor:
 
         Raises:
             LaunchError: a child ended that is not restarted, or one ended :data:`MAX_DEATHS` times
-                within the seconds that it was started with.
+                within :data:`DEATHS_WITHIN_S`.
         """
         with self._lock:
             return self._tend(restarts)
@@ -260,9 +256,9 @@ class Supervisor:
             now = time.monotonic()
             child.deaths.append(now)
             is_full = len(child.deaths) == MAX_DEATHS
-            if is_full and now - child.deaths[0] < child.deaths_within_s:
+            if is_full and now - child.deaths[0] < DEATHS_WITHIN_S:
                 raise LaunchError(
-                    f"{child.name} ended {MAX_DEATHS} times within {child.deaths_within_s:.0f} s, "
+                    f"{child.name} ended {MAX_DEATHS} times within {DEATHS_WITHIN_S:.0f} s, "
                     f"at last with {status}:\n{child.tail()}"
                 )
             tell(f"{child.name} ended with {status}: restarting it")

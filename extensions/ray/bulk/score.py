@@ -33,7 +33,7 @@ from ade_base.pictures.decoders import DecoderError
 from ade_base.pictures.read import MAX_FILE_BYTES
 from extensions.ray.bulk import manifest
 from extensions.ray.bulk.manifest import PART_ROWS
-from extensions.ray.serve.instance import BESIDE, ray_instance
+from extensions.ray.instance import BESIDE, ray_instance
 from serving.api.score_table import columns
 from serving.bulk import (
     CHUNK,
@@ -158,12 +158,12 @@ def score_on_ray(
             raise BulkError(f"{out} is complete already")
         total = _prepare(source, out, plan)
         _uncommit(out)
-        with ray_instance(address, workers) as instance, _Progress(out, total, progress):
+        with ray_instance(address, workers) as ray, _Progress(out, total, progress):
             try:
-                _run(instance.ray, scorer, out, workers, total)
-            except instance.ray.exceptions.RayError as error:
+                _run(ray, scorer, out, workers, total)
+            except ray.exceptions.RayError as error:
                 reason = _reason(str(error))
-                if reason is None and isinstance(error, instance.ray.exceptions.RayActorError):
+                if reason is None and isinstance(error, ray.exceptions.RayActorError):
                     reason = None if error.actor_init_failed else ENDED
                 if reason is None:
                     raise

@@ -1,7 +1,6 @@
 """The logs of replicas, in files of their own.
 
-With the variables of :func:`extensions.ray.serve.environment.of_every_node`, Serve drops what a
-replica writes to standard error, warnings and tracebacks included.
+Otherwise warnings and tracebacks would only be in the folder of Ray.
 """
 
 from __future__ import annotations
