@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 from ade_base.errors import UserError
 from ade_base.extensions import Verb, added, extensions, load
-from ade_cli.absent import import_for_help
 from ade_cli.install import PROJECT, say_what_to_install
 
 VERBS: dict[str, Verb] = {
@@ -62,7 +61,6 @@ VERBS: dict[str, Verb] = {
     **added("verbs"),
 }
 INTERRUPTED = 130  # exit status after Ctrl-C
-HELP = {"-h", "--help"}
 
 
 def parse(given: list[str]) -> argparse.Namespace:
@@ -258,9 +256,8 @@ def _as_typed(message: str, usage: str) -> str:
 
 
 def _module(verb: str, given: Sequence[str] = ()) -> ModuleType:
-    name = VERBS[verb].module
     try:
-        return importlib.import_module(name) if HELP.isdisjoint(given) else import_for_help(name)
+        return importlib.import_module(VERBS[verb].module)
     except ModuleNotFoundError as error:
         say_what_to_install(verb, error, _extra(verb, given))
         raise SystemExit(2) from None
