@@ -84,8 +84,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "heic-tiles": lambda: grid_of({1: [2] * 5000}, {2: (1024, 1024)}),
     "heic-large-tile": lambda: grid_of({1: [2]}, {2: (8000, 6000)}),
     "heic-grids-in-grids": lambda: grid_of(
-        {item: [item + 1] * 2 for item in range(1, 40)},
-        dict.fromkeys(range(2, 41), (32, 32)),
+        {item: [item + 1] * 2 for item in range(1, 40)}, dict.fromkeys(range(2, 41), (32, 32))
     ),
     "heic-grid-of-itself": lambda: grid_of({1: [1]}, {}),
     "heic-exif-tags": lambda: exif_in("HEIF"),

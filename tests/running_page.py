@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from ade_base.ports import free_ports
 from tests.helpers import PRETRAINED, ROOT, wait_for
@@ -28,6 +29,16 @@ MODEL = "cifar10-av-ade"
 
 # Inputs of these kinds take no file. All others are attacked, including those of a new tab.
 PLAIN = {"button", "checkbox", "dataset", "dropdown", "number", "radio", "slider", "state"}
+
+
+open_or_login = pytest.mark.parametrize("page", [None, TOKEN], ids=["open", "login"], indirect=True)
+
+
+@pytest.fixture(name="page")
+def page_process(request: pytest.FixtureRequest, page_processes: Any) -> RunningPage:
+    """A page without a login, unless the test is marked. For modules that import it."""
+    started: RunningPage = page_processes(getattr(request, "param", None))
+    return started
 
 
 class RunningPage:

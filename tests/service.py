@@ -24,16 +24,10 @@ from handlers.torchserve.configuration import ServerFolder
 from tests.helpers import PRETRAINED, ROOT
 
 # In the environment of ``ade serve``; its child processes must not have them.
-CANARIES = {
-    "OPENAI_API_KEY": "canary-of-openai",
-    "AWS_SECRET_ACCESS_KEY": "canary-of-aws",
-}
+CANARIES = {"OPENAI_API_KEY": "canary-of-openai", "AWS_SECRET_ACCESS_KEY": "canary-of-aws"}
 
 # Of each engine, as in their commands.
-WORKERS = (
-    "model_service_worker",
-    "handlers.service.worker",
-)
+WORKERS = ("model_service_worker", "handlers.service.worker")
 
 
 class RunningService:

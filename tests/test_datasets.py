@@ -295,9 +295,9 @@ def test_parts_follow_the_file_name() -> None:
     ],
 )
 def test_missing_data_is_an_error(
-    tmp_path: Path, data: str, root: str | None, message: str
+    tmp_path: Path, data: str, root: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
         load_dataset(data, root)
     (tmp_path / "a.txt").write_text("x")

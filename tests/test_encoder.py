@@ -167,10 +167,7 @@ def test_a_resized_image_without_its_view_has_no_verdict(
 
 
 def test_the_networks_of_the_bundle_can_be_kept(
-    tiny_bundle: Path,
-    real_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path, real_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = _larger(real_images[:60])
     out = tmp_path / "own"

@@ -41,9 +41,7 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
 
 
 def test_figures_of_a_checkpoint_that_was_replaced_are_printed(
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a training does that still runs."""
     checkpoint = latest_checkpoint(run)

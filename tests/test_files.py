@@ -31,12 +31,10 @@ from ade_base.files import (
 from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.read import read_image
 from ade_cli.main import main
-from export.gate.calibrate import calibrate_bundle
 from export.gate.images import usable
 from export.write import ExportError, export_bundle
 from serving.bulk import BulkError, BulkOptions, FileScorer, score_folder
 from serving.engine.bundle import open_bundle, verify_bundle
-from serving.verdict.calibration import CalibrationError
 from tests.helpers import ROOT, full_disk, make_folder
 from training.datasets.files import decode_into
 from training.datasets.folder import first_size
@@ -111,43 +109,6 @@ def test_an_export_that_another_overtakes(
     ):
         export_bundle(tiny_checkpoint, out, "late", small_images[:40], None, report)
     assert verify_bundle(out).name == "tiny" and list(tmp_path.iterdir()) == [out]
-
-
-def test_two_calibrations_into_one_folder(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
-    """One of them wins, and its folder is complete."""
-    both = Barrier(2)
-
-    def report(line: str) -> None:  # both have checked for the folder by now
-        if line.startswith("fitting: scored"):
-            both.wait(60)
-
-    def calibrate(name: str) -> str:
-        try:
-            calibrate_bundle(
-                tiny_bundle,
-                tmp_path / "out",
-                small_images[:150],
-                small_images[150:],
-                name,
-                report=report,
-            )
-            return name
-        except CalibrationError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(calibrate, ["one", "other"]))
-    assert verify_bundle(tmp_path / "out").manifest["calibration"]["data"] in results
-    assert (
-        sum(
-            "exists" in result or "was made by another process meanwhile" in result
-            for result in results
-        )
-        == 1
-    )
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_files_that_macos_adds_are_no_images_of_a_folder(tmp_path: Path) -> None:
@@ -340,10 +301,7 @@ def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
 
 
 def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = ROOT / "serving" / "examples"
     good, huge = (Path(shutil.copy(examples / name, tmp_path)) for name in ("cat.png", "dog.png"))

@@ -33,12 +33,7 @@ from fitting.encoder import ENCODER_ABOUT, fit_encoder
 from fitting.findings import _caught, _scores, _tested
 from fitting.held_out import held_out_images
 from fitting.pipeline import _bundle, _keep_plan, _survey, _train, fit_folder
-from fitting.plan import (
-    Plan,
-    PlanError,
-    make_plan,
-    read_budget,
-)
+from fitting.plan import Plan, PlanError, make_plan, read_budget
 from fitting.report import (
     ALPHAS,
     Caught,
@@ -545,11 +540,7 @@ def test_of_a_large_folder_enough_images_are_enough(
     ],
 )
 def test_few_calibration_images_are_a_weakness(
-    findings: Findings,
-    page_of: Callable[[Findings], str],
-    images: int,
-    heading: str,
-    sentence: str,
+    findings: Findings, page_of: Callable[[Findings], str], images: int, heading: str, sentence: str
 ) -> None:
     """The command to paste has an alpha with verdicts."""
     calibration = {**findings.bundle.manifest["calibration"], "images": images}

@@ -255,10 +255,7 @@ def test_one_token() -> None:
     right = ("Authorization", f"Bearer {TOKEN}")
     assert outcome(("Host", "localhost"), right, right, token=TOKEN) == (401, "bad_token")
     # Without a token, the header belongs to the application.
-    assert outcome(("Host", "localhost"), right) == (
-        200,
-        "hello",
-    )
+    assert outcome(("Host", "localhost"), right) == (200, "hello")
 
 
 def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:

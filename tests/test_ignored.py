@@ -161,11 +161,7 @@ def one_bit(height: int, width: int) -> bytes:
     ],
 )
 def test_masks_that_are_refused(
-    mask: bytes,
-    message: str,
-    tiny_bundle: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    mask: bytes, message: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(MaskError, match=message):
         Ignored.read(mask)

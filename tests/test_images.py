@@ -184,16 +184,13 @@ def test_a_large_heic_is_decoded_at_a_fraction_of_its_size() -> None:
 
 
 def test_alpha_goes_on_white(picture: Image.Image) -> None:
+    """Also that of a palette."""
     picture.putalpha(0)
-    decoded = read_image(encode(picture, "PNG"))
-    assert (decoded.pixels == 255).all() and decoded.notes == ["alpha composited on white"]
-
-
-def test_transparent_palette() -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
-    decoded = read_image(encode(image, "PNG", transparency=1))
-    assert (decoded.pixels == 255).all()
+    for file in (encode(picture, "PNG"), encode(image, "PNG", transparency=1)):
+        decoded = read_image(file)
+        assert (decoded.pixels == 255).all() and "alpha composited on white" in decoded.notes
     assert (read_image(encode(image, "PNG")).pixels == [0, 0, 255]).all()
 
 
@@ -276,24 +273,21 @@ def test_another_size_is_refused_by_the_header() -> None:
         read_image(png_header(3000, 4000), (32, 32))
 
 
-def test_cmyk_and_grey(picture: Image.Image) -> None:
-    assert read_image(encode(picture.convert("CMYK"), "JPEG")).notes == [
-        "converted from CMYK to RGB"
-    ]
-    grey = read_image(encode(picture.convert("L"), "PNG"))
-    assert (
-        grey.notes == ["converted from L to RGB"]
-        and (grey.pixels[..., 0] == grey.pixels[..., 2]).all()
-    )
-
-
-def test_first_frame_of_an_animation() -> None:
+def test_what_is_converted_is_noted(picture: Image.Image) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
-    data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    decoded = read_image(data)
-    assert (decoded.pixels == [255, 0, 0]).all() and decoded.notes == [
-        "first of several frames taken"
-    ]
+    film = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    cmyk, grey, first = (
+        read_image(file)
+        for file in (
+            encode(picture.convert("CMYK"), "JPEG"),
+            encode(picture.convert("L"), "PNG"),
+            film,
+        )
+    )
+    assert cmyk.notes == ["converted from CMYK to RGB"]
+    assert grey.notes == ["converted from L to RGB"] and (np.ptp(grey.pixels, axis=2) == 0).all()
+    assert first.notes == ["first of several frames taken"]
+    assert (first.pixels == [255, 0, 0]).all()
 
 
 def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,10 +164,7 @@ def test_tinted_pictures_are_known_to_be_bad(
 
 
 def test_too_few_known_bad_pictures_are_refused_at_once(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = small_images[:90]
 

@@ -18,13 +18,7 @@ from handlers.front.exposition import REFUSALS, START
 from handlers.launch.serve import _alone_with_logs
 from handlers.service.metrics import QUEUE_SECONDS
 from serving.api.journal import Journal, last_errors
-from serving.api.telemetry import (
-    FAMILIES,
-    METRICS,
-    HistogramMetric,
-    Metric,
-    Stopwatch,
-)
+from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
 from tests.helpers import ROOT, WORKER_LABELS, held_by_another
 from tests.service import error_of_serve
 

@@ -7,7 +7,6 @@ import io
 import struct
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,10 @@ from tests.running_page import (
     call,
     function_of,
     lying_zip,
+    page_process,  # noqa: F401
     score_of,
     upload,
 )
-
-
-@pytest.fixture
-def page(
-    request: pytest.FixtureRequest, page_processes: Callable[[str | None], RunningPage]
-) -> RunningPage:
-    """A page without a login, unless the test is marked."""
-    return page_processes(getattr(request, "param", None))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import math
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
@@ -20,29 +19,16 @@ from serving.page.app import PageServer, gradio_of, make_app
 from serving.page.files import KEPT_S
 from serving.page.routes import MAX_UNREAD
 from serving.page.runs import Runs
-from serving.page.uploads import (
-    CLIENT_FILES,
-    TOO_MANY,
-)
+from serving.page.uploads import CLIENT_FILES, TOO_MANY
 from tests.helpers import PRETRAINED, wait_for
 from tests.running_page import (
     MODEL,
-    TOKEN,
     RunningPage,
     call,
     event_of,
+    open_or_login,
+    page_process,  # noqa: F401
 )
-
-
-@pytest.fixture
-def page(
-    request: pytest.FixtureRequest, page_processes: Callable[[str | None], RunningPage]
-) -> RunningPage:
-    """A page without a login, unless the test is marked."""
-    return page_processes(getattr(request, "param", None))
-
-
-open_or_login = pytest.mark.parametrize("page", [None, TOKEN], ids=["open", "login"], indirect=True)
 
 
 @pytest.fixture

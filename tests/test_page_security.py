@@ -8,7 +8,7 @@ import secrets
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,15 @@ from tests.running_page import (
     Asked,
     RunningPage,
     call,
+    open_or_login,
     outside,
+    page_process,  # noqa: F401
     score_of,
     shapes,
     targets,
 )
 
-
-@pytest.fixture
-def page(
-    request: pytest.FixtureRequest, page_processes: Callable[[str | None], RunningPage]
-) -> RunningPage:
-    """A page without a login, unless the test is marked."""
-    return page_processes(getattr(request, "param", None))
-
-
 login = pytest.mark.parametrize("page", [TOKEN], ids=["login"], indirect=True)
-
-
-open_or_login = pytest.mark.parametrize("page", [None, TOKEN], ids=["open", "login"], indirect=True)
 
 
 def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +19,7 @@ from serving.page import uploads
 from serving.page.app import PageServer, make_app
 from serving.page.contents import contents
 from serving.page.files import RequestRefused
-from serving.page.uploads import (
-    Quota,
-    own_name,
-    safe_name,
-)
+from serving.page.uploads import Quota, own_name, safe_name
 from tests.helpers import PRETRAINED
 from tests.running_page import (
     EXAMPLE,
@@ -31,17 +27,10 @@ from tests.running_page import (
     RunningPage,
     call,
     function_of,
+    page_process,  # noqa: F401
     score_of,
     upload,
 )
-
-
-@pytest.fixture
-def page(
-    request: pytest.FixtureRequest, page_processes: Callable[[str | None], RunningPage]
-) -> RunningPage:
-    """A page without a login, unless the test is marked."""
-    return page_processes(getattr(request, "param", None))
 
 
 def test_uploads(page: RunningPage) -> None:

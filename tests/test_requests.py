@@ -407,10 +407,7 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     started = time.process_time()
     with pytest.raises(ApiError) as raised:
         parse_sample(raw, LATENTS) if operation == "sample" else parse_images(operation, raw)
-    assert (raised.value.status, raised.value.code) == (
-        413,
-        "request_too_large",
-    )
+    assert (raised.value.status, raised.value.code) == (413, "request_too_large")
     assert what in raised.value.message
     assert time.process_time() - started < 4
 

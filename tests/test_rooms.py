@@ -62,10 +62,7 @@ def test_modules_have_no_import_circles() -> None:
 def test_every_room_is_a_package_that_loads_nothing() -> None:
     for init in (path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py")):
         # Other modules may import their names from there.
-        if init.parent.name not in (
-            "ade_client",
-            "datasets",
-        ):
+        if init.parent.name not in ("ade_client", "datasets"):
             assert not [
                 n
                 for n in ast.parse(init.read_text()).body

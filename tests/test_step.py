@@ -335,9 +335,7 @@ def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> No
         trained.run(batch)
 
 
-def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(
-    small_images: np.ndarray,
-) -> None:
+def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(small_images: np.ndarray) -> None:
     """JSON has no number for it, and metrics.jsonl would be invalid."""
     trained = trainer(dataclasses.replace(SMALL, discriminator=None))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))

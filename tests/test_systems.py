@@ -43,11 +43,7 @@ SYSTEMS: dict[str, TrainConfig] = {
 }
 # Exports take long. Systems that differ in their training alone have the same graphs, and these
 # only combine what the graphs of others have: a flow alone, autoregressive flows, two scales.
-COMBINED = (
-    "av-ade-s2",
-    "av-ade-iaf-rd of the paper's size",
-    "real-nvp of the paper's size",
-)
+COMBINED = ("av-ade-s2", "av-ade-iaf-rd of the paper's size", "real-nvp of the paper's size")
 EXPORTED = {c.model: name for name, c in SYSTEMS.items() if name not in COMBINED}.values()
 STEPS = 12
 

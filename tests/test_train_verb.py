@@ -368,11 +368,7 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     ],
 )
 def test_the_command_line_says_what_is_wrong(
-    words: str,
-    message: str,
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process, because each new one would load PyTorch."""
     places = {"DATA": folder, "DATA/run": folder / "run"}
