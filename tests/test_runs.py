@@ -34,12 +34,14 @@ from training.loop import train
 from training.run_options import RunOptions
 from training.run_start import check_folder, last_options, read_started
 from training.runs import (
+    WARM_NAME,
     Progress,
     RunError,
     checkpoint_folders,
     folder_name,
     latest_checkpoint,
     load_checkpoint,
+    load_warm_start,
     read_state,
     save_checkpoint,
     write_json,
@@ -159,6 +161,34 @@ def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
     assert len(paths) == 7 and latest_checkpoint(whole).name == "step-000000020"
     for path in paths:
         assert path.read_bytes() == (latest_checkpoint(cut) / path.name).read_bytes(), path.name
+
+
+def test_a_lost_checkpoint_is_replaced_by_the_warm_start(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In each phase; the curve continues where it was."""
+    config = dataclasses.replace(narrow("flagship"), alone_steps=2, warmup_steps=2)
+    dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
+    options = RunOptions(images=16 * 6, device="cpu", precision="float32", evaluate_steps=2)
+    train(config, dataset, run, options, resume=False)
+    for images, step in ((16 * 8, 6), (16 * 14, 8)):
+        shutil.rmtree(run / "checkpoints")
+        caplog.clear()
+        train(config, dataset, run, dataclasses.replace(options, images=images), resume=True)
+        assert f"resumes from {WARM_NAME}, of step {step}, with new optimisers" in caplog.text
+    rows = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, 15, 2))
+    levels = len(config.model.latent_shapes)
+    logits = {f"{one}logit_{part}" for one in ("", "pixel_") for part in ("train", "samples")}
+    assert logits <= rows[-1].keys() and rows[-1]["select_bpd"] > 0
+    assert {f"select_kl_{level}" for level in range(levels)} < rows[0].keys()
+    other = dataclasses.replace(config.model, flow_width=4)
+    with pytest.raises(RunError, match="does not fit the run"):
+        load_warm_start(run, trainer(dataclasses.replace(config, model=other)))
+    (run / WARM_NAME).write_bytes(b"cut")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match=f"{WARM_NAME} is not a safetensors file"):
+        train(config, dataset, run, options, resume=True)
 
 
 def test_an_interruption_waits_for_its_step_and_saves_it(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -34,15 +35,19 @@ from training.run_start import (
     resumed_options,
 )
 from training.runs import (
+    WARM_NAME,
     Progress,
     RunError,
     checkpoint_folders,
     load_checkpoint,
+    load_warm_start,
     save_checkpoint,
+    save_warm_start,
 )
 from training.schedule import images_in, schedule_of
 from training.step import Trainer
 
+logger = logging.getLogger(__name__)
 LOG_EVERY = 10
 # Of each phase, to learn how many images a budget in minutes allows.
 MEASURED_SECONDS, MEASURED_SHARE = 20.0, 0.01
@@ -265,6 +270,14 @@ def _prepare(
     if resume and checkpoint_folders(run):
         progress = load_checkpoint(checkpoint_folders(run)[-1], trainer)
         before = read_config(checkpoint_folders(run)[-1])
+    elif resume and (run / WARM_NAME).is_file():
+        progress = load_warm_start(run, trainer)
+        logger.warning(
+            "%s has no checkpoint: it resumes from %s, of step %d, with new optimisers",
+            run,
+            WARM_NAME,
+            progress.step,
+        )
     check_budget(run, trainer.inferring_since, config.batch_size, options.images)
     return trainer, progress, before
 
@@ -336,6 +349,8 @@ def _run_steps(
                 recent = {}
             if progress.step % options.evaluate_steps == 0:
                 log.evaluate(trainer, dataset, progress)
+                if not trainer.inferring:
+                    save_warm_start(run, trainer, progress)
             if (
                 progress.step % options.checkpoint_steps == 0
                 or time.monotonic() - last_saved > 60 * options.checkpoint_minutes

@@ -1,25 +1,26 @@
-"""The log of a run: losses, held-out images and samples."""
+"""The log of a run: losses, its curve, held-out images and samples."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 from ade_base.files import write_text
+from training.curve import curve_point
 from training.data import Dataset
-from training.evaluate import bpd_of, reconstruction_grid, sample_grid, sample_kinds
+from training.evaluate import reconstruction_grid, sample_grid, sample_kinds
 from training.runs import Progress
 from training.step import Trainer
 
-SELECT_IMAGES = 500
+LOGS = ("metrics", "curve")
 
 
 class RunLog:
-    """Logs losses as JSON lines and to TensorBoard, and pictures to TensorBoard.
+    """Logs losses and the curve as JSON lines and to TensorBoard, and pictures to TensorBoard.
 
     Args:
         run: the run's folder.
@@ -27,23 +28,16 @@ class RunLog:
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        path = run / "metrics.jsonl"
-        kept: list[str] = []
-        if path.exists():  # steps after the checkpoint will be logged again
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except ValueError:  # the line was cut off when the process was killed
-                    break
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
+        self._losses, self._curve = (_opened(run / f"{name}.jsonl", step) for name in LOGS)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, progress: Progress, values: dict[str, float]) -> None:
-        """Log numbers by name."""
+        """Log losses by name."""
+        self._write(self._losses, progress, values)
+
+    def _write(self, file: TextIO, progress: Progress, values: dict[str, float]) -> None:
         row: dict[str, Any] = {**dataclasses.asdict(progress), **values}
-        self._file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, progress.step)
         self._board.add_scalar(
@@ -51,14 +45,13 @@ class RunLog:
         )
 
     def evaluate(self, trainer: Trainer, dataset: Dataset, progress: Progress) -> None:
-        """Log held-out bits per dimension, reconstructions and samples of the averaged weights."""
-        images = dataset.parts["select"].images[:SELECT_IMAGES]
+        """Log a point of the curve, reconstructions and samples of the averaged weights."""
+        self._write(self._curve, progress, curve_point(trainer, dataset))
+        images = dataset.parts["select"].images[:16]
         if len(images) and "score" in trainer.operations:
-            bpd = bpd_of(trainer.ema, images, trainer.device, samples=1)
-            self.scalars(progress, {"select_bpd": float(bpd.mean())})
             self._board.add_image(
                 "reconstructions",
-                reconstruction_grid(trainer.ema, images[:16], trainer.device),
+                reconstruction_grid(trainer.ema, images, trainer.device),
                 progress.step,
                 dataformats="HWC",
             )
@@ -68,5 +61,19 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        self._losses.close()
+        self._curve.close()
         self._board.close()
+
+
+def _opened(path: Path, step: int) -> TextIO:
+    """Open a file of JSON lines to append to it, without those after a step: they come again."""
+    kept: list[str] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the line was cut off when the process was killed
+            break
+    write_text(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)

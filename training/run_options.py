@@ -35,7 +35,7 @@ class RunOptions:
     precision: str = "auto"
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 1000
-    evaluate_steps: int = 500
+    evaluate_steps: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("images", "checkpoint_steps", "evaluate_steps"):

@@ -29,7 +29,7 @@ DATA_NAME = "data.json"
 # it compare two adversaries.
 OF_ADVERSARIES = ("recipe ", "d_", "pixel_d_", "gp_", "quality_weight ", "alone_steps ", "augment ")
 # What a run writes after run.json, with which it begins.
-WRITTEN = ("metrics.jsonl", "report.md", "checkpoints", "pictures")
+WRITTEN = ("metrics.jsonl", "curve.jsonl", "report.md", "checkpoints", "pictures")
 
 
 def resumed_options(run: Path, options: RunOptions, resume: bool) -> RunOptions:
