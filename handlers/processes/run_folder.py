@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import grp
 import json
 import os
-import pwd
 import shutil
 import stat
 import sys
@@ -187,7 +185,6 @@ def _new_folder() -> tuple[Path, FileLock]:
         for folder in (*reversed(base.parents), base):  # mkdir(parents=True) ignores the mode
             folder.mkdir(mode=0o700, exist_ok=True)
         _check_private(base)
-        _check_way(base)
         # The lock keeps services that start together from deleting each other's new folder.
         with locked(base / LOCK, wait=True):
             for path in _folders():
@@ -209,7 +206,8 @@ def _new_folder() -> tuple[Path, FileLock]:
     )
     try:
         temporary = Path(tempfile.gettempdir())
-        _check_way(temporary)
+        if temporary.stat().st_mode & 0o022 and not temporary.stat().st_mode & stat.S_ISVTX:
+            raise PermissionError(f"others can write to {temporary}, which has no sticky bit")
         return _make(temporary)
     except OSError as error:
         raise RunFolderError(
@@ -228,67 +226,6 @@ def _check_private(base: Path) -> None:
         raise PermissionError(f"{base} belongs to another user")
     if found.st_mode & 0o022:
         raise PermissionError(f"others can write to {base}: use a folder in it, or chmod go-w")
-
-
-def _check_way(path: Path) -> None:
-    """Check that no other user can rename or replace a folder on the way to a path, or a link.
-
-    What is in a folder that others cannot enter is safe, whatever its mode, such as a volume of
-    Kubernetes in a home directory.
-
-    Args:
-        path: absolute; it exists.
-
-    Raises:
-        PermissionError: another user can.
-    """
-    trusted = {0, os.getuid(), os.stat("/").st_uid}  # in a user namespace root has another number
-
-    def is_closed(folder: Path) -> bool:
-        found = folder.stat()
-        return found.st_uid in trusted and not found.st_mode & 0o011
-
-    here, names = Path("/"), [*reversed(path.parts)]
-    while names:
-        name = names.pop()
-        if name == "..":
-            here = here.parent
-            continue
-        entry = here / name
-        found = entry.lstat()
-        is_link = stat.S_ISLNK(found.st_mode)
-        if not any(map(is_closed, (here, *here.parents))):
-            if found.st_uid not in trusted:
-                raise PermissionError(f"{entry} belongs to another user, who can replace it")
-            if not is_link and _others_can_write(found):
-                raise PermissionError(
-                    f"others can write to {entry}, and so replace what is in it: use another "
-                    "place, or chmod go-w"
-                )
-        if is_link:
-            names += reversed(Path(os.readlink(entry)).parts)
-        else:
-            here = entry
-
-
-def _others_can_write(found: os.stat_result) -> bool:
-    """Whether others can rename what is in a folder, which the sticky bit, as of /tmp, prevents."""
-    if found.st_mode & stat.S_ISVTX:
-        return False
-    return bool(
-        found.st_mode & 0o002 or (found.st_mode & 0o020 and not _is_own_group(found.st_gid))
-    )
-
-
-def _is_own_group(group_id: int) -> bool:
-    """Whether a group is root's or, as many systems make it, of this user alone."""
-    if group_id == 0:
-        return True
-    try:
-        user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group_id)
-    except KeyError:
-        return False
-    return group.gr_name == user and {user}.issuperset(group.gr_mem)
 
 
 def _make(base: Path) -> tuple[Path, FileLock]:
