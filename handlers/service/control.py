@@ -9,21 +9,28 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from handlers.processes.channel import MAX_LINE, READ_S, encode, peer_is_own_user
-from handlers.service.release import CurrentRelease, Release
+from handlers.service.release import Backend, CurrentRelease, Release
 from serving.engine.bundle import BundleError
-
-if TYPE_CHECKING:
-    from handlers.service.application import PooledApplication
 
 logger = logging.getLogger(__name__)
 PUBLISH, DESCRIBE = "publish", "describe"
 
 
+class Described(Backend, Protocol):
+    """What answers for a release, with the workers that ``ade status`` shows."""
+
+    def describe(self) -> dict[str, Any]:
+        """Workers and queue by model."""
+
+
+D = TypeVar("D", bound=Described)
+
+
 @contextlib.asynccontextmanager
-async def listen(path: Path, current: CurrentRelease[PooledApplication]) -> AsyncIterator[None]:
+async def listen(path: Path, current: CurrentRelease[D]) -> AsyncIterator[None]:
     """Answer at a new Unix domain socket during the block."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
