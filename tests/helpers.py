@@ -55,7 +55,7 @@ TINY = ModelConfig(
 WORDS_OF_EXTENSIONS = {
     "codec": {"compress", "decompress", "--with-codec"},
     "comparison": {"compare", "stl10", "imagenet64", "lsun"},
-    "gate_reports": {"gate", "ood-bench"},
+    "gate_reports": {"ood-bench"},
     "ray": {"ray"},
 }
 HOLD = """

@@ -1,9 +1,8 @@
-"""The reports and tables of ade ood-bench and ade gate what-if."""
+"""The reports and tables of ade ood-bench."""
 
 from __future__ import annotations
 
 import argparse
-import base64
 import os
 import shutil
 from pathlib import Path
@@ -19,65 +18,12 @@ from export.gate.measuring import Measured, statistics_of
 from export.gate.separation import COMBINED, NO_FEATURES, RAW_BPD, Figures
 from extensions.gate_reports.ood_bench_report import _histogram, _write_csv, write_report
 from extensions.gate_reports.verbs import ood_bench
-from extensions.gate_reports.what_if import ALPHAS, Alarms, PathForecast, WhatIf
-from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from serving.engine.bundle import open_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import make_folder
 from tests.test_bulk import read
 from tests.test_ood import calibration, draw
-from tests.test_reports import is_complete
-
-
-@pytest.mark.parametrize("unlike", [[], [0.1]])
-def test_what_if_as_a_page(tmp_path: Path, unlike: list[float]) -> None:
-    rows = [Alarms(alpha, 1000 * alpha, 0, 2000, alpha) for alpha in ALPHAS[:-1]]
-    way = PathForecast(
-        False, 100, 1000, 999, [*rows, Alarms(0.001, None, None, None, None)], unlike
-    )
-    none = PathForecast(True, 10, 100, 0, [], [])
-    caught = {"noise": [1.0] * 6 + [None]}
-    found = WhatIf(
-        "m@1", {"name": "default", "version": "v"}, 110, 2, list(ALPHAS), [way, none], caught
-    )
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert is_complete(page) and "of these kinds: noise" in page and "no verdict" in page
-    assert "m@1, calibration default, version v" in page and "2 files could not be used" in page
-    assert ("is not like the calibration images" in page) == bool(unlike)
-    assert "There is no calibration for them" in page
-    assert "Images of another size, resized: no verdict at this rate" in page
-
-
-def test_the_band_of_a_page_is_that_of_the_smaller_calibration(tmp_path: Path) -> None:
-    rows = [Alarms(alpha, 1.0, 0, 2, alpha) for alpha in ALPHAS]
-    ways = [
-        PathForecast(resized, 9, 9, n, rows, []) for resized, n in ((False, 5000), (True, 1234))
-    ]
-    found = WhatIf("m@1", None, 18, 0, list(ALPHAS), ways, {"noise": [1.0] * len(ALPHAS)})
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "1,234 images calibrated it" in page and "no verdict" not in page
-
-
-def test_a_name_takes_no_file_into_a_report_and_controls_no_terminal(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("password secret")
-    way = PathForecast(False, 1, 1, 999, [], [])
-    caught = {"![a](.netrc)\x1b[2J": [1.0] * len(ALPHAS)}
-    found = WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught)
-    write_what_if(found, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "![a](.netrc)" in page
-    assert base64.b64encode(b"password secret").decode() not in page
-    assert all(line.isprintable() for line in what_if_lines(found))
-
-
-def test_what_if_with_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    way = PathForecast(False, 1, 1, 999, [], [])
-    caught = {os.fsdecode(b"caf\xe9"): [1.0] * len(ALPHAS)}
-    write_what_if(WhatIf("m@1", None, 1, 0, list(ALPHAS), [way], caught), tmp_path / "page.html")
-    assert "of these kinds: caf\\udce9" in (tmp_path / "page.html").read_text()
 
 
 def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +53,9 @@ def test_a_bundle_that_cannot_score_is_reported_as_such(
     write_manifest(bundle, {**open_bundle(bundle).manifest, "operations": ["sample"]})
     images = tmp_path / "images.npy"
     np.save(images, np.zeros((3, 8, 8, 3), np.uint8))
-    for words in (
-        ["gate", "what-if", str(bundle), "--data", str(images), "--per-day", "10"],
-        ["ood-bench", str(bundle), "--id", str(images), "--out", str(tmp_path / "out")],
-    ):
-        assert main(words) == 2
-        assert "cannot score: it was trained without an inference" in capsys.readouterr().err
+    words = ["ood-bench", str(bundle), "--id", str(images), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "cannot score: it was trained without an inference" in capsys.readouterr().err
 
 
 def test_names_of_files_do_not_control_the_terminal(
@@ -122,7 +65,7 @@ def test_names_of_files_do_not_control_the_terminal(
     images.mkdir()
     (images / "a\x1b[2J\u202eb.png").write_bytes(b"broken")
     (images / "c\x1b[2J").symlink_to(tmp_path)
-    words = ["gate", "what-if", str(tiny_bundle), "--data", str(images), "--per-day", "10"]
+    words = ["ood-bench", str(tiny_bundle), "--id", str(images), "--out", str(tmp_path / "out")]
     assert main(words) == 2
     lines = capsys.readouterr().err.splitlines()
     assert sum(r"\x1b[2J" in line for line in lines) == 3

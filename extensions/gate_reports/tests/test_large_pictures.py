@@ -10,8 +10,6 @@ import pytest
 from ade_base.pictures.show import write_png
 from ade_cli.main import main
 from export.gate.corruptions import CORRUPTIONS
-from extensions.gate_reports.what_if import what_if
-from serving.engine.engine import InferenceEngine
 
 
 def test_reports_judge_the_originals(
@@ -32,9 +30,3 @@ def test_reports_judge_the_originals(
     report = (tmp_path / "out" / "report.md").read_text()
     assert "without those of `features.onnx` and `encoder.onnx`" in report
     assert all(name in report for name in CORRUPTIONS)
-    history = list(large_images[60:84])
-    unlike = {"dark": [image // 4 for image in history[:5]], "small": list(small_images[:5])}
-    seeing = InferenceEngine(seeing_bundle, device="cpu", operations=["score"])
-    found = what_if(seeing, seeing.calibrations, history, unlike, 100, 5)
-    assert found.unusable == 0 and found.caught["dark"][0] is not None
-    assert found.ways[0].resized and found.ways[0].calibrated == 36

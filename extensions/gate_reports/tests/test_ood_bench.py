@@ -1,11 +1,10 @@
-"""``ade gate what-if`` and the report of ``ade calibrate``, with figures counted again here."""
+"""``ade ood-bench`` and the report of ``ade calibrate``, with figures counted again here."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -31,9 +30,6 @@ from export.gate.corruptions import CORRUPTIONS, SUBTLE
 from export.gate.images import NamedFile, others, usable
 from export.gate.measuring import statistics_of
 from export.gate.rejection import corruptions_of, rejected
-from extensions.gate_reports import what_if as what_if_module
-from extensions.gate_reports.what_if import ALPHAS, what_if
-from extensions.gate_reports.what_if_report import what_if_lines, write_what_if
 from fitting.pipeline import ENOUGH
 from serving.engine.engine import InferenceEngine
 from serving.engine.noise import short_digest
@@ -42,7 +38,6 @@ from serving.ingest.picture import Picture
 from serving.page import charts
 from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import CalibrationPair
-from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, with_calibrations
 from tests.test_imports import TRAINING_PACKAGES, without
 from training.data import DataError
@@ -51,90 +46,6 @@ from training.data import DataError
 @pytest.fixture(scope="module")
 def engine(tiny_bundle: Path) -> InferenceEngine:
     return InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
-
-
-def test_alarms_and_detection_are_those_of_the_gate(
-    engine: InferenceEngine, tiny_bundle: Path, small_images: np.ndarray
-) -> None:
-    larger = small_images[100:130].repeat(2, 1).repeat(2, 2)
-    history = [*small_images[:90], *larger, b"no image"]
-    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
-    found = what_if(engine, engine.calibrations, history, {"noise": noise}, 1000, 10)
-    assert (found.images, found.unusable, found.alphas) == (120, 1, list(ALPHAS))
-    assert found.calibration == {"name": "default", "version": engine.calibrations.version}
-    exact, resized = found.ways
-    assert (exact.resized, exact.images, exact.per_day) == (False, 90, 750)
-    assert (resized.resized, resized.images, resized.per_day) == (True, 30, 250)
-    n = exact.calibrated
-    assert n == 150
-    for alpha in (0.1, 0.01):
-        row = exact.alarms[ALPHAS.index(alpha)]
-        k = int(alpha * (n + 1))
-        assert row.per_day == pytest.approx(750 * k / (n + 1))
-        assert [row.low, row.high] == list(stats.betabinom.ppf([0.025, 0.975], 750, k, n + 1 - k))
-        gate = Gate(tiny_bundle, alpha)
-        own = [d.decision == "reject" for d in gate.check(small_images[:90])]
-        assert row.rejected == pytest.approx(np.mean(own))
-        caught = [d.decision == "reject" for d in gate.check(noise)]
-        assert found.caught["noise"][ALPHAS.index(alpha)] == pytest.approx(np.mean(caught))
-    floor = exact.alarms[ALPHAS.index(0.005)]  # 150 images cannot reject one in 200
-    assert floor.per_day is floor.low is floor.rejected is None
-    assert found.caught["noise"][ALPHAS.index(0.005)] is None
-    assert {"constant", "JPEG, quality 10", "noise"} <= set(found.caught)
-    few = what_if(engine, engine.calibrations, small_images[:2], {}, 3, 1)
-    assert any(line.startswith("| 0.1 | 0.3 |") for line in what_if_lines(few))
-
-
-def test_a_history_unlike_the_calibration_is_named(
-    engine: InferenceEngine, small_images: np.ndarray
-) -> None:
-    like = what_if(engine, engine.calibrations, small_images[150:250], {}, 100, 5)
-    dark = what_if(engine, engine.calibrations, small_images[150:250] // 8, {}, 100, 5)
-    assert 0.1 not in like.ways[0].unlike and 0.1 in dark.ways[0].unlike
-    with pytest.raises(CalibrationError, match="is not calibrated"):
-        what_if(engine, CalibrationPair(), small_images[:2], {}, 100, 5)
-    with pytest.raises(
-        CalibrationError, match="its only image could not be used: image 0: the image is"
-    ):
-        what_if(engine, engine.calibrations, [b""], {}, 100, 5)
-    with pytest.raises(CalibrationError, match="none of 0 images could be used"):
-        what_if(engine, engine.calibrations, [], {}, 100, 5)
-
-
-@pytest.mark.parametrize("kinds", [1, 2])
-def test_a_history_like_the_calibration_is_seldom_called_unlike(
-    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, kinds: int
-) -> None:
-    """At most one of 20 gets the warning, at all alphas and for both kinds of images together."""
-    rng = np.random.default_rng(0)
-    calibration = engine.calibrations.exact
-    assert calibration is not None
-    blank = [np.zeros((8 * 2**i, 8 * 2**i, 3), np.uint8) for i in range(kinds)]
-    images, _ = usable("blank", blank, engine.image_shape, print)
-    history = images * 500
-    monkeypatch.setattr(what_if_module, "usable", lambda *_: (history, []))
-    monkeypatch.setattr(what_if_module, "corruptions_of", lambda *_: ())
-    resized = np.array([image.resized for image in history])
-    warned = 0
-    for i in range(400):
-        # A picture that repeats, such as a camera's black frame, has the highest score of all.
-        repeated = [0.0, 0.03, 0.1][i % 3]
-
-        def drawn_scores(n: int, repeated: float = repeated) -> np.ndarray:
-            return np.where(rng.random(n) < repeated, 2000.0, 1000 * rng.random(n))
-
-        exact, other = (
-            dataclasses.replace(calibration, scores=np.sort(drawn_scores(1000))) for _ in range(2)
-        )
-        found = drawn_scores(len(history))
-        drawn = np.where(
-            resized, *(conformal_p_values(its.scores, found) for its in (other, exact))
-        )
-        monkeypatch.setattr(what_if_module, "p_values", lambda *_, drawn=drawn: drawn)
-        made = what_if(engine, CalibrationPair(exact, other), [], {}, 0, 0)
-        assert len(made.ways) == kinds
-        warned += any(way.unlike for way in made.ways)
-    assert 0 < warned <= 20
 
 
 def test_a_calibration_says_what_it_catches(
@@ -173,34 +84,6 @@ def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> Non
     assert rejected(engine, CalibrationPair(exact), both, [0.1]) == [None]
 
 
-def test_images_without_a_finite_likelihood_are_not_counted(
-    engine: InferenceEngine, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lost = {small_images[0].tobytes(), small_images[1].tobytes()}
-    gate = Gate(engine.bundle.folder, 0.1)
-    run = engine.backend.run
-
-    def lose(graph: str, inputs: dict[str, np.ndarray], wanted: Any = None) -> dict[str, Any]:
-        found = run(graph, inputs, wanted)
-        for row, image in enumerate(inputs["images"]):
-            if image.tobytes() in lost:
-                found["parts"][row] = np.nan
-        return found
-
-    monkeypatch.setattr(engine.backend, "run", lose)
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    lines: list[str] = []
-    odd = [small_images[0], *noise]
-    found = what_if(
-        engine, engine.calibrations, small_images[:50], {"odd": odd}, 100, 5, report=lines.append
-    )
-    assert (found.images, found.unusable) == (48, 2) and found.ways[0].images == 48
-    assert "history: 2 images have no finite likelihood and are not counted" in lines
-    (share,) = found.caught["odd"][:1]
-    assert share == np.mean([d.decision == "reject" for d in gate.check(noise)])
-    assert lines[-1] == "1 of them have no finite likelihood and are not counted"
-
-
 def test_the_page_shows_both(engine: InferenceEngine) -> None:
     calibration = engine.calibrations.exact
     assert calibration is not None
@@ -219,66 +102,15 @@ def test_the_page_shows_both(engine: InferenceEngine) -> None:
     assert "does not say which corrupted images" in charts.what_if(bare, 0.1, 1000)
 
 
-def test_the_command(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    np.save(tmp_path / "history.npy", small_images[:40])
-    np.save(tmp_path / "flat.npy", np.full((5, 8, 8, 3), 9, np.uint8))
-    words = ["gate", "what-if", str(tiny_bundle), "--data", str(tmp_path / "history.npy")]
-    words += ["--per-day", "100000", "--ood", str(tmp_path / "flat.npy"), "--corrupted", "5"]
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    assert "### Images of the model's size: 40 of the history, 100,000 per day\n" in text
-    assert "false alarms per day" in text and "no verdict" in text and "\n| flat |" in text
-    years = [tmp_path / "scenes.2024", tmp_path / "scenes.2025"]  # not endings, of folders
-    for year in years:
-        year.mkdir()
-        Image.fromarray(small_images[0]).save(year / "a.png")
-    assert main([*words, "--json", "--ood", *map(str, years)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {"flat", "scenes.2024", "scenes.2025"} < found["caught"].keys()
-    assert found["ways"][0]["alarms"][0]["per_day"] == pytest.approx(100_000 * 15 / 151)
-    assert found["caught"]["flat"][0] == 1.0
-    np.save(tmp_path / "empty.npy", np.empty((0, 8, 8, 3), np.uint8))
-    assert main([*words, "--ood", str(tmp_path / "empty.npy")]) == 2
-    said = capsys.readouterr().err
-    assert "empty: none of 0 images" in said and "JPEG" not in said  # before the work
-
-    def fail(*args: object) -> None:
-        raise DataError("no report")
-
-    monkeypatch.setattr("extensions.gate_reports.verbs.gate.write_what_if", fail)
-    assert main([*words, "--report", str(tmp_path / "report.html")]) == 2
-    assert "false alarms per day" in capsys.readouterr().out
-    pipe = tmp_path / "pipe"  # a file that replaced it would reach no reader
-    os.mkfifo(pipe)
-    for wrong, message in (
-        (["--per-day", "0"], "--per-day must be at least 1"),
-        (["--ood", str(tmp_path / "flat.npy"), str(tmp_path / "flat.npy")], "different names"),
-        (["--ood", str(tmp_path / "constant.npy")], "different names"),  # as a corruption
-        (["--report", str(tmp_path)], "--report must be a new or a regular file, got"),
-        (["--report", str(pipe)], "--report must be a new or a regular file, got"),
-        (["--data", str(tmp_path / "nowhere")], "there is no"),
-        (["--calibration", "camera-9"], "there is no calibration 'camera-9'; there are default"),
-    ):
-        assert main([*words, *wrong]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_a_terminal_that_lacks_letters_gets_the_result(
     tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    np.save(tmp_path / "history.npy", small_images[:2])
+    Image.fromarray(small_images[0]).save(tmp_path / "σ.png")
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    words = ["gate", "what-if", str(tiny_bundle), "--data", str(tmp_path / "history.npy")]
-    assert main([*words, "--per-day", "10"]) == 0
+    assert main(["score", "--bundle", str(tiny_bundle), str(tmp_path / "σ.png")]) == 0
     out.seek(0)
-    assert "| blurred, \\u03c3 = 2 |" in out.read()
+    assert "\\u03c3.png" in out.read()
 
 
 def test_the_bench_judges_images_by_their_kind(
@@ -429,20 +261,15 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
 
 
 def test_options_given_twice_add_up() -> None:
-    for option, words in (
-        ("--ood", ["gate", "what-if", "B", "--data", "D", "--per-day", "1"]),
-        ("--ood", ["ood-bench", "B", "--id", "D", "--out", "O"]),
-    ):
-        args = parse([*words, option, "a", "b", option, "c"])
-        assert vars(args)[option[2:]] == [Path("a"), Path("b"), Path("c")]
+    words = ["ood-bench", "B", "--id", "D", "--out", "O"]
+    args = parse([*words, "--ood", "a", "b", "--ood", "c"])
+    assert args.ood == [Path("a"), Path("b"), Path("c")]
     assert parse(["compare", "--out", "O", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
 def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
     """As a variable gives it that is not set: images of that folder would join a calibration."""
     for words in (
-        ["gate", "what-if", "B", "--per-day", "1", "--data", ""],
-        ["gate", "what-if", "B", "--per-day", "1", "--data", "D", "--ood", ""],
         ["ood-bench", "B", "--out", "O", "--id", ""],
         ["calibrate", "B", "O", "--data", ""],
         ["score", "--bundle", "B", "--out", "t.csv", ""],
@@ -512,49 +339,25 @@ def test_advice_on_a_weak_gate() -> None:
         assert f"at least {ENOUGH} images" in line
 
 
-def test_it_needs_the_runtime_alone_and_calibrate_scikit_learn(tmp_path: Path) -> None:
+def test_calibrate_needs_no_pytorch(tmp_path: Path) -> None:
     """Makes a gate without PyTorch; the report has false alarms and detection."""
     files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(files.reshape(-1, 32, 32, 3)[:60]):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
     packages = tuple(set(TRAINING_PACKAGES) - {"scipy", "sklearn"})
-    done = {}
     fewer = "from export.gate import pair; pair.CORRUPTED = 2; "
-    for missing, first, words in (
-        (TRAINING_PACKAGES, "", ["gate", "what-if", PRETRAINED, "--per-day", 9, "--corrupted", 2]),
-        (packages, fewer, ["calibrate", PRETRAINED, tmp_path / "mine"]),
-    ):
-        line = [*map(str, words), "--data", str(tmp_path / "photos")]
-        script = f"{without(*missing)}{first}import ade_cli.main"
-        script += f"; sys.exit(ade_cli.main.main({line}))"
-        done[words[0]] = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
-        )
-    assert all(run.returncode == 0 for run in done.values()), done
-    said = done["calibrate"].stderr
+    words = ["calibrate", PRETRAINED, tmp_path / "mine", "--data", tmp_path / "photos"]
+    script = f"{without(*packages)}{fewer}import ade_cli.main"
+    script += f"; sys.exit(ade_cli.main.main({[*map(str, words)]}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr
     assert "left out for ade ood-bench: 7 of 60 files\n" in said
     assert "53 images: 21 fit the density of statistics, 32 set the false-alarm rate\n" in said
     assert "  alpha 0.1: " in said and "  constant: " in said and "no verdict" in said
     assert "next step: calibrate on 1,000 images or more" in said
     assert (tmp_path / "mine" / "manifest.json").is_file()
-
-
-def test_images_that_made_the_calibration_do_not_call_it_unlike_the_history(
-    engine: InferenceEngine, small_images: np.ndarray
-) -> None:
-    """The gate hardly rejects those that the density was fitted to."""
-    fitted = what_if(engine, engine.calibrations, small_images[:150], {}, 100, 5)
-    (way,) = fitted.ways
-    assert (way.images, way.known, way.unlike) == (150, 150, [])
-    text = "\n".join(what_if_lines(fitted))
-    assert "150 images of the history made the calibration" in text and "is not like" not in text
-    both = [*small_images[:50], *small_images[:100] // 8]
-    (way,) = what_if(engine, engine.calibrations, both, {}, 100, 5).ways
-    assert way.known == 50 and 0.1 in way.unlike
-    # One that repeats does so in use, too, although it calibrates only once.
-    (way,) = what_if(engine, engine.calibrations, [small_images[0]] * 50, {}, 100, 5).ways
-    assert way.known == 0
 
 
 def test_a_picture_that_repeats_is_measured_although_it_calibrated(
@@ -564,13 +367,3 @@ def test_a_picture_that_repeats_is_measured_although_it_calibrated(
     known = {short_digest(image.pixels)}
     left = list(others("id", [(str(i), image) for i in range(6)], known, told.append))
     assert [name for name, _ in left] == ["4", "5"] and "left out 4 images" in told[0]
-
-
-def test_the_head_of_the_page_names_sets_without_a_verdict(
-    engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
-) -> None:
-    exact = dataclasses.replace(engine.calibrations, resized=None)
-    larger = small_images[:5].repeat(2, 1).repeat(2, 2)
-    found = what_if(engine, exact, small_images[:20] // 8, {"night": larger}, 100, 5)
-    write_what_if(found, tmp_path / "page.html")
-    assert "No verdict on these at this rate: night." in (tmp_path / "page.html").read_text()
