@@ -352,11 +352,11 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
         ("train vae --data DATA --out OUT --set flips", "--set: flips must be true or false, got"),
         (
             "train vae --data DATA --out OUT --set flip=0",
-            "--set: 'flip' is none of augment, batch_",
+            "--set: 'flip' is none of alone_steps, augment, batch_",
         ),
         (
             "train vae --data DATA --out OUT --set coverage=0",
-            "--set: 'coverage' is none of augment",
+            "--set: 'coverage' is none of alone_steps, augment",
         ),
         ("train best --data DATA --out OUT", "invalid choice: 'best'"),
         ("train vae --data DATA --out DATA/run", "--out must lie outside of"),
