@@ -146,7 +146,6 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         for one in outcomes:
             if isinstance(one, UnknownCalibration):
                 raise unusable("unknown_calibration", str(one))
-        alpha, fdr = parameters.alpha, parameters.fdr
         verdicts = [None if isinstance(s, Exception) else s.verdict for s in computed]
         regions = [
             _regions(image, verdict)
@@ -154,80 +153,31 @@ class Score(ImageOperation[ScoreParameters, "list[Computed]"]):
         ]
         if request.format == "png":
             return self._png(request, computed, regions)
-        check_size(
-            sum(
-                MAP_BYTES_PER_PIXEL * score.bits.size
-                + CELL_BYTES * (0 if its is None else its.p_values.size)
-                for score, its in zip(computed, regions, strict=True)
-                if not isinstance(score, Exception) and score.bits is not None
-            ),
-            "send fewer images",
-        )
+        _check_maps(computed, regions)
         judged = [row for row, verdict in enumerate(verdicts) if verdict is not None]
         p_values = [verdict.p_value for verdict in verdicts if verdict is not None]
-        found = [] if fdr is None else benjamini_hochberg(p_values, fdr)
+        found = [] if parameters.fdr is None else benjamini_hochberg(p_values, parameters.fdr)
         discoveries = dict(zip(judged, found, strict=False))
 
         def result(row: int, image: Picture) -> ScoreResult | ApiError:
-            score, verdict = computed[row], verdicts[row]
+            score = computed[row]
             if isinstance(score, Exception):
                 return unusable("not_finite", str(score))
-            calibrations = score.calibrations
-            notes = list(image.notes)
-            calibration = calibrations.of(image.resized)
-            if calibration is None and calibrations.exact is not None:
-                notes.append(
-                    "no verdict: the images that the model was calibrated on were not resized"
-                )
-            if calibration is not None and (too_small := calibration.too_small(alpha)) is not None:
-                notes.append(too_small)
             return dataclasses.replace(
-                score_result(score, calibrations, image.resized, alpha, notes),
-                discovery=discoveries.get(row),
-                explain=[
-                    Unusual(u.statistic, round(u.value, DIGITS), round(u.p_value, DIGITS))
-                    for u in (verdict.explain if verdict is not None and parameters.explain else ())
-                ],
-                map=None
-                if score.bits is None
-                else Map(bits=score.bits, png=write_png(heat_map(score.bits))),
-                regions=regions[row] if parameters.map else None,
-            )
-
-        def group() -> Group | None:
-            if len(judged) < 2:
-                return None
-            notes = []
-            judges = {
-                id(score.calibrations.of(image.resized))
-                for image, score in zip(request.usable, computed, strict=True)
-                if not isinstance(score, Exception) and score.verdict is not None
-            }
-            if len(judges) > 1:
-                notes.append(TWO_CALIBRATIONS)
-            together = Group(images=len(judged), p_value=simes(p_values), notes=notes)
-            if fdr is None:
-                return together
-            calibrated = min(verdict.calibrated for verdict in verdicts if verdict is not None)
-            note = fdr_note(calibrated, len(judged), fdr)
-            return dataclasses.replace(
-                together,
-                fdr=fdr,
-                discoveries=sum(found),
-                rejected=sum(p <= alpha for p in p_values),
-                notes=[*notes, *([] if note is None else [note])],
+                _result(image, score, regions[row], parameters), discovery=discoveries.get(row)
             )
 
         answer = ScoreAnswer(
             model=engine.bundle.model_id,
             estimator="elbo" if parameters.samples == 1 else f"iwae-{parameters.samples}",
             samples=parameters.samples,
-            alpha=alpha,
-            group=group(),
+            alpha=parameters.alpha,
+            group=_group(request, computed, found),
             results=results_of(request.images, result),
         )
         # With fdr every result has ``discovery``, which is null for an image without a verdict.
-        return json_response(to_json(answer, always=() if fdr is None else ("discovery",)))
+        always = () if parameters.fdr is None else ("discovery",)
+        return json_response(to_json(answer, always=always))
 
     def _png(
         self,
@@ -261,6 +211,81 @@ def _regions(image: Picture, verdict: Verdict | None) -> Regions | None:
     if verdict is None or verdict.patches is None or image.view is None:
         return None
     return regions_of(verdict.patches, image.view)
+
+
+def _check_maps(computed: list[Computed], regions: list[Regions | None]) -> None:
+    """Refuse an answer whose maps would be too long.
+
+    Raises:
+        ApiError: 422 ``answer_too_large``.
+    """
+    check_size(
+        sum(
+            MAP_BYTES_PER_PIXEL * score.bits.size
+            + CELL_BYTES * (0 if its is None else its.p_values.size)
+            for score, its in zip(computed, regions, strict=True)
+            if not isinstance(score, Exception) and score.bits is not None
+        ),
+        "send fewer images",
+    )
+
+
+def _result(
+    image: Picture, score: EngineScore, regions: Regions | None, parameters: ScoreParameters
+) -> ScoreResult:
+    """The entry of one image, as far as it does not depend on the other images."""
+    calibrations, alpha = score.calibrations, parameters.alpha
+    notes = list(image.notes)
+    calibration = calibrations.of(image.resized)
+    if calibration is None and calibrations.exact is not None:
+        notes.append("no verdict: the images that the model was calibrated on were not resized")
+    if calibration is not None and (too_small := calibration.too_small(alpha)) is not None:
+        notes.append(too_small)
+    explain = score.verdict.explain if score.verdict is not None and parameters.explain else ()
+    return dataclasses.replace(
+        score_result(score, calibrations, image.resized, alpha, notes),
+        explain=[
+            Unusual(u.statistic, round(u.value, DIGITS), round(u.p_value, DIGITS)) for u in explain
+        ],
+        map=None
+        if score.bits is None
+        else Map(bits=score.bits, png=write_png(heat_map(score.bits))),
+        regions=regions if parameters.map else None,
+    )
+
+
+def _group(
+    request: ImagesRequest[ScoreParameters], computed: list[Computed], found: Sequence[bool]
+) -> Group | None:
+    """The verdict on all judged images together; ``None`` for fewer than two.
+
+    Args:
+        request: of the images.
+        computed: one per usable image.
+        found: the discoveries among the judged images; empty unless ``fdr`` is given.
+    """
+    alpha, fdr = request.parameters.alpha, request.parameters.fdr
+    judged = [
+        (score.verdict, score.calibrations.of(image.resized))
+        for image, score in zip(request.usable, computed, strict=True)
+        if not isinstance(score, Exception) and score.verdict is not None
+    ]
+    if len(judged) < 2:
+        return None
+    p_values = [verdict.p_value for verdict, _ in judged]
+    notes = [TWO_CALIBRATIONS] if len({id(judge) for _, judge in judged}) > 1 else []
+    together = Group(images=len(judged), p_value=simes(p_values), notes=notes)
+    if fdr is None:
+        return together
+    calibrated = min(verdict.calibrated for verdict, _ in judged)
+    note = fdr_note(calibrated, len(judged), fdr)
+    return dataclasses.replace(
+        together,
+        fdr=fdr,
+        discoveries=sum(found),
+        rejected=sum(p <= alpha for p in p_values),
+        notes=[*notes, *([] if note is None else [note])],
+    )
 
 
 def _judge(engine: InferenceEngine, name: str) -> CalibrationPair | UnknownCalibration:
