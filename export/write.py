@@ -95,25 +95,9 @@ def export_bundle(
     extra: dict[str, FurtherGraphs] = {graph: added("graphs")[graph] for graph in further}
     for graphs_of_extension in extra.values():
         load(graphs_of_extension.check)(about)
-    data = {"name": about["data"], "splits": about["splits"]}
-    if (sketch := sketch_in(about)) is not None:
-        data[KEY] = sketch
-    elif dataset is not None:
-        if data == {"name": dataset.name, "splits": dataset.splits}:
-            data = record_of(dataset)
-        elif dataset.folder is not None:
-            report(
-                f"no sketch of the training files: {dataset.folder} is not, or no longer, what the "
-                f"model was trained on ({about['splits'].get('train')})"
-            )
+    data = _data_of(about, dataset, report)
     operations = about.get("operations", config.operations)
-    rounded = copy.deepcopy(model)
-    round_to_half(rounded)
-    changes = _bpd(rounded, images) - _bpd(model, images) if "score" in operations else 0.0
-    if not np.abs(changes).max() <= MAX_BPD:  # also if it is not a number
-        report("half precision changes likelihoods: the weights are stored in single precision")
-    else:
-        model = rounded
+    model = _in_half_precision(model, images, "score" in operations, report)
     graphs = Graphs(model)
     names = graphs_of(operations)
     with new_folder(out, ExportError) as folder:
@@ -140,14 +124,7 @@ def export_bundle(
             "latent_shapes": [list(shape) for shape in config.latent_shapes],
             "operations": list(operations),
             "data": data,
-            "training": {
-                "images_seen": about["images_seen"],
-                "started_from": about.get("started_from"),
-                "seed": about["seed"],
-                "weights": sum(p.numel() for p in model.parameters()),
-                "flow_weights": sum(p.numel() for p in model.flow.parameters()),
-                **{key: about[key] for key in ("flow_from", "guided") if key in about},
-            },
+            "training": _training_of(model, about),
             "evaluation": evaluation,
             "calibration": None,
             "licence": licence,
@@ -162,6 +139,50 @@ def export_bundle(
         finally:
             torch.set_num_threads(threads)  # TorchScript's backend takes one
         write_manifest(folder, {**fields, "parity": list(map(asdict, table))})
+
+
+def _data_of(
+    about: dict[str, Any], dataset: Dataset | None, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the manifest says of the training data, with a sketch of its files if there is one."""
+    data = {"name": about["data"], "splits": about["splits"]}
+    if (sketch := sketch_in(about)) is not None:
+        return {**data, KEY: sketch}
+    if dataset is None:
+        return data
+    if data == {"name": dataset.name, "splits": dataset.splits}:
+        return record_of(dataset)
+    if dataset.folder is not None:
+        report(
+            f"no sketch of the training files: {dataset.folder} is not, or no longer, what the "
+            f"model was trained on ({about['splits'].get('train')})"
+        )
+    return data
+
+
+def _in_half_precision(
+    model: ADEModel, images: np.ndarray, scores: bool, report: Callable[[str], None]
+) -> ADEModel:
+    """The model with rounded weights, or as it is if that would change its likelihoods."""
+    rounded = copy.deepcopy(model)
+    round_to_half(rounded)
+    changes = _bpd(rounded, images) - _bpd(model, images) if scores else 0.0
+    if np.abs(changes).max() <= MAX_BPD:  # not if it is not a number
+        return rounded
+    report("half precision changes likelihoods: the weights are stored in single precision")
+    return model
+
+
+def _training_of(model: ADEModel, about: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a model's training."""
+    return {
+        "images_seen": about["images_seen"],
+        "started_from": about.get("started_from"),
+        "seed": about["seed"],
+        "weights": sum(p.numel() for p in model.parameters()),
+        "flow_weights": sum(p.numel() for p in model.flow.parameters()),
+        **{key: about[key] for key in ("flow_from", "guided") if key in about},
+    }
 
 
 def add_graphs(
