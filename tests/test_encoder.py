@@ -154,6 +154,16 @@ def test_a_defect_that_the_model_hardly_sees_is_found(
     assert [its.p_value for its in decisions] == list(before[:3])
 
 
+def test_likelihoods_count_only_beyond_those_of_all_known_pictures(seeing: Path) -> None:
+    exact = CalibrationPair.load(seeing / "calibration.npz").exact
+    assert exact is not None
+    normal = np.zeros((3, len(exact.names)))
+    normal[1, 0] = 2.5  # of one statistic, as many a good picture has
+    normal[2, : exact.mixture.means.shape[1]] = 6
+    middle, unusual_once, guarded = exact.ood_scores(normal)
+    assert middle == unusual_once and guarded > exact.scores[-1]
+
+
 def test_a_resized_image_without_its_view_has_no_verdict(
     seeing: Path, small_images: np.ndarray
 ) -> None:
