@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import re
 import shutil
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,6 +52,9 @@ def proxy(service: RunningService, folder: Path) -> Iterator[str]:
         ("127.0.0.1:8080", f"127.0.0.1:{service.ports['inference']}"),
         ("127.0.0.1:7860", f"127.0.0.1:{service.ports['ui']}"),
         ("rate=50r/s", "rate=1r/s"),
+        ("client_header_timeout 10s", "client_header_timeout 4s"),
+        ("client_body_timeout 20s", "client_body_timeout 4s"),
+        ("send_timeout 20s", "send_timeout 4s"),
     ):
         assert old in text
         text = text.replace(old, new)
@@ -119,6 +125,26 @@ def raw(proxy: str, request: bytes) -> httpx.Response:
         answer = http.client.HTTPResponse(connection)
         answer.begin()
         return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+
+
+@contextlib.contextmanager
+def slow_client(proxy: str, request: bytes) -> Iterator[ssl.SSLSocket]:
+    """Sends a part of a request, or a whole one, and receives little at a time."""
+    host, port = proxy.removeprefix("https://").split(":")
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        plain.settimeout(60)
+        plain.connect((host, int(port)))
+        with unverified().wrap_socket(plain) as connection:
+            connection.sendall(request)
+            yield connection
+
+
+def head_of(size: int, content_type: str = "image/png") -> bytes:
+    return (
+        f"POST /v1/encode HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n"
+    ).encode()
 
 
 def code_of(answer: httpx.Response) -> str:
@@ -316,6 +342,40 @@ def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy: str, folder: Path) -
     chunks = b"1\r\nx\r\n" * (33 * 2**20 // 6) + b"0\r\n\r\n"
     code_of(raw(proxy, head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunks))
     assert written in (folder / "error.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "request_", [b"", b"POST /v1/encode HTTP/1.1\r\nHost: x\r\n", head_of(10**6) + bytes(10**5)]
+)
+def test_a_request_that_stalls_ends_and_never_reaches_the_service(
+    proxy: str, folder: Path, request_: bytes
+) -> None:
+    with slow_client(proxy, request_) as connection:
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while connection.recv(2**16):
+                pass
+        assert time.monotonic() - started < 30
+    lines = map(json.loads, (folder / "access.log").read_text().splitlines())
+    assert not any(one["upstream"] for one in lines if one["request"] == "POST /v1/encode")
+
+
+def test_a_client_that_does_not_read_holds_nothing_of_the_service(proxy: str, folder: Path) -> None:
+    """nginx takes the whole answer from the service at once, then waits for the client alone."""
+    images = npy(np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), np.uint8))
+    form = httpx.Request("POST", proxy, files={"image": images}, data={"format": "npz"})
+    body = form.read()
+
+    def unread() -> list[dict[str, Any]]:
+        lines = [json.loads(one) for one in (folder / "access.log").read_text().splitlines()]
+        return [one for one in lines if one["request"] == "POST /v1/encode" and one["upstream"]]
+
+    with slow_client(proxy, head_of(len(body), form.headers["content-type"]) + body) as connection:
+        assert connection.recv(1) == b"H"
+        wait_for(unread, 60)
+    (logged,) = unread()
+    assert logged["bytes_out"] < 10**7 and logged["status"] == 200
+    assert float(logged["upstream"]) < logged["seconds"] - 3, logged
 
 
 def test_http_2(proxy: str) -> None:

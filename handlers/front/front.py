@@ -22,8 +22,6 @@ from handlers.front.admission import (
     InFlightLimit,
     Limits,
     Memory,
-    Reservation,
-    hang_up,
     read_body,
     unless_gone,
 )
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 READING = ("GET", "HEAD")
 # GET and HEAD get the engine's error that says what is missing.
 INFERRING = (*READING, "POST", "PUT")
-SLICE_BYTES = 256 * 2**10  # of an answer; the limit on the client's reading time is per slice
+SLICE_BYTES = 256 * 2**10  # of an answer: no more of it is in memory after the request's end
 
 
 @dataclass(frozen=True)
@@ -188,12 +186,7 @@ class Front:
                 answer = Answer.of_error(shaped(error, path))
                 reservation.hold(len(answer.body))
             del body
-            if len(answer.body) <= self._limits.free_bytes:  # its memory does not count
-                await _send_answer(answer, send)
-            elif not await _is_sent(answer, reservation, send):
-                del answer  # only now is its memory free
-                scope["extensions"]["ade.abort"]["connection"]()
-                await hang_up(receive)
+            await _send_answer(answer, send)
 
     async def _ask(
         self, endpoint: Endpoint, scope: Scope, receive: Receive, body: bytearray
@@ -214,20 +207,18 @@ class Front:
             # Its turn might come too late for it, and a busy service is not a broken one.
             error = shaped(overloaded("other requests come first"), request.path)
             return Answer.of_error(error, (MODEL_HEADER, endpoint.model))
-        counted = (
-            contextlib.nullcontext() if request.is_probe or not in_flight else in_flight.clients
-        )
-        with counted, endpoint.hold:
-            async with contextlib.nullcontext() if in_flight is None else in_flight.turn(receive):
-                disconnect = (scope.get("extensions") or {}).get("ade.disconnect")
-                if in_flight is None:
-                    answer = await endpoint.answer(request)
-                elif disconnect is None:  # of another server, such as Ray's
-                    answer = await unless_gone(endpoint.answer(request), receive)
-                else:
-                    with disconnect:
-                        answer = await endpoint.answer(request)
-        if in_flight and not request.is_probe and answer.status < 500:
+        if in_flight is None:
+            with endpoint.hold:
+                return await endpoint.answer(request)
+
+        async def compute() -> Answer:
+            counted = contextlib.nullcontext() if request.is_probe else in_flight.clients
+            with counted, endpoint.hold:
+                async with in_flight.turn():
+                    return await endpoint.answer(request)
+
+        answer = await unless_gone(compute(), receive)
+        if not request.is_probe and answer.status < 500:
             in_flight.has_answered()
         return answer
 
@@ -272,16 +263,6 @@ def other_model(wanted: str, model: str) -> ApiError:
     )
 
 
-async def _is_sent(answer: Answer, reservation: Reservation, send: Send) -> bool:
-    """Send an answer; returns whether the client read it before its memory was needed."""
-    try:
-        async with reservation.waiting(None):
-            await _send_answer(answer, send)
-    except TimeoutError:
-        return False
-    return True
-
-
 async def _send_answer(answer: Answer, send: Send) -> None:
     headers = [
         (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
@@ -293,7 +274,7 @@ async def _send_answer(answer: Answer, send: Send) -> None:
         await send(
             {
                 "type": "http.response.body",
-                "body": view[first : first + SLICE_BYTES],
+                "body": bytes(view[first : first + SLICE_BYTES]),
                 "more_body": first + SLICE_BYTES < len(view),
             }
         )

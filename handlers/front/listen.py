@@ -20,11 +20,11 @@ import uvloop
 
 from ade_base.ports import LOOPBACK
 from handlers.front.admission import Limits, Memory
-from handlers.front.connections import BoundedProtocol
 from handlers.front.exposition import only_metrics
-from handlers.front.front import SLICE_BYTES, Endpoint, Front
+from handlers.front.front import Endpoint, Front
 from handlers.front.settings import FrontSettings
 from serving.api.guard import App, Guard, Receive, Scope, Send
+from serving.api.protocol import BoundedProtocol
 
 # Longer than nginx and HTTP libraries keep connections: if the client closes first, no request is
 # lost.
@@ -161,8 +161,4 @@ async def _serve(limits: Limits, build: Build, stop_s: int, sockets: list[socket
 def open_socket(host: str, port: int) -> socket.socket:
     """Listen on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=1024)
-    # Its connections inherit it. Otherwise Linux buffers up to 4 MiB of an answer, and says that
-    # there is room again only when a third is sent: too late for a client that reads slowly.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SLICE_BYTES)
-    return listening
+    return socket.create_server((host, port), family=family, backlog=1024)

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from html import escape
@@ -31,7 +32,7 @@ from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_base.ports import USER
 from serving.api.guard import Guard
 from serving.api.openapi import openapi_document
-from serving.api.pipelining import PipeliningProtocol
+from serving.api.protocol import BoundedProtocol, ConnectionLimits
 from serving.engine.bundle import Bundle, open_bundle
 from serving.page.files import UPLOADS, inbox
 from serving.page.inputs import TabContext, html, make_inbox
@@ -264,10 +265,13 @@ class PageServer(uvicorn.Server):
         self._gradio = gradio_of(app)
         self._queue = self._gradio.get_blocks()._queue
         routes = OpenRoutes(app, partial(count_unread, self._queue))
+        # Uploads may be slow, and the streams of open tabs last.
+        limits = ConnectionLimits(receive_s=None, answer_s=None)
+        protocol: Any = partial(BoundedProtocol, limits, Counter(), Counter())
         super().__init__(
             uvicorn.Config(
                 Guard(routes, allowed_hosts),
-                http=PipeliningProtocol,
+                http=protocol,
                 ws="none",
                 log_level="warning",
                 access_log=False,
