@@ -228,6 +228,14 @@ class TrainConfig:
             raise ConfigError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
             )
+        self._check_that_fields_fit()
+
+    def _check_that_fields_fit(self) -> None:
+        """Check what each field needs of the others.
+
+        Raises:
+            ConfigError: one has no effect in this system, or a wrong one.
+        """
         if self.inference_share and (self.coverage or not self.model.widths):
             raise ConfigError(
                 "inference_share must be 0 except for a GAN, "
