@@ -18,10 +18,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
-    AbstractContextManager,
     asynccontextmanager,
     contextmanager,
     nullcontext,
@@ -45,7 +44,6 @@ from handlers.launch.launcher import Launcher
 from handlers.launch.publish import Publisher, PublishError, check_contract
 from handlers.processes.channel import ChannelError, Listener, ask
 from handlers.processes.run_folder import RunFolder
-from handlers.processes.supervision import LaunchError
 from handlers.service.application import ApplicationSettings, build_release
 from handlers.service.control import DESCRIBE, PUBLISH
 from handlers.service.release import CurrentRelease, Release
@@ -409,17 +407,12 @@ class SwitchingEngine:
         return {"workers": {}}
 
 
-def at_once(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]]:
-    """The page of other bundles, in the place of :meth:`Page.prepared`."""
-    return nullcontext(lambda: None)
-
-
-def publisher_of(engine: Any, *folders: Path, prepared: Callable[..., Any] = at_once) -> Publisher:
+def publisher_of(engine: Any, *folders: Path) -> Publisher:
     """The publisher of a service of these bundles."""
     plan: Any = SimpleNamespace(
         bundles=[open_bundle(folder) for folder in folders], release=release_of(*folders)
     )
-    page: Any = SimpleNamespace(prepared=prepared)
+    page: Any = SimpleNamespace(show=lambda bundles: None)
     return Publisher(plan, engine, page, lambda: None)
 
 
@@ -487,23 +480,6 @@ def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path: Path
     with pytest.raises(BundleError, match="does not match the manifest"):
         publishing(publisher, changed)
     assert engine.published == []
-
-
-def test_a_page_that_cannot_start_leaves_the_old_bundle(second: Path) -> None:
-    starts = iter([LaunchError("the page of the new bundle does not start"), None])
-
-    def prepared(bundles: Sequence[str]) -> AbstractContextManager[Callable[[], None]]:
-        if (error := next(starts)) is not None:
-            raise error
-        return at_once(bundles)
-
-    engine = SwitchingEngine()
-    publisher = publisher_of(engine, PRETRAINED, prepared=prepared)
-    with pytest.raises(LaunchError, match="the page of the new bundle"):
-        publishing(publisher, second)
-    assert engine.published == [] and publisher.describe()["last"]["state"] == "failed"
-    assert publisher.describe()["models"] == release_of(PRETRAINED).models
-    assert publishing(publisher, second)["models"] == release_of(second).models
 
 
 def test_a_failure_is_known_although_the_client_has_left(

@@ -332,7 +332,7 @@ def test_a_child_that_may_end_is_not_signalled_later(
 ) -> None:
     """Its number may be another's then."""
     child = start(supervisor)
-    supervisor.let_end(child)
+    child.is_ending = True
     child.process.kill()
     child.process.wait()
     assert not supervisor.tend()
@@ -403,28 +403,6 @@ def test_a_check_of_a_front(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hangs._answers(server.server_port) is None
 
 
-class QuickPages(Supervisor):
-    """Starts pages that are ready at once and show nothing, or end at once."""
-
-    are_broken = False
-
-    def stop(self, child: Child) -> None:
-        if not self.are_broken:
-            assert until(lambda: child.process.poll() is not None)
-            assert not self.tend(), "the page that is replaced was restarted"
-        super().stop(child)
-
-    def start(
-        self, name: str, command: list[str], environment: dict[str, str], **options: Any
-    ) -> Child:
-        script = "import sys, time; from pathlib import Path\n"
-        if "--gate" in command:
-            gate = command[command.index("--gate") + 1]
-            script += "sys.exit(1)" if self.are_broken else f"Path({gate!r}).write_text('ready')\n"
-        script += "\ntime.sleep(60)"
-        return super().start(name, [sys.executable, "-c", script], environment, **options)
-
-
 def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
     plan: Any = SimpleNamespace(
         bundles=[],
@@ -439,18 +417,13 @@ def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
     def files() -> list[str]:
         return sorted(path.name for path in tmp_path.glob("page-*") if path.is_dir())
 
-    with QuickPages(tmp_path) as supervisor:
+    with Supervisor(tmp_path) as supervisor:
         page = Page(plan, folder, supervisor)
         page.start()
         for i in (2, 3):
             (tmp_path / files()[0] / "upload.png").write_bytes(b"x")
-            with page.prepared([]) as take_over:
-                take_over()
-            assert files() == [f"page-files-{i}"]
-        supervisor.are_broken = True
-        with pytest.raises(LaunchError, match="does not start"), page.prepared([]):
-            pass
-        assert files() == ["page-files-3"]
+            page.show([])
+            assert files() == [f"page-files-{i}"] and list(supervisor.pids) == ["page"]
 
 
 def test_output_may_be_kept_elsewhere(tmp_path: Path) -> None:
@@ -474,7 +447,7 @@ def test_output_that_cannot_be_written_keeps_no_child_from_being_restarted(
 ) -> None:
     logs = tmp_path / "logs"
     with Supervisor(tmp_path) as supervisor:
-        given: Any = ("front", SLEEP, dict(os.environ), True, (), False, logs / "front.out")
+        given: Any = ("front", SLEEP, dict(os.environ), True, (), logs / "front.out")
         child = supervisor.start(*given)
         shutil.rmtree(logs)
         logs.touch()

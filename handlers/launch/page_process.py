@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -23,8 +22,8 @@ START_TIMEOUT_S = 240.0
 class Page:
     """The web page, which uses the service over HTTP on loopback.
 
-    This process holds the socket, so that a page of other bundles can take the place of
-    the present one without a moment in which connections are refused.
+    This process holds the socket, so that connections are not refused while a page of other
+    bundles replaces the present one.
 
     Args:
         plan: of the service.
@@ -49,42 +48,20 @@ class Page:
         bundles = [str(bundle.folder) for bundle in self._plan.bundles]
         self._child, self._files = self._start(bundles)
 
-    @contextlib.contextmanager
-    def prepared(self, bundles: Sequence[str]) -> Iterator[Callable[[], None]]:
-        """Start the page of other bundles, which waits behind the present one.
+    def show(self, bundles: Sequence[str]) -> None:
+        """Replace the page by one of other bundles. Connections wait until it has started.
 
         Args:
             bundles: their folders.
 
-        Yields:
-            A function that lets it take the place of the present one. At the end of the block, the
-            one that has lost its place is stopped, or the new page if the function was not called.
-
         Raises:
-            LaunchError: it cannot be started. The present page stays.
+            LaunchError: the service is being stopped.
         """
-        gate = self._folder / f"page-gate-{self._num_started + 1}"
-        gate.touch(mode=0o600)
-        child, files = self._start(bundles, gate)
-        leaving = (child, files)
+        self._supervisor.stop(self._child)
+        shutil.rmtree(self._files, ignore_errors=True)
+        self._child, self._files = self._start(bundles)
 
-        def take_over() -> None:
-            nonlocal leaving
-            leaving = (self._child, self._files)
-            child.on_trial = False
-            self._child, self._files = child, files
-            self._supervisor.let_end(leaving[0])
-            leaving[0].process.terminate()  # it finishes what it has, and accepts nothing more
-            gate.unlink()
-
-        try:
-            self._await(child, gate)
-            yield take_over
-        finally:
-            self._stop(*leaving)
-            gate.unlink(missing_ok=True)
-
-    def _start(self, bundles: Sequence[str], gate: Path | None = None) -> tuple[Child, Path]:
+    def _start(self, bundles: Sequence[str]) -> tuple[Child, Path]:
         """Start a page; returns its process, and the folder of its files."""
         plan = self._plan
         self._num_started += 1
@@ -103,8 +80,6 @@ class Page:
         command = [sys.executable, "-m", "serving.page.app", *bundles]
         command += ["--url", inference_url(plan.ports, plan.host), "--host", plan.host]
         command += ["--port", str(plan.ports.ui), "--socket", str(self._socket.fileno())]
-        if gate is not None:
-            command += ["--gate", str(gate)]
         if plan.allowed_hosts:
             command += ["--allowed-hosts", *plan.allowed_hosts]
         child = self._supervisor.start(
@@ -113,24 +88,8 @@ class Page:
             environment,
             restarts=True,
             pass_fds=(self._socket.fileno(),),
-            on_trial=gate is not None,
         )
         return child, files
-
-    def _stop(self, child: Child, files: Path) -> None:
-        self._supervisor.stop(child)
-        shutil.rmtree(files, ignore_errors=True)
-
-    def _await(self, child: Child, gate: Path) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not gate.read_text():  # the page writes into it when it could answer
-            if child.process.poll() is not None:
-                raise LaunchError(f"the page of the new bundle does not start:\n{child.tail()}")
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"the page of the new bundle is not ready after {START_TIMEOUT_S:.0f} s"
-                )
-            time.sleep(0.1)
 
 
 def inference_url(ports: Ports, host: str) -> str:

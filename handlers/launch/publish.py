@@ -136,15 +136,14 @@ class Publisher:
         bundles = self._with(bundle, say)
         old, new = self._current, release_of(self._current.number + 1, bundles)
         say(f"starting {_names(new)} beside {_names(old)}")
-        with self._page.prepared(new.bundles) as take_over:
-            try:
-                self._engine.publish(new)
-            except ChannelError as error:
-                raise PublishError(f"{_names(old)} stays: {error}") from None
-            self._current, self._bundles = new, bundles
-            self._served.add(bundle.digest)
-            take_over()
-            say(f"{_names(new)} answers all requests; {_names(old)} finishes its own")
+        try:
+            self._engine.publish(new)
+        except ChannelError as error:
+            raise PublishError(f"{_names(old)} stays: {error}") from None
+        self._current, self._bundles = new, bundles
+        self._served.add(bundle.digest)
+        say(f"{_names(new)} answers all requests; {_names(old)} finishes its own")
+        self._page.show(new.bundles)
         self._changed()
 
     def _with(self, bundle: Bundle, say: Say) -> list[Bundle]:

@@ -54,7 +54,7 @@ class Child:
     Attributes:
         output: the file of its output, which is appended to.
         pass_fds: file descriptors that it inherits.
-        on_trial: if true, the supervisor ignores its exit; the caller handles it.
+        is_ending: whether it was asked to end for good, and is not restarted.
         is_swept: whether what was left of it was killed after its end.
     """
 
@@ -65,7 +65,7 @@ class Child:
     output: Path
     restarts: bool
     pass_fds: tuple[int, ...] = ()
-    on_trial: bool = False
+    is_ending: bool = field(default=False, init=False)
     is_swept: bool = field(default=False, init=False)
     process: subprocess.Popen[bytes] = field(init=False)
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DEATHS))
@@ -172,7 +172,7 @@ class Supervisor:
 
     @property
     def pids(self) -> dict[str, int]:
-        return {child.name: child.process.pid for child in self._children if not child.on_trial}
+        return {child.name: child.process.pid for child in self._children if not child.is_ending}
 
     def start(
         self,
@@ -181,7 +181,6 @@ class Supervisor:
         environment: dict[str, str],
         restarts: bool = False,
         pass_fds: tuple[int, ...] = (),
-        on_trial: bool = False,
         output: Path | None = None,
     ) -> Child:
         """Start a command.
@@ -191,7 +190,7 @@ class Supervisor:
             command: run in the working folder.
             environment: the complete environment.
             restarts: whether the child is restarted when it ends. Otherwise the service ends too.
-            pass_fds, on_trial: see :class:`Child`.
+            pass_fds: see :class:`Child`.
             output: file of its output; ``NAME.out`` in the working folder by default.
 
         Raises:
@@ -206,7 +205,6 @@ class Supervisor:
             output,
             restarts,
             pass_fds,
-            on_trial,
         )
         with self._lock, signals_held():
             if self._is_closed:
@@ -216,14 +214,10 @@ class Supervisor:
             self._announce(child)
         return child
 
-    def let_end(self, child: Child) -> None:
-        """Do not restart a child from now on."""
-        with self._lock:
-            child.on_trial = True
-
     def stop(self, child: Child) -> None:
         """Stop a child for good."""
-        self.let_end(child)
+        with self._lock:
+            child.is_ending = True
         child.stop()
         with self._lock:
             self._children.remove(child)
@@ -247,9 +241,9 @@ class Supervisor:
         for child in self._children:
             child.trim()
             status = child.process.poll()
-            if status is not None and child.on_trial:
+            if status is not None and child.is_ending:
                 child.sweep()
-            if status is None or child.on_trial:
+            if status is None or child.is_ending:
                 continue
             if not (restarts and child.restarts):
                 raise LaunchError(f"{child.name} ended with {status}:\n{child.tail()}")

@@ -55,7 +55,6 @@ MAX_SESSIONS = 200  # whose state is kept in memory, the last used ones
 # Unread ones of all sessions, each of which counts as another. Those of an event take 35 kB.
 MAX_MESSAGES = 2_000
 QUEUE_SLEEP_S = 0.02  # by default Gradio polls every ms, which takes 6 % of a core
-GATE_S = 0.02  # between two checks of the gate
 IDLE_S = 0.1  # between two checks whether a stopping page still computes something
 DELIVERY_S = 0.5  # for the last results to be sent
 READY_FOR_S = 1.0  # for which an answer of /readyz is reused
@@ -310,12 +309,6 @@ def main() -> None:
         help="host names that requests may use",
     )
     parser.add_argument("--socket", type=int, help="descriptor of a socket that listens already")
-    parser.add_argument(
-        "--gate",
-        type=Path,
-        help="file that the launcher creates; the page writes 'built' into it and serves after it "
-        "is deleted",
-    )
     args = parser.parse_args()
     os.umask(0o077)
     # Gradio builds a table of them after each error.
@@ -331,10 +324,6 @@ def main() -> None:
     os.chdir(inbox())
     start_sweeping(inbox(), left)
     server = PageServer(app, args.allowed_hosts, host=args.host, port=args.port)
-    if args.gate is not None and args.gate.exists():
-        args.gate.write_text("built")
-        while args.gate.exists():
-            time.sleep(GATE_S)
     server.run(None if args.socket is None else [socket.socket(fileno=args.socket)])
 
 
