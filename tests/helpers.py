@@ -54,7 +54,7 @@ TINY = ModelConfig(
 # What each extension adds to the command line: verbs, engines, data sets, options of ade export.
 WORDS_OF_EXTENSIONS = {
     "codec": {"compress", "decompress", "--with-codec"},
-    "comparison": {"compare", "stl10", "imagenet64", "lsun"},
+    "comparison": {"compare", "stl10"},
     "gate_reports": {"ood-bench"},
     "ray": {"ray"},
 }

@@ -42,7 +42,6 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 TRAINING_PACKAGES = (
     "torch",
     "lightning_fabric",
-    "lmdb",
     "tensorboard",
     "onnx",
     "onnxscript",

@@ -93,8 +93,8 @@ def test_a_sketch_holds_the_smallest_hashes_and_no_paths(
     for path in trained[:300]:
         path.unlink()
     assert record_of(loaded(photos))["sketch"] == sorted(map(hash_of, trained[300:]))
-    lmdb = dataclasses.replace(loaded(photos), folder=None)
-    assert record_of(lmdb) == {"name": "photos", "splits": lmdb.splits}
+    named = dataclasses.replace(loaded(photos), folder=None)
+    assert record_of(named) == {"name": "photos", "splits": named.splits}
 
 
 @pytest.mark.parametrize("where", ["copy", "parent", "subfolder", "with the same name"])

@@ -95,8 +95,7 @@ SEED_SPREAD_DISTANCE = 0.10  # of the larger distance
 
 # What the paper measures and no run here does.
 NOT_RUN = (
-    "STL-10, ImageNet at 64×64 pixels and LSUN (Tables 3 and 4): `ade train` reads these data "
-    "sets, but no system was trained on them",
+    "STL-10, ImageNet at 64×64 pixels and LSUN (Tables 3 and 4): no system was trained on them",
     "the paper's networks (`--size paper`), on any data set",
     "Inception score and FID: the distances here are in other features",
 )

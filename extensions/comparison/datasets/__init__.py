@@ -1,1 +1,1 @@
-"""Data sets of the paper and of its comparisons: STL-10, ImageNet at 64 pixels, LSUN."""
+"""The paper's data set STL-10."""
