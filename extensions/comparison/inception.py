@@ -17,10 +17,8 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 DOWNLOAD = "download"
 
 
-def inception_features(
-    weights: str, images: np.ndarray, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled features and class scores without bias, as used by FID and the Inception score.
+def inception_features(weights: str, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Pooled features, as used by the FID.
 
     Args:
         weights: path of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or
@@ -29,13 +27,13 @@ def inception_features(
         device: where to compute.
 
     Returns:
-        float64 ``(N, 2048)`` and ``(N, 1008)``.
+        float64 ``(N, 2048)``.
 
     Raises:
         FeatureError: the file is missing or wrong, or cannot be downloaded.
     """
     network = _load(weights).to(device)
-    pooled, scores = [], []
+    pooled = []
     with torch.inference_mode():
         for first in range(0, len(images), BATCH):
             batch = (
@@ -43,10 +41,9 @@ def inception_features(
                 .permute(0, 3, 1, 2)
                 .to(device)
             )
-            features, logits = network(batch)
+            (features,) = network(batch)
             pooled.append(features.double().cpu().numpy())
-            scores.append(logits.double().cpu().numpy())
-    return np.concatenate(pooled), np.concatenate(scores)
+    return np.concatenate(pooled)
 
 
 def _load(weights: str) -> torch.nn.Module:
@@ -54,7 +51,7 @@ def _load(weights: str) -> torch.nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network: torch.nn.Module = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
     return network
 

@@ -13,9 +13,6 @@ import torch
 from ade_base.pictures.show import psnr
 from ade_model.model import ADEModel
 from extensions.comparison.inception import inception_features, verified_inception
-from extensions.comparison.inception_score import inception_score
-from extensions.comparison.kid import kernel_distance
-from extensions.comparison.prd import prd_f_scores
 from extensions.comparison.resnet20 import ResNet20, features_of
 from training.data import DataError, Dataset
 from training.evaluate import (
@@ -242,16 +239,10 @@ class Measurer:
             if is_rank_deficient(space.real, generated):
                 values["rank_deficient"] = True
             if kind == "mean":
-                values |= {
-                    "kernel": kernel_distance(generated, space.real),
-                    "neighbours": _neighbours(generated, space.real),
-                    "prd": prd_f_scores(generated, space.real),
-                }
-            if space.logits is not None:
-                logits = space.logits(generated)
-                values["class_score"] = inception_score(logits)
-                if kind == "mean":
-                    self._gan_train(result, samples[: space.samples], logits.argmax(1))
+                values["neighbours"] = _neighbours(generated, space.real)
+                if space.logits is not None:
+                    classes = space.logits(generated).argmax(1)
+                    self._gan_train(result, samples[: space.samples], classes)
             found[name] = values
         result.setdefault("distances", {})[kind] = found
 
@@ -279,21 +270,21 @@ class Measurer:
         }
 
     def _inception(self, result: dict[str, Any], model: ADEModel) -> None:
-        """FID, KID and Inception score.
+        """The FID.
 
-        The FID of 5,000 and of 10,000 samples is against the held-out part; that of 50,000 samples
-        is against the training images. Of the held-out part at most ``options.images`` are used.
+        That of 5,000 and of 10,000 samples is against the held-out part; that of 50,000 samples is
+        against the training images. Of the held-out part at most ``options.images`` are used.
         """
         assert self.options.inception is not None
         self.report("Inception: samples")
         samples = sample_images(
             model, FID_COUNTS[-1], self.device, with_noise=False, seed=self.options.seed
         )
-        generated, logits = inception_features(self.options.inception, samples, self.device)
+        generated = inception_features(self.options.inception, samples, self.device)
         if not self._fid_real:
             few, more, most = FID_COUNTS
             held_out, train = (
-                inception_features(self.options.inception, np.asarray(images), self.device)[0]
+                inception_features(self.options.inception, np.asarray(images), self.device)
                 for images in (self.images[:more], self.dataset.parts["train"].images[:most])
             )
             self._fid_real = {few: held_out, more: held_out, most: train}
@@ -307,12 +298,7 @@ class Measurer:
             }
             if is_rank_deficient(real, generated[:count]):
                 fid[str(count)]["rank_deficient"] = True
-        real = self._fid_real[FID_COUNTS[1]]
-        result["inception"] = {
-            "fid": fid,
-            "kid": kernel_distance(generated[: len(real)], real),
-            "is": {**inception_score(logits), "samples": len(logits)},
-        }
+        result["inception"] = {"fid": fid}
 
 
 def _neighbours(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:

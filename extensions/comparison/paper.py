@@ -10,33 +10,32 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class PaperRow:
-    """Bits per dimension, Inception score and FID; ``None`` for what the paper does not report.
+    """Bits per dimension and FID; ``None`` for what the paper does not report.
 
     ``bracketed`` bits per dimension are those of an inference network trained for a GAN.
     """
 
     bpd: float | None
-    inception_score: float | None
     fid: float | None
     bracketed: bool = False
-    mark: str = ""  # of Inception score and FID
+    mark: str = ""  # of the FID
 
 
 PAPER = {
-    "gan": PaperRow(7.0, 6.8, 31.4, bracketed=True),
-    "gan-rd": PaperRow(6.9, 7.4, 24.0, bracketed=True),
-    "vae": PaperRow(4.4, 2.0, 171.0),
-    "v-ade": PaperRow(3.5, 3.0, 112.0),
-    "av-gde": PaperRow(4.4, None, None),
-    "av-ade": PaperRow(3.9, 7.1, 28.0),
-    "av-ade-rd": PaperRow(3.8, 7.5, 26.0),
-    "av-ade-pd": PaperRow(None, None, None),  # a later discriminator
-    "av-ade-wg-rd": PaperRow(3.8, 8.2, 17.2),
-    "av-ade-iaf-rd": PaperRow(3.7, 8.1, 18.6),
-    "av-ade-s2": PaperRow(3.5, 6.9, 28.9),
-    "real-nvp": PaperRow(3.5, 4.5, 56.8, mark="†"),
-    "flow-gan-a": PaperRow(8.5, 5.8, None),
-    "flow-gan-h": PaperRow(4.2, 3.9, None),
+    "gan": PaperRow(7.0, 31.4, bracketed=True),
+    "gan-rd": PaperRow(6.9, 24.0, bracketed=True),
+    "vae": PaperRow(4.4, 171.0),
+    "v-ade": PaperRow(3.5, 112.0),
+    "av-gde": PaperRow(4.4, None),
+    "av-ade": PaperRow(3.9, 28.0),
+    "av-ade-rd": PaperRow(3.8, 26.0),
+    "av-ade-pd": PaperRow(None, None),  # a later discriminator
+    "av-ade-wg-rd": PaperRow(3.8, 17.2),
+    "av-ade-iaf-rd": PaperRow(3.7, 18.6),
+    "av-ade-s2": PaperRow(3.5, 28.9),
+    "real-nvp": PaperRow(3.5, 56.8, mark="†"),
+    "flow-gan-a": PaperRow(8.5, None),
+    "flow-gan-h": PaperRow(4.2, None),
 }
 
 
@@ -48,40 +47,30 @@ class CitedRow:
     group: str
     model: str
     bpd: float | None = None
-    inception_score: float | None = None
     fid: float | None = None
-    mark: str = ""  # of Inception score and FID
+    mark: str = ""  # of the FID
     bpd_mark: str = ""
 
 
 CITED = [
-    CitedRow("CIFAR-10", "hybrid, adversarial inference", "AGE", inception_score=5.9),
-    CitedRow("CIFAR-10", "hybrid, adversarial inference", "ALI", inception_score=5.3),
-    CitedRow("CIFAR-10", "hybrid, adversarial inference", "SVAE", inception_score=6.8),
-    CitedRow("CIFAR-10", "hybrid, adversarial inference", "α-GAN", inception_score=6.8),
-    CitedRow("CIFAR-10", "hybrid, adversarial inference", "SVAE-r", inception_score=7.0),
-    CitedRow("CIFAR-10", "adversarial", "mmd-GAN", inception_score=7.3, fid=25.0),
-    CitedRow("CIFAR-10", "adversarial", "SNGAN", inception_score=7.4, fid=29.3),
-    CitedRow("CIFAR-10", "adversarial", "BatchGAN", inception_score=7.5, fid=23.7),
-    CitedRow("CIFAR-10", "adversarial", "WGAN-GP", inception_score=7.9),
-    CitedRow("CIFAR-10", "adversarial", "SNGAN (residual, hinge)", inception_score=8.2, fid=21.7),
-    CitedRow("CIFAR-10", "likelihood", "VAE-IAF", 3.1, 3.8, 73.5, "†"),
-    CitedRow("CIFAR-10", "likelihood", "PixelCNN++", inception_score=5.5),
+    CitedRow("CIFAR-10", "adversarial", "mmd-GAN", fid=25.0),
+    CitedRow("CIFAR-10", "adversarial", "SNGAN", fid=29.3),
+    CitedRow("CIFAR-10", "adversarial", "BatchGAN", fid=23.7),
+    CitedRow("CIFAR-10", "adversarial", "SNGAN (residual, hinge)", fid=21.7),
+    CitedRow("CIFAR-10", "likelihood", "VAE-IAF", 3.1, 73.5, "†"),
     CitedRow("CIFAR-10", "likelihood", "Flow++", 3.1),
-    CitedRow("CIFAR-10", "likelihood", "Glow", 3.4, 5.5, 46.8, "‡"),
-    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (wg)", 4.4, 9.4, 44.3),
-    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (iaf)", 4.0, 8.6, 52.7),
-    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (s2)", 3.8, 8.6, 52.1),
-    CitedRow("STL-10, 48×48", "likelihood", "Real-NVP", 3.7, 4.8, 103.2, "‡", "‡"),
-    CitedRow("STL-10, 48×48", "adversarial", "BatchGAN", inception_score=8.7, fid=51.0),
-    CitedRow(
-        "STL-10, 48×48", "adversarial", "SNGAN (residual, hinge)", inception_score=9.1, fid=40.1
-    ),
-    CitedRow("ImageNet, 64×64", "hybrid", "AV-ADE (wg)", inception_score=8.5, fid=45.5),
+    CitedRow("CIFAR-10", "likelihood", "Glow", 3.4, 46.8, "‡"),
+    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (wg)", 4.4, 44.3),
+    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (iaf)", 4.0, 52.7),
+    CitedRow("STL-10, 48×48", "hybrid", "AV-ADE (s2)", 3.8, 52.1),
+    CitedRow("STL-10, 48×48", "likelihood", "Real-NVP", 3.7, 103.2, "‡", "‡"),
+    CitedRow("STL-10, 48×48", "adversarial", "BatchGAN", fid=51.0),
+    CitedRow("STL-10, 48×48", "adversarial", "SNGAN (residual, hinge)", fid=40.1),
+    CitedRow("ImageNet, 64×64", "hybrid", "AV-ADE (wg)", fid=45.5),
     CitedRow("ImageNet, 64×64", "likelihood", "Real-NVP", 3.98),
     CitedRow("ImageNet, 64×64", "likelihood", "Glow", 3.81),
     CitedRow("ImageNet, 64×64", "likelihood", "Flow++", 3.69),
-    CitedRow("ImageNet, 64×64", "adversarial", "MMD-GAN", inception_score=10.9, fid=36.6),
+    CitedRow("ImageNet, 64×64", "adversarial", "MMD-GAN", fid=36.6),
 ]
 
 BPD, BPD_ERROR = "bpd", "bpd_error"
@@ -97,7 +86,7 @@ SEED_SPREAD_DISTANCE = 0.10  # of the larger distance
 NOT_RUN = (
     "STL-10, ImageNet at 64×64 pixels and LSUN (Tables 3 and 4): no system was trained on them",
     "the paper's networks (`--size paper`), on any data set",
-    "Inception score and FID: the distances here are in other features",
+    "FID: the distances here are in other features",
 )
 
 # Of one system: bpd and its standard error, and Fréchet distances by their space.

@@ -162,9 +162,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         "BPD",
         "IWAE",
         *(SPACES[s] for s in spaces),
-        "class score",
         "paper: BPD",
-        "IS",
         "FID",
     ]
     body = []
@@ -182,7 +180,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
         bracket = "[{}]" if config.inference_share else "{}"
         cited = [
             ("[{}]" if paper.bracketed else "{}").format(number_text(paper.bpd, 1)),
-            number_text(paper.inception_score, 1) + paper.mark,
             number_text(paper.fid, 1) + paper.mark,
         ]
         if measured is None:
@@ -191,7 +188,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
                 [
                     *about,
                     f"**failed: {why}**" if row["failure"] else why,
-                    *[""] * (2 + len(spaces)),
+                    *[""] * (1 + len(spaces)),
                     *cited,
                 ]
             )
@@ -212,20 +209,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             ),
             "–",
         )
-        score = (
-            measured.get("distances", {})
-            .get("mean", {})
-            .get(RESNET20, {})
-            .get("class_score", {})
-            .get("mean")
-        )
         body.append(
             [
                 *about,
                 bpd,
                 iwae,
                 *(number_text(figures[s], 1) + _mark(row, s) for s in spaces),
-                number_text(score),
                 *cited,
             ]
         )
@@ -276,12 +265,6 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{ALONE}: not comparable with the column BPD, which is of more images; the ELBO of "
             "the same was not measured."
         )
-    if any(
-        RESNET20 in row["measured"].get("distances", {}).get("mean", {})
-        for row in rows
-        if row["measured"]
-    ):
-        lines.append("Class score: the Inception score's formula on the ResNet-20's ten classes.")
     flows = {row["config"].size for row in rows if row["config"].recipe == "real-nvp"}
     if flows - {"paper"}:
         lines.append(
@@ -345,21 +328,21 @@ def _claims(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _cited() -> list[str]:
-    header = ["data", "trained by", "model", "BPD", "IS", "FID"]
+    header = ["data", "trained by", "model", "BPD", "FID"]
     body = []
     for row in CITED:
         numbers = [
             "–" if value is None else f"{value:g}{mark}"
             for value, mark in (
                 (row.bpd, row.bpd_mark),
-                (row.inception_score, row.mark),
                 (row.fid, row.mark),
             )
         ]
         body.append([row.data, row.group, row.model, *numbers])
     note = (
         "Cited from the paper's Tables 3 and 4: none of these was trained or measured here. Cells "
-        "that the copy we read has lost are left out, and so are LSUN's. The paper's authors "
+        "that the copy we read has lost are left out, and so are LSUN's, Inception scores and "
+        "models with nothing else. The paper's authors "
         "computed † with provided weights and ‡ by training with provided code."
     )
     not_run = ["Not run here:", "", *(f"- {what}" for what in NOT_RUN)]
@@ -371,13 +354,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
     header = ["system", "PSNR, dB", "GAN-train"]
     for space in spaces:
         short = SPACES[space].removeprefix("Fréchet ")
-        header += [
-            f"KD×10³ {short}",
-            f"precision {short}",
-            f"recall {short}",
-            f"F₈ {short}",
-            f"F₁⸝₈ {short}",
-        ]
+        header += [f"precision {short}", f"recall {short}"]
     header.append("Fréchet of density samples")
     body = []
     for row in rows:
@@ -394,18 +371,9 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
         ]
         for space in spaces:
             found = measured.get("distances", {}).get("mean", {}).get(space, {})
-            kernel = found.get("kernel", {}).get("mean")
             cells += [
-                number_text(None if kernel is None else 1e3 * kernel) + _mark(row, space),
-                *(
-                    number_text(found.get(group, {}).get(name)) + _mark(row, space)
-                    for group, name in (
-                        ("neighbours", "precision"),
-                        ("neighbours", "recall"),
-                        ("prd", "f8"),
-                        ("prd", "f1_8"),
-                    )
-                ),
+                number_text(found.get("neighbours", {}).get(name)) + _mark(row, space)
+                for name in ("precision", "recall")
             ]
         cells.append(
             number_text(
@@ -421,10 +389,7 @@ def _further(rows: Sequence[dict[str, Any]]) -> list[str]:
         ),
         None,
     )
-    text = (
-        "KD: kernel distance. F₈ and F₁⸝₈: Sajjadi's recall and precision. GAN-test is not defined "
-        "for models without classes."
-    )
+    text = "GAN-test is not defined for models without classes."
     if real is not None:
         text += f" GAN-train of the same number of real images: {_percent(real)}."
     return [*markdown_table(header, body), "", text]

@@ -114,8 +114,8 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--resnet20",
         type=given_path,
         metavar="NPZ",
-        help="weights of a CIFAR-10 ResNet-20, for distances in its feature space (not the FID), "
-        "class score and GAN-train",
+        help="weights of a CIFAR-10 ResNet-20, for distances in its feature space (not the FID) "
+        "and GAN-train",
     )
     parser.add_argument(
         "--efficientnet",
@@ -127,7 +127,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
         "--inception",
         metavar="PATH",
         help="weights of the FID's Inception, or `download`, for FID with 5,000, 10,000 and 50,000 "
-        "samples, KID and Inception score",
+        "samples",
     )
 
 
