@@ -47,7 +47,6 @@ MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
 CURVES = ("bpd", "quality_loss", "d_loss")
 SMOOTHING = 25  # logged steps
 POINTS = 150  # of an archived curve
-OLD_CLIP = "max_grad_norm"  # the norm to which version 0.1, without `clip`, cut every gradient
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,8 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     if has_folder:
         different = different_fields(read_started(run), job.config, dataset.name)
     elif kept is not None and kept["state"] is not None:
-        different = _archived_differences(kept, job.config, dataset.name)
+        started = {"config": kept["archived"], "data": kept["data"]}
+        different = different_fields(started, job.config, dataset.name)
     else:
         return
     if different:
@@ -244,16 +244,6 @@ def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | No
     minutes = job.options.minutes
     if minutes is None or state["seconds"] < 60 * minutes:
         check_budget(run, state["inferring_since"], job.config.batch_size, job.options.images)
-
-
-def _archived_differences(row: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
-    """As :func:`different_fields`, for an archived row, which version 0.1 may have trained."""
-    then, bound = row["config"].to_dict(), row["archived"].get(OLD_CLIP)
-    before = []
-    if bound is not None:
-        then["clip"] = config.clip
-        before = [f"{OLD_CLIP} {bound} by version 0.1, now clip {config.clip}"]
-    return before + different_fields({"config": then, "data": row["data"]}, config, data)
 
 
 def _check_ended(run: Path, job: Job) -> None:
@@ -359,8 +349,7 @@ def _kept_rows(out: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for row in read_json(out / ROWS, kind=list):
-        known = {name: value for name, value in row["config"].items() if name != OLD_CLIP}
-        config = TrainConfig.from_dict(known)
+        config = TrainConfig.from_dict(row["config"])
         rows.append({**row, "run": None, "config": config, "archived": row["config"]})
     return rows
 

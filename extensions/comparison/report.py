@@ -39,7 +39,6 @@ from training.runs import RunError
 from training.weights import count_weights
 
 COLUMNS = 3  # of grids of samples
-ALONE = "§"  # marks a bound without the ELBO of the same images
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
 PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
 
@@ -203,10 +202,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
             else "–"
         )
         iwae = next(
-            (
-                bracket.format(_iwae(bound)) + (f" {ALONE}" if _is_alone(row) else "")
-                for bound in _bounds(measured).values()
-            ),
+            (bracket.format(_iwae(bound)) for bound in _bounds(measured).values()),
             "–",
         )
         body.append(
@@ -223,22 +219,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _bounds(measured: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The importance-weighted bounds, by name."""
-    return {name: its for name, its in measured.items() if name.startswith("iwae-")}
+    return {name: bound for name, bound in measured.items() if name.startswith("iwae-")}
 
 
 def _iwae(bound: dict[str, Any]) -> str:
     """The bound, and the ELBO of the same images if it was measured."""
     text = number_text(bound["bpd"], 3)
     return f"{text} (ELBO {number_text(bound['elbo'], 3)})" if "elbo" in bound else text
-
-
-def _is_alone(row: dict[str, Any]) -> bool:
-    """Whether the bound is of other images than the ELBO, and theirs was not measured."""
-    measured = row["measured"] or {}
-    return any(
-        "elbo" not in bound and bound["images"] != measured["images"]
-        for bound in _bounds(measured).values()
-    )
 
 
 def _short(why: str) -> str:
@@ -258,12 +245,10 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             for how, labels in hows.items()
         ]
         lines.append(f"{column}: {'; '.join(parts)}.")
-    if any("elbo" in bound for row in rows for bound in _bounds(row["measured"] or {}).values()):
-        lines.append("ELBO, in the column IWAE: of the same images.")
-    if any(map(_is_alone, rows)):
+    if any(_bounds(row["measured"] or {}) for row in rows):
         lines.append(
-            f"{ALONE}: not comparable with the column BPD, which is of more images; the ELBO of "
-            "the same was not measured."
+            "Compare an IWAE with another one, or with the ELBO beside it, which is of the same "
+            "images, but not with BPD."
         )
     flows = {row["config"].size for row in rows if row["config"].recipe == "real-nvp"}
     if flows - {"paper"}:
