@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ade_base.brand import verdict_card
 from ade_base.files import write_text
-from ade_base.reports import from_markdown, markdown_table, render
+from ade_base.reports import markdown_table
 from extensions.comparison.compare import SMOOTHING, keep_rows
 from extensions.comparison.judging import judge_claims
 from extensions.comparison.measure import EFFICIENTNET, INCEPTION, RESNET20
@@ -21,7 +19,6 @@ from extensions.comparison.paper import (
     PAPER,
     SEED_SPREAD_BPD,
     SEED_SPREAD_DISTANCE,
-    Finding,
 )
 from extensions.comparison.pictures import GRID, curve_pictures, sample_pictures, samples_name
 from extensions.comparison.rows import (
@@ -40,13 +37,10 @@ from training.weights import count_weights
 
 COLUMNS = 3  # of grids of samples
 LONGEST_WHY = 200  # characters of the reason why a run failed, which may fill pages
-PLURALS = {Finding.HOLDS: "hold", Finding.FAILS: "do not hold here"}
 
 
 def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.device) -> Path:
-    """Write ``OUT/report.md`` with its pictures, ``OUT/report.html`` and ``OUT/rows.json``.
-
-    The two reports say the same; the HTML page needs no other file.
+    """Write ``OUT/report.md`` with its pictures, and ``OUT/rows.json``.
 
     Args:
         rows: from :func:`extensions.comparison.compare.read_rows`.
@@ -115,33 +109,7 @@ def write_comparison(rows: Sequence[dict[str, Any]], out: Path, device: torch.de
     keep_rows(rows, out)
     path = out / "report.md"
     write_text(path, "\n".join(lines).rstrip() + "\n")
-    title, *rest = lines
-    files = {f"pictures/{path.name}": path for path in pictures.iterdir()}
-    page = render(title.removeprefix("# "), _verdict(rows), content=from_markdown(rest, files))
-    write_text(out / "report.html", page)
     return path
-
-
-def _verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """The head of the page: how many of the paper's claims these runs confirm."""
-    found = Counter(finding for finding, _ in judge_claims(rows))
-    total = sum(found.values())
-    if not total:
-        return verdict_card(
-            "no_verdict", "Too few systems were measured.", heading="No verdict yet"
-        )
-    counts = ", ".join(
-        f"{count} {PLURALS.get(finding, singular) if count > 1 else singular}"
-        for finding, count in found.most_common()
-        for singular in [finding.value.strip("*")]
-    )
-    holds = found[Finding.HOLDS]
-    return verdict_card(
-        "accept" if 2 * holds >= total else "no_verdict",
-        f"Of {total} claims of the paper that these runs can test: {counts}.",
-        notes=["Sizes and budgets are those of the rows: compare rows with each other."],
-        heading=f"{holds} of {total} claims hold here",
-    )
 
 
 def _mark(row: dict[str, Any], space: str) -> str:
