@@ -20,7 +20,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "_generators.docstrings",
-    "_generators.openapi",
 ]
 suppress_warnings = ["misc.highlighting_failure"]  # of JSON with an ellipsis
 
