@@ -189,7 +189,7 @@ def test_a_resumed_run_keeps_its_budget_device_and_cadence(
         ("b --images 64 --minutes 2 --device cpu", (64, 2, "cpu", 1000, 1000)),
         ("b --resume", (64, 2, "cpu", 1000, 1000)),
         ("b --resume --images 128 --device auto", (128, None, "auto", 1000, 1000)),
-        ("c --minutes 5 --checkpoint-steps 7", (NO_LIMIT, 5, "auto", 7, 500)),
+        ("c --minutes 5 --checkpoint-steps 7", (NO_LIMIT, 5, "auto", 7, 1000)),
         ("c --resume --evaluate-steps 3", (NO_LIMIT, 5, "auto", 7, 3)),
         ("c --resume", (NO_LIMIT, 5, "auto", 7, 3)),
     )
