@@ -1,13 +1,10 @@
 """Fixtures: real images, a small checkpoint and bundle, and a running service."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +24,7 @@ from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import DATA, PRETRAINED, make_folder, make_model, with_calibrations
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-    from serving.engine.engine import InferenceEngine
-    from serving.gate import Gate
-    from tests.running_page import RunningPage
-    from tests.service import RunningService
+    pass
 
 # No deadline, which fails on a busy machine, and the same examples in each run.
 settings.register_profile("ade", deadline=None, derandomize=True)
@@ -40,14 +32,14 @@ settings.load_profile("ade")
 
 
 @pytest.fixture
-def short_path() -> Iterator[Path]:
+def short_path():
     """A temporary folder with a path that is short enough for sockets in it."""
     with tempfile.TemporaryDirectory(prefix="ade-") as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="session")
-def real_images() -> np.ndarray:
+def real_images():
     """300 test images of CIFAR-10, uint8 ``(300, 32, 32, 3)``."""
     return np.asarray(Image.open(DATA / "cifar10_test_300.webp").convert("RGB")).reshape(
         -1, 32, 32, 3
@@ -55,19 +47,19 @@ def real_images() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def small_images(real_images: np.ndarray) -> np.ndarray:
+def small_images(real_images):
     """Corners of real images, uint8 ``(300, 8, 8, 3)``."""
     return np.ascontiguousarray(real_images[:, 12:20, 12:20])
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
+def folder(tmp_path_factory, small_images):
     """A folder of these images to train on, with two files that are broken."""
     return make_folder(tmp_path_factory.mktemp("data") / "images", small_images)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(tmp_path_factory):
     """A saved model of a few thousand random weights."""
     folder = tmp_path_factory.mktemp("checkpoint")
     save_model(
@@ -79,7 +71,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_checks() -> Iterator[None]:
+def small_checks():
     """Corrupt 20 images in each way instead of 200: most of what a small calibration costs.
 
     And compare fewer pixels of an export. In all tests, whichever run before them. A test that
@@ -92,7 +84,7 @@ def small_checks() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def made_once(tmp_path_factory):
     """A function that returns a folder which the first process of a run to ask for it fills.
 
     Its arguments are the folder's name and a function that writes to the path it is given.
@@ -100,7 +92,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    def made(name: str, make: Callable[[Path], object]) -> Path:
+    def made(name, make):
         with FileLock(shared / f"{name}.lock"):
             if not (shared / name).exists():
                 make(own / name)
@@ -111,17 +103,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_checkpoint: Path,
-    small_images: np.ndarray,
-    made_once: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def tiny_bundle(tiny_checkpoint, small_images, made_once, tmp_path_factory):
     """A bundle of that checkpoint, exported and calibrated by the real code."""
     from export.gate.calibrate import calibrate_bundle
     from export.write import export_bundle
 
-    def make(bundle: Path) -> None:
+    def make(bundle):
         exported = tmp_path_factory.mktemp("exported") / "bundle"
         export_bundle(tiny_checkpoint, exported, "tiny", small_images[:40], None)
         calibrate_bundle(exported, bundle, small_images[:150], small_images[150:], "corners")
@@ -130,7 +117,7 @@ def tiny_bundle(
 
 
 @pytest.fixture(scope="session")
-def large_images(real_images: np.ndarray) -> np.ndarray:
+def large_images(real_images):
     """Real images, enlarged: uint8 ``(120, 40, 60, 3)``."""
     return np.stack(
         [np.asarray(Image.fromarray(image).resize((60, 40))) for image in real_images[:120]]
@@ -138,20 +125,18 @@ def large_images(real_images: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def seeing_bundle(
-    tiny_bundle: Path, large_images: np.ndarray, made_once: Callable[..., Path]
-) -> Path:
+def seeing_bundle(tiny_bundle, large_images, made_once):
     """That bundle, calibrated on 60 larger pictures, of which an encoder sees the originals."""
     from export.gate.calibrate import calibrate_bundle
 
-    def make(bundle: Path) -> None:
+    def make(bundle):
         calibrate_bundle(tiny_bundle, bundle, large_images[:24], large_images[24:60], "large")
 
     return made_once("seeing", make)
 
 
 @pytest.fixture(scope="session")
-def pretrained_engine() -> InferenceEngine:
+def pretrained_engine():
     """An engine of the shipped bundle, for tests that do not change it."""
     from serving.engine.engine import InferenceEngine
 
@@ -159,7 +144,7 @@ def pretrained_engine() -> InferenceEngine:
 
 
 @pytest.fixture(scope="session")
-def gate() -> Gate:
+def gate():
     """The shipped bundle's gate, at the usual alpha."""
     from serving.gate import Gate
 
@@ -167,7 +152,7 @@ def gate() -> Gate:
 
 
 @pytest.fixture(scope="session")
-def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+def exact_only(tmp_path_factory):
     """A gate without a calibration for resized images."""
     from serving.gate import Gate
 
@@ -176,13 +161,13 @@ def exact_only(tmp_path_factory: pytest.TempPathFactory) -> Gate:
 
 
 @pytest.fixture
-def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def traced_before(tiny_bundle, monkeypatch):
     """Let exports of the small checkpoint take the graphs of the bundle that it has already."""
 
-    def take_onnx(graphs: object, name: str, example: object, folder: Path) -> None:
+    def take_onnx(graphs, name, example, folder):
         shutil.copy(tiny_bundle / f"{name}.onnx", folder)
 
-    def take_torchscript(graphs: object, examples: object, path: Path) -> None:
+    def take_torchscript(graphs, examples, path):
         shutil.copy(tiny_bundle / path.name, path)
 
     monkeypatch.setattr("export.write.export_onnx", take_onnx)
@@ -192,23 +177,23 @@ def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 class MeanColours(torch.nn.Module):
     """A network whose features are an image's mean colours, over and over."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         """From images, ``(N, 3, H, W)``, to as many features as EfficientNet has."""
         return x.mean((2, 3)).repeat(1, 427)[:, :1280]
 
 
 @pytest.fixture
-def mean_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+def mean_colours(monkeypatch):
     """Make encoders, and teach small ones, with mean colours instead of EfficientNet's features.
 
     Its features take long to compute, and its export takes longer.
     """
 
-    def features(images: np.ndarray) -> np.ndarray:
+    def features(images):
         x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2) / 255
         return MeanColours()(x).double().numpy()
 
-    def teacher(size: int) -> Callable[[np.ndarray], np.ndarray]:
+    def teacher(size):
         assert size == 160
         return features
 
@@ -218,7 +203,7 @@ def mean_colours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def service() -> Iterator[RunningService]:
+def service():
     """``ade serve`` with the shipped bundle, shared by all tests that do not change it."""
     from tests.service import RunningService
 
@@ -228,7 +213,7 @@ def service() -> Iterator[RunningService]:
 
 
 @pytest.fixture(scope="module")  # as long as it is there, its event loop runs
-def browser() -> Iterator[Browser]:
+def browser():
     from tests.browsing import chromium
 
     with chromium() as browser:
@@ -236,7 +221,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def shared_page(browser: Browser, service: RunningService) -> Iterator[Page]:
+def shared_page(browser, service):
     from tests.browsing import opened
 
     with opened(browser, service.page) as page:
@@ -244,7 +229,7 @@ def shared_page(browser: Browser, service: RunningService) -> Iterator[Page]:
 
 
 @pytest.fixture
-def page(shared_page: Page) -> Iterator[Page]:
+def page(shared_page):
     """The page in a browser, which most tests of a file share: opening one takes seconds.
 
     Images and files stay in it. A test that changes a setting resets it.
@@ -256,16 +241,14 @@ def page(shared_page: Page) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def page_processes(
-    service: RunningService, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str | None], RunningPage]]:
+def page_processes(service, tmp_path_factory):
     """The page without the API, with a token or without; started when a test first needs it."""
     from tests.running_page import RunningPage
 
     with contextlib.ExitStack() as stack:
 
         @functools.cache
-        def start(token: str | None) -> RunningPage:
+        def start(token):
             running = RunningPage(service.url, tmp_path_factory.mktemp("page"), token)
             stack.callback(running.stop)
             return running

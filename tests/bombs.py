@@ -18,7 +18,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 from PIL import Image
 
@@ -262,19 +261,19 @@ REASONS = {
 }
 
 
-def _mebibytes(field: str, process: int | str = "self") -> float:
+def _mebibytes(field, process="self"):
     with open(f"/proc/{process}/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def _cpu_seconds(process: int) -> float:
+def _cpu_seconds(process):
     with open(f"/proc/{process}/stat") as line:
         return sum(map(int, line.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf(
             "SC_CLK_TCK"
         )
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name):
     """Decode one bomb; returns the cost in this process and its children, with their start."""
     data = BOMBS[name]()
     before = _mebibytes("VmRSS")

@@ -1,20 +1,16 @@
 """Writes AVIF and HEIC files box by box."""
 
-from __future__ import annotations
-
 import struct
 
 from ade_base.pictures.structure_heif import boxes
 
 
-def box(kind: bytes, *contents: bytes) -> bytes:
+def box(kind, *contents):
     content = b"".join(contents)
     return struct.pack(">I4s", len(content) + 8, kind) + content
 
 
-def still(
-    brand: bytes, *described: bytes, sizes: dict[int, tuple[int, int]] | None = None
-) -> bytes:
+def still(brand, *described, sizes=None):
     """An AVIF or HEIC without data, whose items have sizes; item 1 is shown."""
     sizes = {1: (32, 32)} | (sizes or {})
     spread = [box(b"ispe", bytes(4), struct.pack(">II", *size)) for size in sizes.values()]
@@ -26,7 +22,7 @@ def still(
     return box(b"ftyp", brand, bytes(4), brand) + meta + box(b"mdat", bytes(100))
 
 
-def grid_of(sources: dict[int, list[int]], sizes: dict[int, tuple[int, int]]) -> bytes:
+def grid_of(sources, sizes):
     """A HEIC of grids, each of other items."""
     references = [
         box(b"dimg", struct.pack(f">HH{len(to)}H", item, len(to), *to))
@@ -35,14 +31,14 @@ def grid_of(sources: dict[int, list[int]], sizes: dict[int, tuple[int, int]]) ->
     return still(b"heic", box(b"iref", bytes(4), *references), sizes=sizes)
 
 
-def boxes_in_boxes(depth: int) -> bytes:
+def boxes_in_boxes(depth):
     nested = b""
     for level in range(depth):
         nested = box((b"meta", b"iprp", b"ipco", b"iref")[level % 4], bytes(4), nested)
     return nested
 
 
-def heic_of_one_tile(tile: bytes, side: int, width: int, height: int) -> bytes:
+def heic_of_one_tile(tile, side, width, height):
     """A HEIC that consists of the same tile, itself a HEIC, again and again."""
     (meta,) = (tile[a:b] for kind, a, b in boxes(tile, 0, len(tile)) if kind == b"meta")
     (data,) = (tile[a:b] for kind, a, b in boxes(tile, 0, len(tile)) if kind == b"mdat")
@@ -50,7 +46,7 @@ def heic_of_one_tile(tile: bytes, side: int, width: int, height: int) -> bytes:
     codec = codec[: struct.unpack_from(">I", codec)[0]]
     rows, columns = -(-height // side), -(-width // side)
 
-    def made(at: int) -> bytes:
+    def made(at):
         items = [
             box(b"infe", b"\2\0\0\0", struct.pack(">HH4sx", item, 0, kind))
             for item, kind in ((1, b"grid"), (2, b"hvc1"))

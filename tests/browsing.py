@@ -6,7 +6,7 @@ import io
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import FilePayload, Route, expect, sync_playwright
 
 from serving.page.drawings import draw
 from tests.helpers import ROOT
@@ -39,7 +39,7 @@ FILLED = {  # the result of each tab after its first example is chosen
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium():
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("Debian's chromium is not installed (apt-get install chromium)")
@@ -50,7 +50,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+def opened(browser, url, **options):
     """Open a new page that fails on requests to any other server."""
     page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
     page.set_default_timeout(WAIT_MS)
@@ -66,18 +66,18 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     assert outside == [], "the page asks an outside host"
 
 
-def wait_for(page: Page, condition: Callable[[], bool]) -> None:
+def wait_for(page, condition):
     deadline = time.monotonic() + WAIT_MS / 1000
     while not condition():
         assert time.monotonic() < deadline, f"not within {WAIT_MS} ms"
         page.wait_for_timeout(100)
 
 
-def hold_first(page: Page, requests: str = "**/queue/join*") -> list[Route]:
+def hold_first(page, requests="**/queue/join*"):
     """Hold back the next of these requests; returns a list that its route joins."""
     held: list[Route] = []
 
-    def hold(route: Route) -> None:
+    def hold(route):
         held.append(route)
         if len(held) > 1:
             route.continue_()
@@ -86,65 +86,65 @@ def hold_first(page: Page, requests: str = "**/queue/join*") -> list[Route]:
     return held
 
 
-def show(page: Page, tab: str) -> Locator:
+def show(page, tab):
     """Show a tab; returns what is in it."""
     page.get_by_role("tab", name=tab, exact=True).click()
     return page.locator(PANEL)
 
 
-def unfold(panel: Locator, name: str) -> None:
+def unfold(panel, name):
     """Open an accordion, if it is not open."""
     button = panel.locator("button.label-wrap").filter(has=panel.page.get_by_text(name, exact=True))
     if button.get_attribute("aria-expanded") != "true":
         button.click()
 
 
-def button(panel: Locator, name: str) -> Locator:
+def button(panel, name):
     """A button, which is a link if it downloads a file."""
     own = panel.get_by_role("button", name=name, exact=True)
     return own.or_(panel.get_by_role("link", name=name, exact=True)).first
 
 
-def number(panel: Locator, label: str) -> Locator:
+def number(panel, label):
     """The number beside a slider."""
     return panel.get_by_label(f"number input for {label}")
 
 
-def shown(panel: Locator, name: str) -> Locator:
+def shown(panel, name):
     """The images from files with this in their names."""
     return panel.locator(f"img[src*='{name}']").filter(visible=True)
 
 
-def examples(panel: Locator) -> Locator:
+def examples(panel):
     return panel.locator(".ade-examples button:has(img)")
 
 
-def toast(page: Page) -> Locator:
+def toast(page):
     return page.get_by_test_id("toast-text")
 
 
-def download(panel: Locator, name: str, path: Path) -> Path:
+def download(panel, name, path):
     with panel.page.expect_download() as download:
         button(panel, name).click()
     download.value.save_as(path)
     return path
 
 
-def image_of(image: Locator) -> Any:
+def image_of(image):
     """The file of an image on the page."""
     data = image.page.request.get(image.first.get_attribute("src") or "").body()
     return Image.open(io.BytesIO(data))
 
 
-def pixels(image: Locator) -> np.ndarray:
+def pixels(image):
     return np.asarray(image_of(image))
 
 
-def remover(panel: Locator) -> Locator:
+def remover(panel):
     return panel.get_by_label("Remove Image").or_(panel.get_by_role("button", name="Clear")).first
 
 
-def drop(panel: Locator, file: Path) -> None:
+def drop(panel, file):
     """Choose a file in place of the one that is there, if any."""
     chooser = panel.locator("input[type=file]").first
     chooser.or_(remover(panel)).first.wait_for(state="attached")  # the panel may be empty yet
@@ -153,7 +153,7 @@ def drop(panel: Locator, file: Path) -> None:
     chooser.set_input_files(str(file))
 
 
-def give_files(panel: Locator, *files: Path | FilePayload, at: int = 0) -> None:
+def give_files(panel, *files, at=0):
     """Choose files for a list of them, and wait until it shows the last one."""
     given: Sequence[Any] = [str(file) if isinstance(file, Path) else file for file in files]
     panel.locator("input[type=file]").nth(at).set_input_files(given)
@@ -162,11 +162,11 @@ def give_files(panel: Locator, *files: Path | FilePayload, at: int = 0) -> None:
     expect(panel.get_by_role("row", name=name)).to_be_visible()
 
 
-def clear_files(panel: Locator) -> None:
+def clear_files(panel):
     panel.get_by_label("Clear").or_(panel.get_by_label("Remove")).first.click()
 
 
-def empty_score(page: Page) -> Locator:
+def empty_score(page):
     """The tab Score without an image, as when the page was opened."""
     panel = show(page, "Score")
     panel.get_by_text("Click to Upload").or_(remover(panel)).first.wait_for()
@@ -176,7 +176,7 @@ def empty_score(page: Page) -> Locator:
     return panel
 
 
-def filled(page: Page, tab: str, example: int = 0) -> Locator:
+def filled(page, tab, example=0):
     """A tab with its results."""
     panel = show(page, tab)
     if tab in ("Score", "Reconstruct"):
@@ -192,12 +192,12 @@ def filled(page: Page, tab: str, example: int = 0) -> Locator:
     return panel
 
 
-def expect_verdict(panel: Locator, heading: str, alpha: str = "1 %") -> None:
+def expect_verdict(panel, heading, alpha="1 %"):
     """Expect the card of a verdict, with the false-alarm rate that it is for."""
     card = panel.locator(".ade-verdict").filter(has=panel.page.get_by_role("heading", name=heading))
     text = f"at least as unusual. False-alarm rate: {alpha}."
     expect(card.filter(has_text=text).first).to_be_visible()
 
 
-def expect_source(image: Locator, end: str) -> None:
+def expect_source(image, end):
     expect(image).to_have_attribute("src", re.compile(re.escape(end) + "$"))

@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -29,7 +28,7 @@ class Request:
     method: str = "POST"
     model: str | None = None  # that must answer
 
-    def send(self, client: httpx.Client) -> httpx.Response:
+    def send(self, client):
         options: dict[str, Any] = {"data": self.fields or None}
         if self.files:
             options["files"] = [
@@ -44,32 +43,32 @@ class Request:
         )
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
 
 
-def as_json(operation: str, **values: Any) -> Request:
+def as_json(operation, **values):
     return Request(operation, json.dumps(values).encode(), "application/json")
 
 
-def as_form(operation: str, *files: bytes, **fields: str) -> Request:
+def as_form(operation, *files, **fields):
     names = [f"image{i or ''}" for i in range(len(files))]
     return Request(operation, fields=fields, files=tuple(zip(names, files, strict=True)))
 
 
-def part(name: str, content: bytes, kind: str = "application/octet-stream") -> bytes:
+def part(name, content, kind="application/octet-stream"):
     """One part of a form with the boundary ``x``."""
     head = f'--x\r\nContent-Disposition: form-data; name="{name}"\r\nContent-Type: {kind}\r\n\r\n'
     return head.encode() + content + b"\r\n"
 
 
-def as_parts(body: bytes) -> Request:
+def as_parts(body):
     return Request("score", body, "multipart/form-data; boundary=x")
 
 
-def latents(**values: float) -> list[dict[str, Any]]:
+def latents(**values):
     """Of one image of the shipped bundle: each named array filled with its value."""
     shapes = json.loads((PRETRAINED / "manifest.json").read_text())["latent_shapes"]
     return [
@@ -95,7 +94,7 @@ TURNED[0x0112] = 6
 IMAGE_OPERATIONS = ("encode", "reconstruct", "score")
 
 
-def requests() -> dict[str, Request]:
+def requests():
     """Every operation, way to send images, parameter, format and error of docs/api.md."""
     made = {
         "sample: empty object": as_json("sample", seed=1),
@@ -276,7 +275,7 @@ def requests() -> dict[str, Request]:
     return made
 
 
-def servers_own() -> dict[str, Request]:
+def servers_own():
     """Requests that the model server answers by itself, before any handler of ours."""
     return {
         "unknown model": Request("other", CAT, "image/png"),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ade_client.contract import PROBE_HEADER
 from handlers.front import listen
 from handlers.front.admission import Limits
 from handlers.front.exposition import metrics_answer
-from handlers.front.front import Answer, Endpoint, Request
+from handlers.front.front import Answer, Endpoint
 from handlers.front.settings import FrontSettings
 from handlers.service.application import Application
 from handlers.service.metrics import Metrics
@@ -43,11 +42,11 @@ class Forwarder:
     num_workers = 1
     is_ready = True
 
-    def __init__(self, name: str, http: aiohttp.ClientSession) -> None:
+    def __init__(self, name, http):
         self.name, self.identity = name, MODELS[name]
         self._http = http
 
-    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+    async def answer(self, request, v2=None):
         headers = {TYPE_HEADER: request.content_type} if request.content_type else {}
         if request.is_probe:
             headers[PROBE_HEADER] = "1"
@@ -64,15 +63,15 @@ class Forwarder:
             raise ApiError(503, "unavailable", "the upstream is gone: try again later") from None
 
 
-def run(settings_file: str, socket_file: str, limits_json: str) -> None:
+def run(settings_file, socket_file, limits_json):
     """The front with its application, in this process."""
     settings, limits = FrontSettings.load(Path(settings_file)), Limits(**json.loads(limits_json))
 
     @contextlib.asynccontextmanager
-    async def build() -> AsyncIterator[listen.ServerApp]:
+    async def build():
         refusals = Counter[str]()
 
-        async def scrape(request: Request) -> Answer:
+        async def scrape(request):
             return metrics_answer(Metrics(refusals).text())
 
         async with aiohttp.ClientSession(
@@ -90,7 +89,7 @@ def run(settings_file: str, socket_file: str, limits_json: str) -> None:
 class Upstream:
     """Echoes requests as JSON; the content type ``test/WORD`` selects another behaviour."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
         self.seen: list[dict[str, Any]] = []
         self.num_waiting = 0  # requests that wait for :meth:`release`
@@ -101,26 +100,26 @@ class Upstream:
         self._thread.start()
         self._run(self._start())
 
-    def _run(self, work: Any) -> None:
+    def _run(self, work):
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
-    async def _start(self) -> None:
+    async def _start(self):
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.UnixSite(self._runner, str(self.path)).start()
 
-    def release(self) -> None:
+    def release(self):
         """Let those that wait have their answer; later ones wait again."""
 
-        async def open_gate() -> None:
+        async def open_gate():
             gate, self._gate = self._gate, asyncio.Event()
             gate.set()
 
         self._run(open_gate())
 
-    def stop(self) -> None:
+    def stop(self):
         if self._runner is not None:
             self._run(self._runner.cleanup())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -128,7 +127,7 @@ class Upstream:
         self._loop.close()
         self.path.unlink(missing_ok=True)
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def _handle(self, request):
         body = await request.read()
         what = {
             "method": request.method,
@@ -164,7 +163,7 @@ class Upstream:
 class RunningFront:
     """A front that is started by the constructor; ``limits`` replace the default limits."""
 
-    def __init__(self, folder: Path, limits: dict[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(self, folder, limits=None, **settings):
         self.port, self.metrics_port = free_ports(2)
         self.socket = folder / "inference.sock"
         self.settings = FrontSettings(
@@ -204,7 +203,7 @@ class RunningFront:
             self.process.kill()
             raise
 
-    def _listens(self) -> bool:
+    def _listens(self):
         assert self.process.poll() is None, self.log.read_text()
         try:
             self.connect(self.metrics_port).close()
@@ -212,9 +211,9 @@ class RunningFront:
             return False
         return True
 
-    def connect(self, port: int | None = None, timeout: float = 20.0) -> socket.socket:
+    def connect(self, port=None, timeout=20.0):
         return socket.create_connection(("127.0.0.1", port or self.port), timeout)
 
-    def stop(self) -> int:
+    def stop(self):
         self.process.terminate()
         return self.process.wait(30)

@@ -16,10 +16,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
@@ -32,9 +31,6 @@ from ade_model.config import ModelConfig
 from ade_model.model import ADEModel
 from serving.engine.bundle import CALIBRATION_NAME, open_bundle, write_manifest
 from serving.verdict.calibration_file import CalibrationPair
-
-if TYPE_CHECKING:
-    from training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -68,7 +64,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def address_beyond_loopback() -> str:
+def address_beyond_loopback():
     """An IPv4 address of this machine beside loopback; a machine without one skips the test."""
     found = [
         its.address
@@ -81,12 +77,12 @@ def address_beyond_loopback() -> str:
     return str(found[0])
 
 
-def large_data(name: str) -> Path:
+def large_data(name):
     """The path of a large data set, which need not exist: see CONTRIBUTING.md."""
     return Path(os.environ.get(DATA_VARIABLE) or os.devnull) / name
 
 
-def needs_data(*names: str) -> pytest.MarkDecorator:
+def needs_data(*names):
     """Skip a test unless all these data sets exist."""
     return pytest.mark.skipif(
         not all(large_data(name).exists() for name in names),
@@ -94,7 +90,7 @@ def needs_data(*names: str) -> pytest.MarkDecorator:
     )
 
 
-def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.nn.Module:
+def shake(model, seed=0, scale=0.15):
     """Perturb all weights, so that no layer is the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -105,12 +101,12 @@ def shake(model: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> torch.n
     return model
 
 
-def make_model(config: ModelConfig = TINY, seed: int = 0, scale: float = 0.15) -> ADEModel:
+def make_model(config=TINY, seed=0, scale=0.15):
     torch.manual_seed(seed)
     return shake(ADEModel(config), seed, scale).eval()
 
 
-def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -> TrainConfig:
+def narrow(name, size="tiny", image_size=8, **changes):
     """A recipe with all its special settings, but with networks of a few channels."""
     from training.recipes import recipe
 
@@ -134,13 +130,13 @@ def narrow(name: str, size: str = "tiny", image_size: int = 8, **changes: Any) -
     return dataclasses.replace(config, model=dataclasses.replace(model, **small), **adversaries)
 
 
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt_after(steps, monkeypatch):
     """Interrupt training as Ctrl-C does, in the last of some steps."""
     from training.step import Trainer
 
     run = Trainer.run
 
-    def interrupted(self: Trainer, *given: Any) -> dict[str, float]:
+    def interrupted(self, *given):
         if self.step + 1 == steps:
             signal.raise_signal(signal.SIGINT)
         return run(self, *given)
@@ -148,12 +144,7 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "run", interrupted)
 
 
-def with_calibrations(
-    bundle: Path,
-    out: Path,
-    change: Callable[[CalibrationPair], CalibrationPair | None],
-    name: str | None = None,
-) -> Path:
+def with_calibrations(bundle, out, change, name=None):
     """Copy a bundle with other calibrations or none, and optionally another name."""
     shutil.copytree(bundle, out)
     changed = change(CalibrationPair.load(out / CALIBRATION_NAME))
@@ -166,7 +157,7 @@ def with_calibrations(
     return out
 
 
-def make_folder(folder: Path, images: np.ndarray) -> Path:
+def make_folder(folder, images):
     """Write images into class folders, with broken and unrelated files among them."""
     for i, image in enumerate(images):
         target = folder / f"class{i % 3}"
@@ -179,7 +170,7 @@ def make_folder(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-def make_traps(folder: Path) -> dict[str, str]:
+def make_traps(folder):
     """Create files that must not be read, such as pipes; returns the expected error of each."""
     os.mkfifo(folder / "pipe.png")
     (folder / "endless.png").symlink_to("/dev/zero")
@@ -197,7 +188,7 @@ def make_traps(folder: Path) -> dict[str, str]:
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 
 
-def encode(image: Image.Image, format: str, **options) -> bytes:
+def encode(image, format, **options):
     out = io.BytesIO()
     if format == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
@@ -205,10 +196,10 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
     return out.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(width, height):
     """A PNG with a valid header and almost no data."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
@@ -221,17 +212,17 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-def npy(array: np.ndarray, **options: Any) -> bytes:
+def npy(array, **options):
     out = io.BytesIO()
     np.save(out, array, **options)
     return out.getvalue()
 
 
-def b64(data: bytes) -> str:
+def b64(data):
     return base64.b64encode(data).decode()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(condition, seconds=30.0):
     """Wait until a condition holds; tests on busy machines need a long limit, and rarely wait."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -240,7 +231,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def suspended(process: psutil.Process) -> Iterator[None]:
+def suspended(process):
     """Stop a process until the end of the block, in which it may be killed."""
     process.suspend()
     try:
@@ -251,7 +242,7 @@ def suspended(process: psutil.Process) -> Iterator[None]:
 
 
 @contextmanager
-def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def held_by_another(path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -264,7 +255,7 @@ def held_by_another(path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def full_disk(most: int) -> Iterator[None]:
+def full_disk(most):
     """Files cannot become larger than so many bytes: neither those of a test nor pytest's own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
@@ -274,7 +265,7 @@ def full_disk(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def tool(name: str) -> str:
+def tool(name):
     """The path of a program; a machine without it skips the test."""
     # Beside this Python first: make does not activate the environment.
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
@@ -283,14 +274,14 @@ def tool(name: str) -> str:
     return found
 
 
-def check_metrics(text: str) -> None:
+def check_metrics(text):
     """Check metrics by Prometheus's own linter; a machine without it skips the test."""
     command = [tool("promtool"), "check", "metrics"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def npm_install(folder: Path, *packages: str) -> Path:
+def npm_install(folder, *packages):
     """Install packages of Node.js below a folder, without their scripts.
 
     Returns:
@@ -311,7 +302,7 @@ def npm_install(folder: Path, *packages: str) -> Path:
     return folder / "node_modules" / ".bin"
 
 
-def is_of_deleted_extension(words: Iterable[str]) -> bool:
+def is_of_deleted_extension(words):
     """Whether a command of ``ade`` needs an extension that is not there."""
     given = set(words)
     return any(

@@ -17,9 +17,7 @@ import contextlib
 import io
 import json
 import tokenize
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tests.helpers import DATA, ROOT
 
@@ -86,20 +84,20 @@ MOVES = {
 MOVING = {module: room for room, modules in MOVES.items() for module in modules.split()}
 
 
-def python_files(*folders: str) -> list[Path]:
+def python_files(*folders):
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def product_files() -> list[Path]:
+def product_files():
     return [p for p in python_files(*PACKAGES) if "tests" not in p.relative_to(ROOT).parts]
 
 
-def module_of(path: Path) -> str:
+def module_of(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     return name.removesuffix(".__init__")
 
 
-def room_of(module: str) -> str:
+def room_of(module):
     """The room in which a module will be: of its longest beginning in MOVES, or where it is."""
     parts = module.split(".")
     for n in range(len(parts), 0, -1):
@@ -109,9 +107,7 @@ def room_of(module: str) -> str:
     return ".".join(parts[:2]) if is_divided else parts[0]
 
 
-def imports(
-    with_types: bool = True, paths: Iterable[Path] | None = None
-) -> Iterator[tuple[str, str]]:
+def imports(with_types=True, paths=None):
     """Every import of ours: the importing module and the imported one.
 
     Args:
@@ -121,7 +117,7 @@ def imports(
     product = product_files()
     modules = set(map(module_of, product))
 
-    def within(node: ast.AST) -> Iterator[str]:
+    def within(node):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 if with_types:
@@ -141,12 +137,12 @@ def imports(
         yield from ((module_of(path), name) for name in found if name.split(".")[0] in PACKAGES)
 
 
-def allowed_in(room: str) -> set[str] | None:
+def allowed_in(room):
     """What a room may import; ``None`` if it has no line in the table."""
     return MAY_IMPORT.get("extensions" if room.startswith("extensions.") else room)
 
 
-def wrong_imports() -> dict[str, list[str]]:
+def wrong_imports():
     """Imports that the rooms do not allow: the imported modules by the importing one."""
     found: dict[str, list[str]] = {}
     for module, imported in imports():
@@ -162,7 +158,7 @@ def wrong_imports() -> dict[str, list[str]]:
     return {module: sorted(names) for module, names in sorted(found.items())}
 
 
-def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
+def _docstrings(tree):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
@@ -171,7 +167,7 @@ def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
                 yield value
 
 
-def code_lines(text: str, tree: ast.AST) -> set[int]:
+def code_lines(text, tree):
     """The numbers of the lines of code."""
     lines = text.splitlines()
     no_code = {
@@ -194,9 +190,7 @@ def code_lines(text: str, tree: ast.AST) -> set[int]:
     return found
 
 
-def _functions(
-    node: ast.AST, name: str = ""
-) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def _functions(node, name=""):
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             own = f"{name}.{child.name}".lstrip(".")
@@ -207,7 +201,7 @@ def _functions(
             yield from _functions(child, name)
 
 
-def sizes() -> dict[str, Any]:
+def sizes():
     """Lines of code of the product, its core and the tests, and of what is too long."""
     totals = dict.fromkeys(("product", "core", "tests"), 0)
     files: dict[str, int] = {}
@@ -232,11 +226,11 @@ def sizes() -> dict[str, Any]:
     return {"lines": totals, "files": files, "functions": functions}
 
 
-def measure() -> dict[str, Any]:
+def measure():
     return {**sizes(), "imports": wrong_imports()}
 
 
-def read_record() -> dict[str, Any]:
+def read_record():
     """The record, without the files of an extension that is deleted or of the benchmarks."""
     record = json.loads(RECORD.read_text())
     for kind in ("files", "functions"):
@@ -244,17 +238,17 @@ def read_record() -> dict[str, Any]:
     return record
 
 
-def _is_deleted(name: str) -> bool:
+def _is_deleted(name):
     first, second, *_ = Path(name).parts
     folder = {"benchmarks": "benchmarks", "extensions": f"extensions/{second}"}.get(first, "")
     return not (ROOT / folder).exists()
 
 
-def count(entries: dict[str, Any]) -> int:
+def count(entries):
     return sum(len(entry) if isinstance(entry, list) else 1 for entry in entries.values())
 
 
-def write_record() -> None:
+def write_record():
     """Write what there is today, and print how the numbers changed."""
     before, now = {}, measure()
     with contextlib.suppress(FileNotFoundError, ValueError):  # such as that of a merge

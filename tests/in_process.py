@@ -1,21 +1,16 @@
 """Services in the process of the tests, and the functions of their page."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 
 from handlers.front.admission import Limits
-from handlers.front.front import Answer, Endpoint, Request
+from handlers.front.front import Answer, Endpoint
 from handlers.front.listen import built
 from handlers.front.settings import FrontSettings
 from handlers.service import worker
@@ -28,13 +23,10 @@ from serving.engine.engine import InferenceEngine
 from serving.engine.signatures import OPERATIONS
 from serving.ingest.requests import RawRequest
 from serving.page.app import build_page
-from serving.page.models import Models
 
 
 @contextmanager
-def answered_here(
-    bundles: dict[str, Path], operations: Sequence[str] = ("sample", "score")
-) -> Iterator[str]:
+def answered_here(bundles, operations=("sample", "score")):
     """A server in this process with the real services; yields its address.
 
     Args:
@@ -51,7 +43,7 @@ def answered_here(
     }
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             service = services[self.path.removeprefix("/predictions/")]
             (answer,) = service.answer([RawRequest(self.headers["Content-Type"], body)])
@@ -65,7 +57,7 @@ def answered_here(
             self.end_headers()
             self.wfile.write(answer.body)
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -81,13 +73,13 @@ class LocalModel:
     num_workers = 1
     is_ready = True
 
-    def __init__(self, operation: str, engine: InferenceEngine) -> None:
+    def __init__(self, operation, engine):
         self.name = operation
         self.identity = engine.bundle.model_id
         self.metadata = metadata(operation, operation, engine.bundle, "onnxruntime")
         self._service = Service(operation, engine)
 
-    async def answer(self, request: Request, v2: int | None = None) -> Answer:
+    async def answer(self, request, v2=None):
         about = {"content_type": request.content_type, "probe": False, "id": "1", "v2": v2}
         body = bytes(request.body)
         (found,) = worker.answer_batch(self._service, self.name, {"requests": [about]}, [body])
@@ -101,7 +93,7 @@ class ServiceHere(httpx.BaseTransport):
     A request passes the guard, the front, the application and a worker's code.
     """
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle):
         engine = InferenceEngine(bundle, device="cpu")
         models = [LocalModel(operation, engine) for operation in OPERATIONS]
         limits = Limits()
@@ -116,14 +108,14 @@ class ServiceHere(httpx.BaseTransport):
             probe_secret="secret-of-probes",
         )
 
-        async def no_metrics(request: Request) -> Answer:
+        async def no_metrics(request):
             return Answer(200, [], b"")
 
         front = built(settings, limits, application.api, Endpoint(no_metrics), Counter())
         self._transport = httpx.ASGITransport(front.app)
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        async def ask() -> httpx.Response:
+    def handle_request(self, request):
+        async def ask():
             answer = await self._transport.handle_async_request(request)
             return httpx.Response(
                 answer.status_code, headers=answer.headers, content=await answer.aread()
@@ -132,12 +124,12 @@ class ServiceHere(httpx.BaseTransport):
         return asyncio.run(ask())
 
 
-def page_function(served: Models, name: str) -> Callable[..., Any]:
+def page_function(served, name):
     """The function of this name that the page calls, by its name in Gradio's API or in the code."""
     fns = [block for block in build_page(served).fns.values() if block.fn is not None]
     return next(block.fn for block in fns if name in (block.api_name, block.fn.__name__))
 
 
-def judged(p_value: float = 0.5, decision: str = "accept", version: str = "1") -> Any:
+def judged(p_value=0.5, decision="accept", version="1"):
     """What the page's summary of many files reads of a score."""
     return SimpleNamespace(p_value=p_value, decision=decision, calibration=version)

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import zipfile
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -35,7 +33,7 @@ open_or_login = pytest.mark.parametrize("page", [None, TOKEN], ids=["open", "log
 
 
 @pytest.fixture(name="page")
-def page_process(request: pytest.FixtureRequest, page_processes: Any) -> RunningPage:
+def page_process(request, page_processes):
     """A page without a login, unless the test is marked. For modules that import it."""
     started: RunningPage = page_processes(getattr(request, "param", None))
     return started
@@ -44,7 +42,7 @@ def page_process(request: pytest.FixtureRequest, page_processes: Any) -> Running
 class RunningPage:
     """The page without the API, as the launcher starts it: process, folder and output."""
 
-    def __init__(self, url: str, folder: Path, token: str | None = None) -> None:
+    def __init__(self, url, folder, token=None):
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.inbox, self.output, self.token = folder / "page-files", folder / "page.out", token
@@ -73,14 +71,14 @@ class RunningPage:
             self.process.kill()
             raise
 
-    def _answers(self) -> bool:
+    def _answers(self):
         assert self.process.poll() is None, self.output.read_text()
         try:
             return httpx.get(self.url).status_code == 200
         except httpx.TransportError:
             return False
 
-    def client(self, **options: Any) -> httpx.Client:
+    def client(self, **options):
         """A client, logged in if the page requires it. :meth:`stop` closes it."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
         self._clients.append(client)
@@ -89,7 +87,7 @@ class RunningPage:
             assert client.post("/login", data=login).status_code == 200
         return client
 
-    def stop(self) -> None:
+    def stop(self):
         for client in self._clients:
             client.close()
         self.process.send_signal(signal.SIGTERM)
@@ -101,17 +99,17 @@ class Asked(BaseHTTPRequestHandler):
 
     paths: list[str] = []
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.paths.append(self.path)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(SECRET.encode())
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, *args):
         pass
 
 
-def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
+def outside(inbox, folder, inner):
     """Paths that no client may read, by kind; those created for the test are in ``folder``."""
     (folder / "key_file.json").write_text(json.dumps({"management": {"key": SECRET}}))
     (folder / "private.png").write_text(SECRET)
@@ -145,13 +143,13 @@ def outside(inbox: Path, folder: Path, inner: str) -> dict[str, str]:
     }
 
 
-def shapes(path: str) -> list[Any]:
+def shapes(path):
     """The ways in which components represent a file."""
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     return [file, {"path": path}, [file, file], [{"image": file, "caption": None}]]
 
 
-def targets(config: dict[str, Any]) -> list[tuple[int, int, list[Any]]]:
+def targets(config):
     """Each function and input that takes a file, with usual values of all inputs."""
     components = {one["id"]: one for one in config["components"]}
     found = []
@@ -165,7 +163,7 @@ def targets(config: dict[str, Any]) -> list[tuple[int, int, list[Any]]]:
     return found
 
 
-def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, str]:
+def call(client, function, data):
     """Whether an event succeeded, and the complete answer."""
     session = secrets.token_hex(8)
     joined = client.post(
@@ -177,18 +175,18 @@ def call(client: httpx.Client, function: int, data: list[Any]) -> tuple[bool, st
     return '"success":true' in answer.replace(" ", ""), answer
 
 
-def function_of(client: httpx.Client, name: str) -> int:
+def function_of(client, name):
     """The number of a function of Gradio's API."""
     functions = client.get("/config").json()["dependencies"]
     return next(function["id"] for function in functions if function["api_name"] == name)
 
 
-def event_of(client: httpx.Client, name: str, session: str | None) -> dict[str, Any]:
+def event_of(client, name, session):
     """The body of a request that calls ``about``."""
     return {"fn_index": function_of(client, name), "data": [MODEL], "session_hash": session}
 
 
-def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
+def score_of(client):
     """The request that scores an uploaded example."""
     (path,) = upload(client, ("cat.png", EXAMPLE.read_bytes())).json()
     return function_of(client, "score"), [
@@ -201,11 +199,11 @@ def score_of(client: httpx.Client) -> tuple[int, list[Any]]:
     ]
 
 
-def upload(client: httpx.Client, *files: tuple[str, bytes]) -> httpx.Response:
+def upload(client, *files):
     return client.post("/gradio_api/upload", files=[("files", file) for file in files])
 
 
-def lying_zip(path: Path, name: str, size: int, declared: int) -> Path:
+def lying_zip(path, name, size, declared):
     """A zip of one entry of ``size`` zeros whose headers declare another size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, bytes(size))

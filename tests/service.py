@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -19,7 +18,7 @@ from ade_base.ports import VARIABLES, Ports, free_ports
 from ade_cli.main import main
 from handlers.launch.publish import DESCRIBE
 from handlers.processes.channel import ask
-from handlers.processes.run_folder import RunFolder, find_service
+from handlers.processes.run_folder import find_service
 from handlers.torchserve.configuration import ServerFolder
 from tests.helpers import PRETRAINED, ROOT
 
@@ -34,14 +33,8 @@ class RunningService:
     """A service that is started by the constructor; ``output`` collects what it prints."""
 
     def __init__(
-        self,
-        *bundles: Path,
-        options: tuple[str, ...] = (),
-        timeout: float = 180,
-        python: str = sys.executable,
-        folder: Path = ROOT,
-        variables: dict[str, str] | None = None,
-    ) -> None:
+        self, *bundles, options=(), timeout=180, python=sys.executable, folder=ROOT, variables=None
+    ):
         ports = dict(zip(VARIABLES, free_ports(len(VARIABLES)), strict=True))
         self.url = f"http://127.0.0.1:{ports['inference']}"
         self.page = f"http://127.0.0.1:{ports['ui']}"
@@ -67,32 +60,32 @@ class RunningService:
                 raise RuntimeError("the service did not start:\n" + "".join(self.output))
             time.sleep(0.1)
 
-    def _read(self) -> None:
+    def _read(self):
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
                 self.output.append(line)
 
     @property
-    def folder(self) -> RunFolder:
+    def folder(self):
         """The working folder, found as ``ade status`` finds it."""
         folder = find_service(Ports(**self.ports))
         assert folder is not None
         return folder
 
     @property
-    def torchserve(self) -> ServerFolder:
+    def torchserve(self):
         """The working folder of the TorchServe of its first release."""
         return ServerFolder(self.folder.of_release(1))
 
     @property
-    def pids(self) -> dict[str, int]:
+    def pids(self):
         """Process ids of its parts, as its folder records them, without TorchServe's workers."""
         found = self.folder.read_description()
         assert found is not None
         return found["pids"]
 
-    def worker_pids(self) -> dict[str, list[int]]:
+    def worker_pids(self):
         """Process ids of the workers that are ready, by model."""
         described = ask(self.folder.control_socket, {"do": DESCRIBE})["workers"] or {}
         return {
@@ -100,7 +93,7 @@ class RunningService:
             for name, model in described.items()
         }
 
-    def descendants(self) -> list[psutil.Process]:
+    def descendants(self):
         """All its processes, without those that have ended and are not reaped yet."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
@@ -109,7 +102,7 @@ class RunningService:
                     found.append(process)
         return found
 
-    def workers(self) -> list[psutil.Process]:
+    def workers(self):
         """The worker processes, without decoders, which are temporary."""
         return [
             process
@@ -117,7 +110,7 @@ class RunningService:
             if any(name in " ".join(process.cmdline()) for name in WORKERS)
         ]
 
-    def stop(self, sign: signal.Signals = signal.SIGTERM) -> list[psutil.Process]:
+    def stop(self, sign=signal.SIGTERM):
         """Stop the service; returns the processes that are left."""
         if self.process.poll() is not None:
             return []
@@ -128,7 +121,7 @@ class RunningService:
         return alive
 
 
-def error_of_serve(*options: str, **variables: str) -> str:
+def error_of_serve(*options, **variables):
     """The error of ``ade serve`` with these options and environment variables.
 
     It must occur before anything is started.

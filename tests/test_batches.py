@@ -19,19 +19,19 @@ class Job:
     num_bytes: int = 1
 
 
-def jobs(count: int, num_bytes: int = 1) -> list[Job]:
+def jobs(count, num_bytes=1):
     loop = asyncio.get_running_loop()
     return [Job(number, loop.create_future(), num_bytes) for number in range(count)]
 
 
-def numbers(batch: list[Job]) -> list[int]:
+def numbers(batch):
     return [job.number for job in batch]
 
 
-def test_a_batch_has_all_that_waits_when_it_can_be_computed() -> None:
+def test_a_batch_has_all_that_waits_when_it_can_be_computed():
     """Not only what came within a moment of the first: Serve's own queue had that fault."""
 
-    async def main() -> None:
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         waiting = jobs(MAX_BATCH + 3)
         for job in waiting[:-1]:
@@ -45,8 +45,8 @@ def test_a_batch_has_all_that_waits_when_it_can_be_computed() -> None:
     asyncio.run(main())
 
 
-def test_a_large_request_ends_its_batch() -> None:
-    async def main() -> None:
+def test_a_large_request_ends_its_batch():
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         small, large, rest = jobs(2), jobs(2, LARGE_BYTES), jobs(MAX_BATCH)
         queue.put(*small, *large, *rest)
@@ -57,10 +57,10 @@ def test_a_large_request_ends_its_batch() -> None:
     asyncio.run(main())
 
 
-def test_a_batch_waits_for_more_only_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_waits_for_more_only_in_company(monkeypatch):
     monkeypatch.setattr(batches, "MAX_BATCH_DELAY_S", 60.0)
 
-    async def main() -> None:
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         alone, *together = jobs(2 + MAX_BATCH)
         queue.put(alone)
@@ -77,8 +77,8 @@ def test_a_batch_waits_for_more_only_in_company(monkeypatch: pytest.MonkeyPatch)
     asyncio.run(main())
 
 
-def test_a_batch_leaves_out_those_whose_client_is_gone() -> None:
-    async def main() -> None:
+def test_a_batch_leaves_out_those_whose_client_is_gone():
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         waiting = jobs(4)
         queue.put(*waiting)
@@ -89,10 +89,10 @@ def test_a_batch_leaves_out_those_whose_client_is_gone() -> None:
     asyncio.run(main())
 
 
-def test_a_client_that_leaves_takes_its_request_along() -> None:
+def test_a_client_that_leaves_takes_its_request_along():
     """Although no worker is free: bodies that nobody bounds any more would fill the memory."""
 
-    async def main() -> None:
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         waiting = jobs(3)
         queue.put(*waiting)
@@ -105,8 +105,8 @@ def test_a_client_that_leaves_takes_its_request_along() -> None:
 
 
 @pytest.mark.parametrize("has_some", [False, True])
-def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some: bool) -> None:
-    async def main() -> None:
+def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some):
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         first, second = jobs(2)
         collecting = asyncio.create_task(queue.next_batch())
@@ -126,12 +126,12 @@ def test_nothing_is_lost_if_whoever_collects_is_cancelled(has_some: bool) -> Non
     asyncio.run(main())
 
 
-def test_whoever_became_free_last_gets_the_next_batch() -> None:
-    async def main() -> None:
+def test_whoever_became_free_last_gets_the_next_batch():
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         served = []
 
-        async def work(name: str) -> None:
+        async def work(name):
             while True:
                 for job in await queue.next_batch():
                     served.append(name)
@@ -150,8 +150,8 @@ def test_whoever_became_free_last_gets_the_next_batch() -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_caller_leaves_its_turn_to_another() -> None:
-    async def main() -> None:
+def test_a_cancelled_caller_leaves_its_turn_to_another():
+    async def main():
         queue: BatchQueue[Job] = BatchQueue()
         callers = [asyncio.create_task(queue.next_batch()) for _ in range(3)]
         await asyncio.sleep(0)

@@ -1,7 +1,5 @@
 """Every bijection: round trip, log-determinant against autograd, a gradient through the inverse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 
 from ade_model.bijections import (
     AffineCoupling,
-    Bijection,
     Chain,
     CheckerboardCoupling,
     Logit,
@@ -22,7 +19,7 @@ from ade_model.flow import build_flow
 from tests.helpers import shake
 
 
-def flow(scales: int, channels: int = 1, size: int = 4, mask: str = "channel") -> Bijection:
+def flow(scales, channels=1, size=4, mask="channel"):
     return build_flow(
         ModelConfig(
             image_size=size,
@@ -58,7 +55,7 @@ CASES = {
 }
 
 
-def make(name: str) -> tuple[Bijection, torch.Tensor]:
+def make(name):
     torch.manual_seed(1)
     build, shape = CASES[name]
     layer = shake(build().double(), scale=0.3)
@@ -67,14 +64,14 @@ def make(name: str) -> tuple[Bijection, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_round_trip(name: str) -> None:
+def test_round_trip(name):
     layer, x = make(name)
     y, _ = layer(x)
     assert (layer.inverse(y) - x).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_log_determinant_is_that_of_the_jacobian(name: str) -> None:
+def test_log_determinant_is_that_of_the_jacobian(name):
     layer, x = make(name)
     _, log_det_jacobian = layer(x)
     assert log_det_jacobian.shape == (3,)
@@ -86,7 +83,7 @@ def test_log_determinant_is_that_of_the_jacobian(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_jacobian_of_the_inverse_is_the_inverse_matrix(name: str) -> None:
+def test_jacobian_of_the_inverse_is_the_inverse_matrix(name):
     """Adversarial training differentiates ``inverse``: its whole Jacobian must be right."""
     layer, x = make(name)
     jacobian = torch.autograd.functional.jacobian
@@ -99,7 +96,7 @@ def test_jacobian_of_the_inverse_is_the_inverse_matrix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_map_of_the_log_determinant_sums_to_it(name: str) -> None:
+def test_map_of_the_log_determinant_sums_to_it(name):
     """The map has one term per position."""
     layer, x = make(name)
     _, log_det_map = layer.with_map(x)
@@ -108,7 +105,7 @@ def test_map_of_the_log_determinant_sums_to_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient_through_the_inverse(name: str) -> None:
+def test_gradient_through_the_inverse(name):
     layer, x = make(name)
     y = layer(x)[0].detach().requires_grad_(True)
     layer.inverse(y).square().sum().backward()
@@ -116,7 +113,7 @@ def test_gradient_through_the_inverse(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rotation", "coupling", "flow, two scales"])
-def test_gradient_reaches_the_weights(name: str) -> None:
+def test_gradient_reaches_the_weights(name):
     layer, x = make(name)
     y, log_det_jacobian = layer(x)
     (y.square().sum() + log_det_jacobian.sum()).backward()
@@ -124,7 +121,7 @@ def test_gradient_reaches_the_weights(name: str) -> None:
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
 
 
-def test_batch_rows_are_independent() -> None:
+def test_batch_rows_are_independent():
     layer, x = make("flow, two scales")
     whole, log_det_jacobian = layer(x)
     alone, log_det_alone = layer(x[1:2])
@@ -133,7 +130,7 @@ def test_batch_rows_are_independent() -> None:
     )
 
 
-def test_rotation_is_orthogonal_whatever_its_weights() -> None:
+def test_rotation_is_orthogonal_whatever_its_weights():
     rotation = Rotation(6).double()
     shake(rotation, scale=10)
     assert torch.allclose(
@@ -141,7 +138,7 @@ def test_rotation_is_orthogonal_whatever_its_weights() -> None:
     )
 
 
-def test_max_log_scale_bounds_the_output_of_the_coupling_net() -> None:
+def test_max_log_scale_bounds_the_output_of_the_coupling_net():
     x = 100 * torch.randn(4, 4, 2, 2, dtype=torch.float64)
     for bound in (0.5, 1.0):
         coupling = shake(AffineCoupling(4, 6, 1, bound).double(), scale=5)
@@ -151,7 +148,7 @@ def test_max_log_scale_bounds_the_output_of_the_coupling_net() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 24]), st.integers(0, 10_000))
-def test_any_flow_round_trips(scales: int, channels: int, size: int, seed: int) -> None:
+def test_any_flow_round_trips(scales, channels, size, seed):
     torch.manual_seed(seed)
     layer = shake(flow(scales, channels, size).double(), seed)
     x = torch.rand(2, channels, size, size, dtype=torch.float64)

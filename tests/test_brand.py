@@ -1,7 +1,5 @@
 """The look that page and reports share: readable in light and in dark, and complete in itself."""
 
-from __future__ import annotations
-
 import re
 from xml.etree import ElementTree
 
@@ -23,7 +21,7 @@ TEXTS = [  # a text's colour, and what is behind it
 ]
 
 
-def luminance(colour: str) -> float:
+def luminance(colour):
     """Relative luminance of ``#rrggbb``, as WCAG 2 defines it."""
     values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
@@ -31,7 +29,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_texts_can_be_read(scheme: int) -> None:
+def test_texts_can_be_read(scheme):
     """At the contrast of WCAG's level AA, 4.5."""
     pattern = r"--ade-([\w-]+): light-dark\((#\w{6}), (#\w{6})\)"
     colours = {name: pair[scheme] for name, *pair in re.findall(pattern, STYLE)}
@@ -41,7 +39,7 @@ def test_texts_can_be_read(scheme: int) -> None:
         assert contrast >= 4.5, f"{text} on {behind}: {contrast:.2f}"
 
 
-def test_no_other_host_is_named() -> None:
+def test_no_other_host_is_named():
     """A report must work without a network, and the page must contact no other host."""
     assert ElementTree.fromstring(MARK).tag.endswith("svg")
     assert "url(" not in STYLE and "@import" not in STYLE and "http" not in STYLE

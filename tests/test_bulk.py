@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -61,20 +60,20 @@ from training.data import DataError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Path:
+def folder(tmp_path_factory, small_images):
     """300 images in three folders, two broken files, an image of another size and a text file."""
     return make_folder(tmp_path_factory.mktemp("images"), small_images)
 
 
-def scorer(bundle: Path, **options) -> FileScorer:
+def scorer(bundle, **options):
     return FileScorer(open_bundle(bundle), None, BulkOptions(**options))
 
 
-def score(bundle: Path, folder: Path, out: Path, **options) -> bulk.Summary:
+def score(bundle, folder, out, **options):
     return score_folder(scorer(bundle, **options), folder, out, 1, lambda done, total: None)
 
 
-def read(path: Path) -> list[dict]:
+def read(path):
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
     if path.suffix == ".csv":
@@ -85,9 +84,7 @@ def read(path: Path) -> list[dict]:
     return parquet.read_table(path).to_pylist()
 
 
-def test_every_file_has_its_row_in_every_format(
-    tiny_bundle: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_every_file_has_its_row_in_every_format(tiny_bundle, folder, tmp_path):
     tables = {}
     for suffix in bulk.FORMATS:
         summary = score(tiny_bundle, folder, tmp_path / f"scores{suffix}", alpha=0.1)
@@ -118,9 +115,7 @@ def test_every_file_has_its_row_in_every_format(
     ]
 
 
-def test_names_of_files_do_not_control_the_terminal(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_files_do_not_control_the_terminal(tiny_bundle, tmp_path, capsys):
     images, bundle = tmp_path / "images", str(tiny_bundle)
     images.mkdir()
     (images / "a\x1b[2J\u202eb.png").write_bytes(b"broken")
@@ -132,9 +127,7 @@ def test_names_of_files_do_not_control_the_terminal(
     assert all(line.isprintable() for line in lines)
 
 
-def test_the_page_writes_the_same_table(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_writes_the_same_table(tiny_bundle, folder, tmp_path, monkeypatch):
     """Only notes on errors differ, which name the page's own options; the order differs, too."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
     names = ["broken.png", "wide.png", *(name for name in image_paths(folder) if "/" in name)][:12]
@@ -158,9 +151,7 @@ def test_the_page_writes_the_same_table(
     assert {row["decision"] for row in own} >= {"accept", "no_verdict"}
 
 
-def test_a_spreadsheet_runs_no_file_name(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_spreadsheet_runs_no_file_name(tiny_bundle, small_images, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "\ta.png", "\ra.png"]
@@ -177,9 +168,7 @@ def test_a_spreadsheet_runs_no_file_name(
         )
 
 
-def test_only_regular_files_are_read(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_only_regular_files_are_read(tiny_bundle, small_images, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(small_images[0]).save(folder / "good.png")
@@ -197,9 +186,7 @@ def test_only_regular_files_are_read(
     assert all(f"{folder / name}: {why}" in said for name, why in reasons.items())
 
 
-def test_a_few_of_the_files_that_cannot_be_read_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_of_the_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     """An outage of the storage leaves out no files: an error ends the command."""
     lines: list[str] = []
     for i in range(10):
@@ -214,9 +201,7 @@ def test_a_few_of_the_files_that_cannot_be_read_are_named(
         [*readable([tmp_path / f"{i}.png" for i in range(6)], lines.append)]
 
 
-def test_resized_images_without_their_calibration_have_no_verdict(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_resized_images_without_their_calibration_have_no_verdict(tiny_bundle, tmp_path, capsys):
     with_calibrations(tiny_bundle, tmp_path / "exact", lambda both: CalibrationPair(both.exact))
     (tmp_path / "one").mkdir()
     Image.new("RGB", (40, 20), (9, 90, 200)).save(tmp_path / "one" / "wide.webp")
@@ -237,8 +222,8 @@ def test_resized_images_without_their_calibration_have_no_verdict(
 
 
 def test_images_of_any_size_calibrate_both_paths_at_once(
-    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray, capsys: pytest.CaptureFixture
-) -> None:
+    tiny_bundle, tmp_path, small_images, capsys
+):
     larger = [np.repeat(image, 2, 0).repeat(2, 1) for image in small_images]
     calibrate_bundle(tiny_bundle, tmp_path / "any", larger[:100], larger[100:200], "corners")
     manifest = open_bundle(tmp_path / "any").manifest["calibration"]
@@ -257,12 +242,12 @@ def test_images_of_any_size_calibrate_both_paths_at_once(
 
 
 def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_bundle, folder, tmp_path, monkeypatch
+):
     score(tiny_bundle, folder, tmp_path / "whole.jsonl")
     out = tmp_path / "scores.jsonl"
 
-    def stop(done: int, total: int) -> None:
+    def stop(done, total):
         if done >= 128:
             raise RuntimeError("the power went out")
 
@@ -298,9 +283,9 @@ def test_an_interrupted_table_is_resumed_without_gaps_or_duplicates(
 
 
 def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(done: int, total: int) -> None:
+    tiny_bundle, folder, tmp_path, monkeypatch
+):
+    def interrupt(done, total):
         if done:
             (worker,) = multiprocessing.active_children()
             status = Path(f"/proc/{worker.pid}/status").read_text()
@@ -308,7 +293,7 @@ def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
             assert int(blocked.split()[1], 16) & 1 << (signal.SIGINT - 1)
             raise KeyboardInterrupt
 
-    def again(pool: ProcessPoolExecutor, *args: Any, **options: Any) -> None:
+    def again(pool, *args, **options):
         signal.raise_signal(signal.SIGINT)
         shutdown(pool, *args, **options)
 
@@ -319,15 +304,13 @@ def test_ctrl_c_reaches_the_program_alone_and_leaves_no_process(
     assert not multiprocessing.active_children()
 
 
-def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
-    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(tiny_bundle, folder, monkeypatch):
     """Rows are final: the errors of an expired login would be those of all files that follow."""
     monkeypatch.setattr(bulk, "RETRY_S", 0.0)
     paths = [path for path in image_paths(folder) if path.startswith("class")][:4]
     answers: dict[str, list[Exception | None]] = {}
 
-    def read_here(path: str) -> bytes:
+    def read_here(path):
         error = answers[path].pop() if answers.get(path) else None
         if error is not None:
             raise error
@@ -356,15 +339,13 @@ def test_a_storage_that_fails_ends_the_run_instead_of_giving_rows(
         scores(paths[:2])
 
 
-def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
-    tiny_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(tiny_bundle, folder, monkeypatch):
     """Others can be read: of the folder, or in the chunk, of another size than the model's."""
     monkeypatch.setattr(bulk, "RETRY_S", 0.0)
     damaged = next(path for path in image_paths(folder) if path.startswith("class"))
 
-    def scores(of: Path | None, others: dict[str, bytes | OSError]) -> list[str | None]:
-        def read_here(path: str) -> bytes:
+    def scores(of, others):
+        def read_here(path):
             content = OSError(errno.EIO, "I/O error") if path == damaged else others.get(path)
             if isinstance(content, OSError):
                 raise content
@@ -384,12 +365,12 @@ def test_lasting_errors_of_a_first_chunk_are_those_of_its_files(
             scores(gone, {})
 
 
-def test_files_to_try_are_spread_over_the_folder(tiny_bundle: Path, folder: Path) -> None:
+def test_files_to_try_are_spread_over_the_folder(tiny_bundle, folder):
     """Those of its first subfolders may all be broken links, and one that was read be moved."""
     paths = list(image_paths(folder))
     gone = {path for path in paths if not path.startswith("class2")}
 
-    def read_here(path: str) -> bytes:
+    def read_here(path):
         if path in gone:
             raise FileNotFoundError(errno.ENOENT, "No such file")
         return (folder / path).read_bytes()
@@ -401,9 +382,7 @@ def test_files_to_try_are_spread_over_the_folder(tiny_bundle: Path, folder: Path
     assert scores(paths[-2:-1])[0]["error"] == "unreadable"
 
 
-def test_broken_links_are_rows_however_many(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_broken_links_are_rows_however_many(tiny_bundle, small_images, tmp_path):
     """A checkout of which few files were fetched is not a storage that is lost."""
     names = [f"{i:03}.png" for i in range(100)]
     for name in names[:-1]:
@@ -414,9 +393,7 @@ def test_broken_links_are_rows_however_many(
     assert found == ["unreadable"] * 64
 
 
-def test_all_processes_must_score_with_one_bundle(
-    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_all_processes_must_score_with_one_bundle(tiny_bundle, tmp_path, small_images):
     other = tmp_path / "other"
     shutil.copytree(tiny_bundle, other)
     manifest = json.loads((other / "manifest.json").read_text())
@@ -427,9 +404,7 @@ def test_all_processes_must_score_with_one_bundle(
     assert FileScorer(open_bundle(tiny_bundle), None, BulkOptions(), like=versions)
 
 
-def test_other_files_with_names_like_its_own_are_kept(
-    tiny_bundle: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_other_files_with_names_like_its_own_are_kept(tiny_bundle, folder, tmp_path):
     for theirs in ("a note without a line's end", "a note\n"):
         (tmp_path / "scores.jsonl.part").write_text(theirs)
         with pytest.raises(BulkError, match="was started with something else"):
@@ -442,9 +417,7 @@ def test_other_files_with_names_like_its_own_are_kept(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_kill_leaves_a_resumable_file_and_no_process(
-    tiny_bundle: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_kill_leaves_a_resumable_file_and_no_process(tiny_bundle, folder, tmp_path):
     folder = Path(shutil.copytree(folder, tmp_path / "images"))
     out = tmp_path / "scores.csv"
     words = ["score", folder, "--bundle", tiny_bundle, "--out", out, "--workers", 2]
@@ -482,12 +455,10 @@ def test_a_kill_leaves_a_resumable_file_and_no_process(
     assert float(rows["class0/0003.png"]["bpd"]) == json.loads(written)["bpd"]
 
 
-def test_a_table_that_another_process_finished_is_kept(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_another_process_finished_is_kept(tiny_bundle, folder, tmp_path, monkeypatch):
     out = tmp_path / "scores.csv"
 
-    def paths(folder: Path) -> Iterator[str]:
+    def paths(folder):
         out.write_text("theirs")
         return image_paths(folder)
 
@@ -497,9 +468,7 @@ def test_a_table_that_another_process_finished_is_kept(
     assert out.read_text() == "theirs" and list(tmp_path.glob("*.part")) == []
 
 
-def test_a_full_disk_is_named_and_the_same_command_resumes(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_named_and_the_same_command_resumes(tiny_bundle, folder, tmp_path, capsys):
     out = tmp_path / "scores.csv"
     command = ["score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out)]
     with full_disk(50_000):
@@ -509,17 +478,13 @@ def test_a_full_disk_is_named_and_the_same_command_resumes(
     assert len(read(out)) == 303
 
 
-def test_more_processes_than_a_semaphore_can_count(
-    tiny_bundle: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_more_processes_than_a_semaphore_can_count(tiny_bundle, folder, tmp_path):
     out = tmp_path / "scores.csv"
     command = ["score", str(folder), "--bundle", str(tiny_bundle), "--out", str(out)]
     assert main([*command, "--workers", str(2**31)]) == 0
 
 
-def test_the_cause_of_a_failing_worker_is_reported(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cause_of_a_failing_worker_is_reported(tiny_bundle, folder, tmp_path, monkeypatch):
     """A calibration that was changed before the workers opened it is not a lack of memory."""
     before = scorer(tiny_bundle)
     before.calibrations = dataclasses.replace(before.calibrations, version="1")
@@ -528,11 +493,8 @@ def test_the_cause_of_a_failing_worker_is_reported(
 
 
 def test_without_room_for_a_decoder_a_command_ends_with_one_line(
-    tiny_bundle: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    tiny_bundle, tmp_path, monkeypatch, capsys
+):
     """The file is not to blame: a table has no row for it, and the command is repeated later."""
     exif = Image.Exif()
     exif[0x0112] = 1  # such a file is decoded in another process
@@ -548,14 +510,12 @@ def test_without_room_for_a_decoder_a_command_ends_with_one_line(
         bulk._result(failed)
 
 
-def test_files_one_by_one(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_files_one_by_one(tiny_bundle, folder, tmp_path, capsys):
     engine, files = InferenceEngine(tiny_bundle, device="cpu"), list(image_paths(folder))[3:6]
     given = [str(folder / file) for file in files]
     pixels = np.stack([np.asarray(Image.open(file)) for file in given])
 
-    def ade(*words: str, out: str | None = None) -> Path:
+    def ade(*words, out=None):
         where = [] if out is None else ["--out", str(tmp_path / out)]
         assert main([*words, "--bundle", str(tiny_bundle), *where]) == 0
         return tmp_path / str(out)
@@ -582,12 +542,8 @@ def test_files_one_by_one(
 
 
 def test_files_that_cannot_be_used_are_named_and_left_out(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    tiny_bundle, small_images, tmp_path, monkeypatch, capsys
+):
     folder = make_folder(tmp_path / "images", small_images[:4])
     reasons = {**make_traps(folder), "wide.png": "images must be 8 x 8 pixels, got 40 x 20; "}
     words = [str(folder), "--bundle", str(tiny_bundle), "--out"]
@@ -609,7 +565,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
 
     encode = InferenceEngine.encode
 
-    def without_first(self: InferenceEngine, images: np.ndarray, seeds: list[int]) -> list:
+    def without_first(self, images, seeds):
         levels = encode(self, images, seeds)
         levels[0].z[0] = np.nan
         return levels
@@ -679,14 +635,8 @@ def test_files_that_cannot_be_used_are_named_and_left_out(
     ],
 )
 def test_errors_name_the_cause(
-    arguments: list[str],
-    message: str,
-    tiny_bundle: Path,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    arguments, message, tiny_bundle, folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.png").mkdir()
@@ -712,9 +662,7 @@ def test_errors_name_the_cause(
 
 
 @pytest.mark.parametrize("suffix", bulk.FORMATS)
-def test_no_table_is_left_if_nothing_could_be_scored(
-    suffix: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_no_table_is_left_if_nothing_could_be_scored(suffix, tiny_bundle, tmp_path, capsys):
     """So that the corrected command can write it."""
     photos, out = tmp_path / "photos", tmp_path / f"scores{suffix}"
     photos.mkdir()
@@ -731,9 +679,7 @@ def test_no_table_is_left_if_nothing_could_be_scored(
     assert len(read(out)) == 3 and "img/s" in capsys.readouterr().err
 
 
-def test_pictures_of_a_folder_keep_its_subfolders(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_pictures_of_a_folder_keep_its_subfolders(tiny_bundle, folder, tmp_path, capsys):
     """Class folders often number their files alike."""
     classes = tmp_path / "classes"
     for name in ("cats", "dogs/small"):
@@ -749,9 +695,7 @@ def test_pictures_of_a_folder_keep_its_subfolders(
     assert "must have different names" in capsys.readouterr().err
 
 
-def test_originals_are_never_overwritten(
-    tiny_bundle: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_originals_are_never_overwritten(tiny_bundle, folder, tmp_path, capsys):
     """Neither those of the command, nor others of their names where its files would go."""
     content = (folder / "class0" / "0000.png").read_bytes()
     inside = f"sorted/{tmp_path.name}/a.png"  # of a folder whose names would lead back here
@@ -776,16 +720,14 @@ def test_originals_are_never_overwritten(
     assert {path.read_bytes() for path in paths} == {content}
 
 
-def test_a_process_that_ended_before_it_got_more_is_named() -> None:
+def test_a_process_that_ended_before_it_got_more_is_named():
     pool = mock.Mock(submit=mock.Mock(side_effect=BrokenProcessPool))
     with pytest.raises(bulk.BulkError, match=r"a process ended .*the same command resumes here"):
         bulk._submit(pool, ["a.png"])
 
 
 @pytest.mark.parametrize("closed, status", [("| true", 141), ("> /dev/full", 2)])
-def test_output_that_cannot_be_written(
-    closed: str, status: int, tiny_bundle: Path, folder: Path
-) -> None:
+def test_output_that_cannot_be_written(closed, status, tiny_bundle, folder):
     """Results are printed at the end, when Python would only complain."""
     image = folder / "class0" / "0000.png"
     command = f"{sys.executable} -m ade_cli.main score {image} --bundle {tiny_bundle} {closed}"
@@ -801,9 +743,7 @@ def test_output_that_cannot_be_written(
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full"])
-def test_messages_that_cannot_be_written_end_no_work(
-    closed: str, tiny_bundle: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_messages_that_cannot_be_written_end_no_work(closed, tiny_bundle, folder, tmp_path):
     """Nor do they join the results on standard output."""
     out = tmp_path / "scores.csv"
     words = f"score {folder} --bundle {tiny_bundle} --out {out} --workers 1"
@@ -818,7 +758,7 @@ def test_messages_that_cannot_be_written_end_no_work(
     assert done.stdout.startswith(f"{out}: ")
 
 
-def test_a_closed_standard_error_is_open_for_child_processes() -> None:
+def test_a_closed_standard_error_is_open_for_child_processes():
     script = (
         "import subprocess, sys; from ade_cli.main import _messages_may_be_lost\n"
         "with _messages_may_be_lost():\n"
@@ -828,7 +768,7 @@ def test_a_closed_standard_error_is_open_for_child_processes() -> None:
     assert subprocess.run(["bash", "-c", f"{command} 2>&-"], cwd=ROOT).returncode == 0
 
 
-def test_suggested_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggested_commands_can_be_pasted(tmp_path, monkeypatch):
     on_path = tmp_path / "ade"
     on_path.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -842,21 +782,19 @@ def test_suggested_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mo
         assert command("serve", Path("my bundle")) == f"{typed} serve 'my bundle'"
 
 
-def test_an_interrupted_command_says_whether_it_resumes() -> None:
+def test_an_interrupted_command_says_whether_it_resumes():
     """Scores of files are printed at the end: there is nothing to resume."""
     assert resumed(argparse.Namespace(out=None)) == ""
     assert "the same command" in resumed(argparse.Namespace(out="scores.csv"))
 
 
-def test_any_alpha_that_requests_may_have(
-    tiny_bundle: Path, folder: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_any_alpha_that_requests_may_have(tiny_bundle, folder, capsys):
     image = str(folder / "class0" / "0000.png")
     assert main(["score", image, "--bundle", str(tiny_bundle), "--alpha", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["decision"] == "reject"
 
 
-def test_file_names_that_are_not_utf8(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(tiny_bundle, folder, tmp_path):
     (tmp_path / "odd").mkdir()
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / "odd" / name).write_bytes((folder / "class0" / "0000.png").read_bytes())

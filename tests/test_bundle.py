@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,12 @@ GRAPH_NAMES = graphs_of(OPERATIONS)
 
 
 @pytest.fixture()
-def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+def copy(tiny_bundle, tmp_path):
     return Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_an_exported_bundle_is_complete(bundle: str, tiny_bundle: Path) -> None:
+def test_an_exported_bundle_is_complete(bundle, tiny_bundle):
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     found = verify_bundle(folder)
     assert {f"{g}.onnx" for g in GRAPH_NAMES} | {
@@ -73,7 +72,7 @@ def test_an_exported_bundle_is_complete(bundle: str, tiny_bundle: Path) -> None:
     assert re.fullmatch(r"[\w.-]+@[0-9a-f]{12}", found.model_id)
 
 
-def test_an_elu_in_other_operators_is_an_elu() -> None:
+def test_an_elu_in_other_operators_is_an_elu():
     """ONNX Runtime's own takes twice as long. What is not finite stays so."""
     values = torch.cat(
         [torch.tensor([math.nan, math.inf, -math.inf]), torch.linspace(-90, 90, 999)]
@@ -86,7 +85,7 @@ def test_an_elu_in_other_operators_is_an_elu() -> None:
 
 
 @pytest.mark.parametrize("name", ["score.onnx", "model.safetensors", "model.ts", "calibration.npz"])
-def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
+def test_a_changed_file_is_refused_by_name(copy, name):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
@@ -126,7 +125,7 @@ def test_a_changed_file_is_refused_by_name(copy: Path, name: str) -> None:
         ),
     ],
 )
-def test_a_wrong_manifest_is_refused(copy: Path, change: dict, message: str) -> None:
+def test_a_wrong_manifest_is_refused(copy, change, message):
     manifest = json.loads((copy / "manifest.json").read_text()) | change
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=message):
@@ -137,9 +136,7 @@ WRONG: list[Any] = [None, True, 7, 1.5, "x", [True], {"x": True}]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_changed_model_is_neither_exported_nor_measured(
-    copy: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_changed_model_is_neither_exported_nor_measured(copy, name, tmp_path, capsys):
     """A new manifest would vouch for it, with the figures of the old model."""
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
@@ -157,12 +154,12 @@ def test_a_changed_model_is_neither_exported_nor_measured(
         assert f"{copy / 'model.safetensors'} is missing: the bundle" in capsys.readouterr().err
 
 
-def same_type(a: Any, b: Any) -> bool:
+def same_type(a, b):
     numbers = (int, float)
     return type(a) is type(b) or isinstance(a, float) and type(b) in numbers
 
 
-def with_wrong_types(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+def with_wrong_types(value, path=()):
     """Every key of nested JSON, with each value of another type than it has."""
     if path:
         yield from ((path, wrong) for wrong in WRONG if not same_type(value, wrong))
@@ -177,7 +174,7 @@ def with_wrong_types(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]
         yield from with_wrong_types(item, (*path, key))
 
 
-def replaced(value: Any, path: tuple, new: Any) -> Any:
+def replaced(value, path, new):
     whole = json.loads(json.dumps(value))
     inner = whole
     for key in path[:-1]:
@@ -186,7 +183,7 @@ def replaced(value: Any, path: tuple, new: Any) -> Any:
     return whole
 
 
-def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
+def test_every_field_of_a_manifest_has_its_type(tmp_path):
     manifest = json.loads((PRETRAINED / "manifest.json").read_text())
     manifest["parity"] = manifest["parity"][:2]
     may_be_null = ("licence", "evaluation", "calibration", "calibration.resized", "features")
@@ -212,7 +209,7 @@ def test_every_field_of_a_manifest_has_its_type(tmp_path: Path) -> None:
     assert open_bundle(tmp_path).manifest == manifest
 
 
-def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
+def test_every_field_of_a_configuration_has_its_type(tmp_path):
     """Fields of the model, and those that an export copies to the manifest, are checked.
 
     Others are kept unchecked.
@@ -235,7 +232,7 @@ def test_every_field_of_a_configuration_has_its_type(tmp_path: Path) -> None:
             read_config(tmp_path)
 
 
-def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
+def test_folders_that_are_not_bundles(tmp_path):
     with pytest.raises(BundleError, match="it has no manifest.json$"):
         open_bundle(tmp_path)
     with pytest.raises(BundleError, match=f"it has no .*; give the one in it, {PRETRAINED}$"):
@@ -245,9 +242,7 @@ def test_folders_that_are_not_bundles(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
-def test_the_path_of_a_bundle_is_utf_8(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_path_of_a_bundle_is_utf_8(tiny_bundle, tmp_path, capsys):
     """ONNX Runtime takes no other; commands on it, or that make it, end before their work."""
     other = tmp_path / os.fsdecode(b"caf\xe9")
     shutil.copytree(tiny_bundle, other)
@@ -264,7 +259,7 @@ def test_the_path_of_a_bundle_is_utf_8(
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_weights_are_stored_once_per_format(bundle: str, tiny_bundle: Path) -> None:
+def test_weights_are_stored_once_per_format(bundle, tiny_bundle):
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     for graph in GRAPH_NAMES:
         model = onnx.load(str(folder / f"{graph}.onnx"), load_external_data=False)
@@ -286,7 +281,7 @@ def test_weights_are_stored_once_per_format(bundle: str, tiny_bundle: Path) -> N
 
 
 @pytest.mark.parametrize("bundle", ["tiny", "pretrained"])
-def test_no_file_reveals_the_machine_that_wrote_it(bundle: str, tiny_bundle: Path) -> None:
+def test_no_file_reveals_the_machine_that_wrote_it(bundle, tiny_bundle):
     folder = tiny_bundle if bundle == "tiny" else PRETRAINED
     here = [str(ROOT), sys.prefix, "site-packages", "/home/", "/root/", "/usr/lib/"]
     for path in folder.iterdir():
@@ -299,9 +294,7 @@ def test_no_file_reveals_the_machine_that_wrote_it(bundle: str, tiny_bundle: Pat
         )
 
 
-def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(
-    tiny_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(tiny_bundle, small_images):
     """Needs only ONNX Runtime: pixels in, pixels and bits out."""
     script = (
         "import sys, numpy as np, onnxruntime as ort\n"
@@ -325,8 +318,8 @@ def test_a_client_of_the_bare_onnx_file_gets_the_same_answer(
 
 @pytest.mark.usefixtures("traced_before")
 def test_failing_parity_writes_nothing_and_says_what_differs(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_checkpoint, small_images, tmp_path, monkeypatch
+):
     monkeypatch.setattr("export.parity.MAX_BPD", 1e-12)
     with pytest.raises(
         ParityError, match=r"output \w+ of \w+ differs from eager float64 by .* bits per dimension"
@@ -335,9 +328,7 @@ def test_failing_parity_writes_nothing_and_says_what_differs(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parity_sees_a_wrong_weight(
-    tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
-) -> None:
+def test_parity_sees_a_wrong_weight(tiny_bundle, tiny_checkpoint, small_images):
     import torch
 
     engine = InferenceEngine(tiny_bundle, device="cpu")
@@ -353,14 +344,14 @@ def test_parity_sees_a_wrong_weight(
 
 @pytest.mark.parametrize("fault, message", [("nan", "by nan"), ("place", "relative, of a pixel")])
 def test_parity_checks_each_batch_and_each_pixel(
-    fault: str, message: str, tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
-) -> None:
+    fault, message, tiny_bundle, tiny_checkpoint, small_images
+):
     backend = InferenceEngine(tiny_bundle, device="cpu").backend
 
     class Faulty:
         name, fixed_sizes = backend.name, backend.fixed_sizes
 
-        def run(self, graph: str, inputs: dict, *rest: object) -> dict:
+        def run(self, graph, inputs, *rest):
             found = dict(backend.run(graph, inputs, *rest))
             if fault == "nan" and graph == "encode" and len(inputs["images"]) == 1:
                 found = {name: np.full_like(value, np.nan) for name, value in found.items()}
@@ -374,8 +365,8 @@ def test_parity_checks_each_batch_and_each_pixel(
 
 @pytest.mark.parametrize("num_wrong, passes", [(8, True), (14, False)])
 def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
-    num_wrong: int, passes: bool, tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray
-) -> None:
+    num_wrong, passes, tiny_bundle, tiny_checkpoint, small_images
+):
     """The tiny model has 192 values per image: 64 images alone would allow one wrong value."""
     model, bundle = load_model(tiny_checkpoint), open_bundle(tiny_bundle)
     backend = load_backend(bundle, graphs_of(OPERATIONS), "onnxruntime", "cpu")
@@ -384,7 +375,7 @@ def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
     class Faulty:
         name, fixed_sizes = backend.name, backend.fixed_sizes
 
-        def run(self, graph: str, inputs: dict, *rest: object) -> dict:
+        def run(self, graph, inputs, *rest):
             nonlocal num_values
             found = dict(backend.run(graph, inputs, *rest))
             if graph == "sample":
@@ -408,9 +399,7 @@ def test_parity_allows_one_value_of_ten_thousand_in_small_models_too(
         assert row.limit == 1e-4 and row.difference >= num_wrong / num_values
 
 
-def test_a_verdict_of_another_version_is_replaced(
-    copy: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_verdict_of_another_version_is_replaced(copy, small_images, tmp_path):
     from ade_base.files import sha256_of
     from export.gate.calibrate import calibrate_bundle
 
@@ -427,12 +416,12 @@ def test_a_verdict_of_another_version_is_replaced(
     assert not verify_bundle(tmp_path / "new").has("features.onnx")
 
 
-def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
+def test_a_copy_is_what_the_manifest_says(copy, tmp_path):
     """A copy gets a new manifest, which must not vouch for what the old one does not list."""
     bundle = verify_bundle(copy)
     (copy / "features.onnx").write_bytes(b"not listed")
 
-    def copied(name: str) -> Path:
+    def copied(name):
         (tmp_path / name).mkdir()
         copy_bundle(bundle, tmp_path / name)
         return tmp_path / name
@@ -451,12 +440,12 @@ def test_a_copy_is_what_the_manifest_says(copy: Path, tmp_path: Path) -> None:
         copied("d")
 
 
-def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bundle: Path) -> None:
+def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bundle):
     from export.gate.split import trained_on
 
     said: list[str] = []
 
-    def found(name: str, its: dict[str, str] | None, data: str, splits: dict[str, str]) -> str:
+    def found(name, its, data, splits):
         manifest = open_bundle(tiny_bundle).manifest
         bundle = Bundle(tiny_bundle, {**manifest, "data": {"name": data, "splits": splits}})
         return trained_on(bundle, name, its, {"name": "things", "splits": splits}, said.append)
@@ -477,7 +466,7 @@ def test_training_data_without_a_sketch_is_recognised_by_name_and_split(tiny_bun
     assert found("lsun", more, "lsun", by_name) == "model was trained on lsun"
 
 
-def write_archives(folder: Path, store: Path) -> None:
+def write_archives(folder, store):
     from handlers.service.options import ServingOptions
     from handlers.service.worker import WorkerSettings
     from handlers.torchserve.archives import write_archive
@@ -491,9 +480,7 @@ def write_archives(folder: Path, store: Path) -> None:
         write_archive(settings, store, 1)
 
 
-def test_archives_leave_other_temporary_files_alone(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archives_leave_other_temporary_files_alone(tiny_bundle, tmp_path, monkeypatch):
     import tempfile
 
     mine = tmp_path / "temporary" / "score" / "results.csv"
@@ -508,7 +495,7 @@ def test_archives_leave_other_temporary_files_alone(
     assert mine.read_text() == "mine" and list((tmp_path / "temporary").iterdir()) == [mine.parent]
 
 
-def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle, tmp_path):
 
     bundle = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "photos, 2026 [*]")))
     os.utime(bundle.folder / MANIFEST_NAME, (0, 0))  # as a reproducible archive may set it
@@ -528,8 +515,8 @@ def test_archives_of_a_bundle_in_a_folder_of_any_name(tiny_bundle: Path, tmp_pat
 
 @pytest.mark.usefixtures("traced_before")
 def test_a_model_has_the_licence_that_its_owner_states(
-    tiny_bundle: Path, tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+    tiny_bundle, tiny_checkpoint, small_images, tmp_path
+):
     assert open_bundle(tiny_bundle).manifest["licence"] is None
     served = Models("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
     assert "Licence not stated" in card(served, "tiny")
@@ -539,7 +526,7 @@ def test_a_model_has_the_licence_that_its_owner_states(
     assert open_bundle(tmp_path / "out").manifest["licence"] == "CC0-1.0"
 
 
-def test_the_page_names_the_images_that_a_gate_was_calibrated_on(tmp_path: Path) -> None:
+def test_the_page_names_the_images_that_a_gate_was_calibrated_on(tmp_path):
     bundle = open_bundle(PRETRAINED)
     calibration = {**bundle.manifest["calibration"], "data": "<scans>"}
     folder = Path(shutil.copytree(PRETRAINED, tmp_path / "other", copy_function=os.symlink))
@@ -553,7 +540,7 @@ def test_the_page_names_the_images_that_a_gate_was_calibrated_on(tmp_path: Path)
         assert "<p>CIFAR-10, " in shown, "it was trained on them"
 
 
-def test_the_card_shows_what_is_known_of_a_model() -> None:
+def test_the_card_shows_what_is_known_of_a_model():
     """The panel of figures, its recipe and what guided it."""
     bundle = open_bundle(PRETRAINED)
     shown = card(Models("http://127.0.0.1:1", [bundle], None), bundle.name)
@@ -573,16 +560,14 @@ def test_the_card_shows_what_is_known_of_a_model() -> None:
     assert "PSNR" not in shown, "an exact reconstruction has none"
 
 
-def test_export_refuses_an_existing_folder(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_export_refuses_an_existing_folder(tiny_checkpoint, small_images, tmp_path):
     with pytest.raises(ExportError, match="exists: export to a new folder"):
         export_bundle(tiny_checkpoint, tmp_path, "tiny", small_images, None)
     with pytest.raises(ExportError, match="images must be \\(N, "):
         export_bundle(tiny_checkpoint, tmp_path / "new", "tiny", small_images[:, :4], None)
 
 
-def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_lossless_coder_gives_a_warning(capsys):
     from handlers.launch.serve import _warn_of_another_coder
 
     bundle = open_bundle(PRETRAINED)
@@ -596,9 +581,9 @@ def test_another_lossless_coder_gives_a_warning(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("traced_before")
 def test_weights_that_half_precision_would_change_are_stored_as_they_are(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bits_of(out: Path) -> set[torch.dtype]:
+    tiny_checkpoint, small_images, tmp_path, monkeypatch
+):
+    def bits_of(out):
         export_bundle(tiny_checkpoint, out, "m", small_images[:40], None, told.append)
         return {value.dtype for value in load_file(out / WEIGHTS_NAME).values()}
 
@@ -616,5 +601,5 @@ def test_weights_that_half_precision_would_change_are_stored_as_they_are(
 @pytest.mark.parametrize(
     "folder, name", [("My Photos_2", "my-photos-2"), ("Köln (neu)", "k-ln-neu"), ("äö", "images")]
 )
-def test_a_folder_names_a_model(folder: str, name: str) -> None:
+def test_a_folder_names_a_model(folder, name):
     assert plain_name(folder) == name

@@ -37,13 +37,13 @@ from training.datasets.files import part_of
 
 
 @pytest.fixture(scope="module")
-def dark(small_images: np.ndarray) -> np.ndarray:
+def dark(small_images):
     """Images of a camera at night."""
     return small_images // 8
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, dark: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_bundle, dark, tmp_path_factory):
     """With a calibration for that camera beside its own. Nothing changes it."""
     out = tmp_path_factory.mktemp("night") / "bundle"
     made = calibrate_bundle(tiny_bundle, out, dark[:150], dark[150:], "dark", calibration="night")
@@ -51,7 +51,7 @@ def bundle(tiny_bundle: Path, dark: np.ndarray, tmp_path_factory: pytest.TempPat
     return out
 
 
-def test_each_calibration_judges_its_own_images(bundle: Path, dark: np.ndarray) -> None:
+def test_each_calibration_judges_its_own_images(bundle, dark):
     gate = Gate(bundle, alpha=0.05)
     by_own, by_night = gate.check(dark[:100]), gate.check(dark[:100], "night")
     assert np.mean([d.accepted for d in by_own]) < 0.5 < np.mean([d.accepted for d in by_night])
@@ -71,14 +71,12 @@ def test_each_calibration_judges_its_own_images(bundle: Path, dark: np.ndarray) 
         gate.check(dark[:1], "day")
 
 
-def test_requests_that_are_computed_together_are_judged_apart(
-    bundle: Path, dark: np.ndarray
-) -> None:
+def test_requests_that_are_computed_together_are_judged_apart(bundle, dark):
     """An unknown name is an error of its own request only; the error lists the names."""
     service = Service("score", InferenceEngine(bundle, device="cpu", operations=["score"]))
     images = [base64.b64encode(write_png(image)).decode() for image in dark[:3]]
 
-    def request(**parameters: object) -> RawRequest:
+    def request(**parameters):
         return RawRequest("application/json", {"images": images, "alpha": 0.05, **parameters})
 
     names = ("night", "day", 5, None)  # null as of a tenant who was looked up and not found
@@ -111,7 +109,7 @@ def test_requests_that_are_computed_together_are_judged_apart(
     assert set(counted) == {("default",), ("night",)}
 
 
-def test_names() -> None:
+def test_names():
     for name in ("camera-3", "a", "Tenant_1.eu", "x" * 64):
         check_name(name)
     for name in ("", "../x", ".hidden", "a/b", "x" * 65, "ä", "a b"):
@@ -119,9 +117,7 @@ def test_names() -> None:
             check_name(name)
 
 
-def test_the_command_adds_a_calibration(
-    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_adds_a_calibration(bundle, dark, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(dark[:60]):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
@@ -155,13 +151,8 @@ def test_the_command_adds_a_calibration(
 
 @pytest.mark.parametrize("part, count", [("train", 1), ("test", 0)])
 def test_a_folder_of_one_image_is_refused_with_the_number_that_is_needed(
-    bundle: Path,
-    dark: np.ndarray,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    part: str,
-    count: int,
-) -> None:
+    bundle, dark, tmp_path, capsys, part, count
+):
     """Two fifths of one image are none, and the part test of a folder calibrates nothing."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -176,9 +167,7 @@ def test_a_folder_of_one_image_is_refused_with_the_number_that_is_needed(
     assert (junk in capsys.readouterr().err) == (part == "train")
 
 
-def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason(bundle, tmp_path):
     """100 files suffice for a calibration, but not the 12 of 100 that trained nothing."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -199,9 +188,7 @@ def test_too_few_held_out_files_of_a_training_folder_are_refused_with_the_reason
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_large_folder_or_data_set_is_sampled(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
-) -> None:
+def test_a_large_folder_or_data_set_is_sampled(bundle, tmp_path, monkeypatch, trained):
     """Of the parts that have not trained the model, too: scoring them all could take hours."""
     limits = {"MAX_IMAGES": 25, "MAX_FITTED": 10, "MAX_CALIBRATING": 15, "MIN_IMAGES": 1}
     for name, value in limits.items():
@@ -223,13 +210,8 @@ def test_a_large_folder_or_data_set_is_sampled(
 
 @pytest.mark.parametrize("trained_on", ["model", "network of features", ""])
 def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
-    bundle: Path,
-    dark: np.ndarray,
-    tmp_path: Path,
-    trained_on: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    bundle, dark, tmp_path, trained_on, capsys, monkeypatch
+):
     """Images that a network was trained on calibrate nothing either."""
     monkeypatch.setattr("export.gate.split.MIN_IMAGES", 1)
     photos = tmp_path / "photos"
@@ -255,7 +237,7 @@ def test_false_alarms_are_measured_on_images_that_calibrate_nothing(
     assert trained == (its if trained_on else set()) and not used & trained
 
 
-def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) -> None:
+def test_copies_do_not_calibrate(tiny_bundle, small_images):
     """Neither those of training images nor those of others, whatever kind of file they are."""
     told: list[str] = []
     fit = [*small_images[:30], small_images[0], small_images[100]]
@@ -277,9 +259,7 @@ def test_copies_do_not_calibrate(tiny_bundle: Path, small_images: np.ndarray) ->
         _parts(opened, fit, small_images[100:110], trained, told.append)
 
 
-def test_files_that_were_stored_twice_make_no_band_narrower(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_files_that_were_stored_twice_make_no_band_narrower(tiny_bundle, small_images, tmp_path):
     told: list[str] = []
     given = np.repeat(small_images[80:180], 2, axis=0), np.repeat(small_images[:1], REPEATS, axis=0)
     made = calibrate_bundle(
@@ -294,9 +274,7 @@ def test_files_that_were_stored_twice_make_no_band_narrower(
     assert set(exact.digests.tolist()) <= digests_of(earlier)
 
 
-def test_files_that_were_stored_twice_are_divided_as_others_are(
-    tiny_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_files_that_were_stored_twice_are_divided_as_others_are(tiny_bundle, small_images):
     """Each of two copies may be in either part."""
     told: list[str] = []
     images = small_images[:150]
@@ -310,7 +288,7 @@ def test_files_that_were_stored_twice_are_divided_as_others_are(
         _parts(open_bundle(tiny_bundle), few, small_images[20:100], (), told.append)
 
 
-def test_grey_images_are_corrupted_as_grey_ones(small_images: np.ndarray) -> None:
+def test_grey_images_are_corrupted_as_grey_ones(small_images):
     """Colours, which their camera cannot make, would give them away."""
     coloured = small_images[:4]
     grey = np.repeat(coloured[..., :1], 3, axis=3)
@@ -321,9 +299,7 @@ def test_grey_images_are_corrupted_as_grey_ones(small_images: np.ndarray) -> Non
         assert (alone[name] != alone[name][..., :1]).any() and alone[name].shape == coloured.shape
 
 
-def test_a_picture_that_repeats_is_not_rejected_for_it(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_picture_that_repeats_is_not_rejected_for_it(tiny_bundle, small_images, tmp_path):
     """A camera's black frame is unlike all other images, and comes again and again."""
     black = np.zeros_like(small_images[0])
     images = [*small_images[:180], *[black] * 20]
@@ -355,9 +331,7 @@ def test_a_picture_that_repeats_is_not_rejected_for_it(
 
 
 @pytest.mark.parametrize("trained_on", [True, False])
-def test_the_test_part_of_a_data_set_calibrates_nothing(
-    tiny_bundle: Path, trained_on: bool
-) -> None:
+def test_the_test_part_of_a_data_set_calibrates_nothing(tiny_bundle, trained_on):
     parts = {part: ImageSet(np.full((20, 8, 8, 3), i, np.uint8)) for i, part in enumerate(PARTS)}
     splits = {"train": "train[0:20]"}
     opened = open_bundle(tiny_bundle)
@@ -371,8 +345,8 @@ def test_the_test_part_of_a_data_set_calibrates_nothing(
 
 @pytest.mark.parametrize("is_resized", [True, False])
 def test_a_data_set_that_is_resized_when_read_calibrates_for_resized_images(
-    tiny_bundle: Path, small_images: np.ndarray, is_resized: bool, tmp_path: Path
-) -> None:
+    tiny_bundle, small_images, is_resized, tmp_path
+):
     """As a folder of the same images does."""
     parts = {part: ImageSet(small_images[i::4]) for i, part in enumerate(PARTS)}
     dataset = Dataset("d", parts, {"train": "train[0:60]"}, is_resized=is_resized)
@@ -382,9 +356,7 @@ def test_a_data_set_that_is_resized_when_read_calibrates_for_resized_images(
     assert (made.exact is made.resized) == is_resized == (made.exact.resize == "fit")
 
 
-def test_bulk_scoring_by_name(
-    bundle: Path, dark: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bulk_scoring_by_name(bundle, dark, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(dark[:30]):
         Image.fromarray(image).save(tmp_path / "photos" / f"{i:02d}.png")
@@ -411,11 +383,8 @@ def test_bulk_scoring_by_name(
 
 
 def test_what_cannot_be_written_is_refused_before_images_are_read(
-    bundle: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    bundle, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("ade_cli.calibrate._images", None)
     ill = shutil.copytree(bundle, tmp_path / "ill")
     (ill / "score.onnx").write_bytes(b"")
@@ -432,7 +401,7 @@ def test_what_cannot_be_written_is_refused_before_images_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_path: Path) -> None:
+def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle, tmp_path):
     bundle = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     own = bundle / CALIBRATION_NAME
     with np.load(own) as arrays:
@@ -464,13 +433,11 @@ def test_errors_of_a_calibration_made_by_hand_name_the_file(bundle: Path, tmp_pa
         InferenceEngine(bundle, device="cpu", operations=["score"])
 
 
-def test_a_calibration_is_no_bomb(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calibration_is_no_bomb(bundle, tmp_path, monkeypatch):
     with np.load(bundle / CALIBRATION_NAME) as arrays:
         whole = dict(arrays)
 
-    def refused(reason: str, compression: int = ZIP_DEFLATED, **changed: np.ndarray) -> None:
+    def refused(reason, compression=ZIP_DEFLATED, **changed):
         path = tmp_path / "made.npz"
         with ZipFile(path, "w", compression) as archive:
             for name, array in (whole | changed).items():
@@ -490,9 +457,7 @@ def test_a_calibration_is_no_bomb(
     refused(r"names must be at most 1000, got \(1000000000, 0\)", names=np.empty((10**9, 0)))
 
 
-def test_text_of_a_calibration_controls_no_terminal_and_no_log(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_text_of_a_calibration_controls_no_terminal_and_no_log(bundle, tmp_path):
     evil = "0\x1b]52;c;eA==\x07\n2025-01-01 ERROR forged"
     with np.load(bundle / CALIBRATION_NAME) as arrays:
         whole = dict(arrays)
@@ -515,7 +480,7 @@ def test_text_of_a_calibration_controls_no_terminal_and_no_log(
         assert message.isprintable() and len(message) < 300
 
 
-def test_a_damaged_name_of_an_array_hides_no_calibration(bundle: Path, tmp_path: Path) -> None:
+def test_a_damaged_name_of_an_array_hides_no_calibration(bundle, tmp_path):
     """Without the second one, the first would judge resized images."""
     own = InferenceEngine(bundle, device="cpu", operations=["score"]).calibrations
     assert own.exact is not None and own.resized is not None

@@ -1,13 +1,10 @@
 """Small copies of CIFAR-10 in its published formats."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
 import tarfile
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,25 +17,25 @@ from training.datasets import cifar10, load_dataset
 from training.datasets.source import classes
 
 
-def test_a_pickle_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_is_not_an_array_is_refused(tmp_path):
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({b"data": print}))
     with pytest.raises(DataError, match="must hold arrays only, got builtins.print"):
         load_dataset("cifar10", str(tmp_path))
 
 
 @pytest.fixture()
-def small_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_cifar10(monkeypatch):
     """A CIFAR-10 of 100 training images, four of them to select and six to calibrate."""
     monkeypatch.setattr(cifar10, "COUNTS", {"train": 100, "test": 20})
     monkeypatch.setattr(cifar10, "TRAIN", 90)
     monkeypatch.setattr(cifar10, "SELECT", 94)
 
 
-def planes(images: np.ndarray) -> np.ndarray:
+def planes(images):
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 
-def cifar10_files(images: np.ndarray, labels: np.ndarray, kind: str = "python") -> dict[str, bytes]:
+def cifar10_files(images, labels, kind="python"):
     """The official batches: five of training images and one of test images."""
     files = {}
     for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
@@ -52,13 +49,13 @@ def cifar10_files(images: np.ndarray, labels: np.ndarray, kind: str = "python") 
     return files
 
 
-def write(files: dict[str, bytes], folder: Path) -> None:
+def write(files, folder):
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
-def archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
+def archive(path, folder, files):
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(f"{folder}/{name}")
@@ -70,14 +67,7 @@ def archive(path: Path, folder: str, files: dict[str, bytes]) -> None:
     "kind, folder", [("python", "cifar-10-batches-py"), ("binary", "cifar-10-batches-bin")]
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_official_cifar10(
-    kind: str,
-    folder: str,
-    packed: bool,
-    tmp_path: Path,
-    real_images: np.ndarray,
-    small_cifar10: None,
-) -> None:
+def test_official_cifar10(kind, folder, packed, tmp_path, real_images, small_cifar10):
     labels = np.arange(120) % 10
     files = cifar10_files(real_images[:120], labels, kind)
     roots = [tmp_path]
@@ -96,9 +86,7 @@ def test_official_cifar10(
         assert dataset.splits["select"] == "train[90:94]"
 
 
-def test_cifar10_as_torchvision_leaves_it(
-    tmp_path: Path, real_images: np.ndarray, small_cifar10: None
-) -> None:
+def test_cifar10_as_torchvision_leaves_it(tmp_path, real_images, small_cifar10):
     """The folder and the file names are those that torchvision looks for."""
     from torchvision.datasets import CIFAR10
 
@@ -109,7 +97,7 @@ def test_cifar10_as_torchvision_leaves_it(
     assert len(load_dataset("cifar10", str(tmp_path)).parts["train"]) == 90
 
 
-def test_cifar10_strips(tmp_path: Path, real_images: np.ndarray, small_cifar10: None) -> None:
+def test_cifar10_strips(tmp_path, real_images, small_cifar10):
     for name, images in (
         ("train_000", real_images[:60]),
         ("train_001", real_images[60:100]),
@@ -130,16 +118,14 @@ def test_cifar10_strips(tmp_path: Path, real_images: np.ndarray, small_cifar10: 
         (encode(Image.new("RGB", (32, 40)), "WEBP"), "must be .* multiple of 32 high, got 32 x 40"),
     ],
 )
-def test_damaged_cifar10_strips_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+def test_damaged_cifar10_strips_are_named(content, message, tmp_path):
     (tmp_path / "train_000.webp").write_bytes(content)
     with pytest.raises(DataError, match=f"train_000.webp {message}"):
         load_dataset("cifar10", str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # NumPy leaves it to the garbage collector
-def test_labels_that_are_not_one_number_for_each_image_are_named(
-    tmp_path: Path, real_images: np.ndarray
-) -> None:
+def test_labels_that_are_not_one_number_for_each_image_are_named(tmp_path, real_images):
     strips = real_images[:2].reshape(-1, 32, 3)
     for split in ("train", "test"):
         Image.fromarray(strips).save(tmp_path / f"{split}_0.webp", lossless=True)
@@ -157,11 +143,11 @@ def test_labels_that_are_not_one_number_for_each_image_are_named(
             classes(batch, "data_batch_1")
 
 
-def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
+def test_damaged_cifar10_labels_are_named(tmp_path):
     Image.new("RGB", (32, 64)).save(tmp_path / "train_000.webp")
     labels = tmp_path / "labels.npz"
 
-    def check() -> None:
+    def check():
         with pytest.raises(DataError, match=r"labels.npz must hold the array train"):
             load_dataset("cifar10", str(tmp_path))
 
@@ -182,9 +168,7 @@ def test_damaged_cifar10_labels_are_named(tmp_path: Path) -> None:
         load_dataset("cifar10", str(tmp_path))
 
 
-def test_root_alone_says_where_the_data_set_of_a_run_is_now(
-    tmp_path: Path, real_images: np.ndarray, small_cifar10: None
-) -> None:
+def test_root_alone_says_where_the_data_set_of_a_run_is_now(tmp_path, real_images, small_cifar10):
     write(cifar10_files(real_images[:120], np.zeros(120, int)), tmp_path)
     record = tmp_path / "data.json"
     record.write_text(json.dumps({"data": "cifar10", "root": str(tmp_path / "before")}))
@@ -197,7 +181,7 @@ def test_root_alone_says_where_the_data_set_of_a_run_is_now(
         dataset_of(given, tmp_path)
 
 
-def test_an_incomplete_cifar10_is_refused(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_an_incomplete_cifar10_is_refused(tmp_path, real_images):
     write(cifar10_files(real_images[:120], np.zeros(120, int)), tmp_path)
     with pytest.raises(DataError, match="CIFAR-10 has 50000 train images, .* holds 100"):
         load_dataset("cifar10", str(tmp_path))
@@ -206,6 +190,6 @@ def test_an_incomplete_cifar10_is_refused(tmp_path: Path, real_images: np.ndarra
         load_dataset("cifar10", str(tmp_path))
 
 
-def test_sizes_that_a_data_set_does_not_have(tmp_path: Path) -> None:
+def test_sizes_that_a_data_set_does_not_have(tmp_path):
     with pytest.raises(DataError, match="images of cifar10 have .. pixels per side"):
         load_dataset("cifar10", str(tmp_path), 64)

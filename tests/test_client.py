@@ -8,11 +8,9 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -31,13 +29,11 @@ Outcome = httpx.Response | httpx.TransportError
 
 
 @contextmanager
-def client_of(
-    *outcomes: Outcome, retries: int = 5, **options: Any
-) -> Iterator[tuple[AdeClient, list[httpx.Request]]]:
+def client_of(*outcomes, retries=5, **options):
     """A client with these outcomes of its requests, the last for ever, and what it has sent."""
     sent: list[httpx.Request] = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request):
         sent.append(request)
         outcome = outcomes[min(len(sent), len(outcomes)) - 1]
         if isinstance(outcome, httpx.TransportError):
@@ -49,16 +45,16 @@ def client_of(
         yield client, sent
 
 
-def ok(content: bytes = b"a picture") -> httpx.Response:
+def ok(content=b"a picture"):
     headers = {"X-Ade-Seed": "1", "X-Ade-Model": "x@1"}
     return httpx.Response(200, headers=headers, content=content)
 
 
-def problem(status: int, code: str) -> httpx.Response:
+def problem(status, code):
     return httpx.Response(status, json={"error": {"code": code, "message": "m"}})
 
 
-def npz(**arrays: np.ndarray) -> bytes:
+def npz(**arrays):
     out = io.BytesIO()
     np.savez(out, **arrays)
     return out.getvalue()
@@ -96,9 +92,7 @@ LATENTS = {f"{name}_0": np.zeros((1, 1, 2, 2)) for name in ("mean", "log_scale",
         (httpx.Response(502, content=b"<html>"), ["sample"], "502"),
     ],
 )
-def test_answers_that_are_not_the_apis_are_errors(
-    answer: httpx.Response, calls: list[str], message: str
-) -> None:
+def test_answers_that_are_not_the_apis_are_errors(answer, calls, message):
     for name in calls:
         with client_of(answer, retries=0) as (client, _):
             with pytest.raises(AdeError, match=message) as caught:
@@ -106,7 +100,7 @@ def test_answers_that_are_not_the_apis_are_errors(
             assert (caught.value.status, caught.value.code) == (answer.status_code, "server_error")
 
 
-def test_an_error_of_one_image_has_the_status_that_it_would_have_alone() -> None:
+def test_an_error_of_one_image_has_the_status_that_it_would_have_alone():
     error = {"error": {"code": "not_an_image", "message": "the data is not an image"}}
     about = {"model": "m", "estimator": "elbo", "samples": 1, "alpha": 0.01}
     with client_of(httpx.Response(200, json={**about, "results": [error] * 2})) as (client, _):
@@ -114,17 +108,17 @@ def test_an_error_of_one_image_has_the_status_that_it_would_have_alone() -> None
     assert [str(error) for error in found] == ["the data is not an image (415 not_an_image)"] * 2
 
 
-def test_an_empty_identity_does_not_mean_any_model() -> None:
+def test_an_empty_identity_does_not_mean_any_model():
     with pytest.raises(ValueError, match="identity must name a model"):
         AdeClient(identity="")
 
 
 @contextmanager
-def other_program(status: int, body: bytes, **headers: str) -> Iterator[str]:
+def other_program(status, body, **headers):
     """The address of a server with one answer to everything, after 0.1 s."""
 
     class Other(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_POST(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             time.sleep(0.1)
             self.send_response(status)
@@ -136,7 +130,7 @@ def other_program(status: int, body: bytes, **headers: str) -> Iterator[str]:
 
         do_GET = do_POST
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Other) as server:
@@ -146,14 +140,14 @@ def other_program(status: int, body: bytes, **headers: str) -> Iterator[str]:
         server.shutdown()
 
 
-def test_an_answer_that_cannot_be_decoded_is_none() -> None:
+def test_an_answer_that_cannot_be_decoded_is_none():
     with other_program(200, b"junk", Content_Encoding="gzip") as url, AdeClient(url) as client:
         assert not client.is_ready()
         with pytest.raises(httpx.TransportError, match="the answer cannot be decoded"):
             client.sample(1)
 
 
-def test_another_program_is_not_ready() -> None:
+def test_another_program_is_not_ready():
     with other_program(200, b"<html>") as url:
         port = int(url.rpartition(":")[2])
         assert not read_status(Ports(inference=port, metrics=port, ui=port))["ready"]
@@ -161,7 +155,7 @@ def test_another_program_is_not_ready() -> None:
             assert not client.is_ready()
 
 
-def test_all_operations_have_the_time_to_be_ready_together() -> None:
+def test_all_operations_have_the_time_to_be_ready_together():
     with other_program(200, b"", X_Ade_Model="x@1") as url, AdeClient(url) as client:
         assert client.is_ready() and not client.is_ready(timeout=0.25)
 
@@ -176,14 +170,14 @@ def test_all_operations_have_the_time_to_be_ready_together() -> None:
         (ok(b""), True),
     ],
 )
-def test_an_overloaded_service_is_ready(answer: httpx.Response, is_ready: bool) -> None:
+def test_an_overloaded_service_is_ready(answer, is_ready):
     """Otherwise overload would take every replica out of service. No request is repeated."""
     with client_of(answer, ok(b"")) as (client, sent):
         assert client.is_ready() == is_ready and len(sent) == (4 if is_ready else 1)
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def pauses(monkeypatch):
     """The pauses of clients, which do not last."""
     found: list[float] = []
     monkeypatch.setattr("ade_client.client.time.sleep", found.append)
@@ -200,7 +194,7 @@ LATER = [
 ]
 
 
-def test_the_client_repeats_what_may_succeed_later(pauses: list[float]) -> None:
+def test_the_client_repeats_what_may_succeed_later(pauses):
     """With growing pauses, or those that the answer asks for; so dropped requests, too."""
     with client_of(httpx.Response(429), ADVISED, httpx.Response(503), ok()) as (client, sent):
         assert client.sample_png() == (b"a picture", 1) and len(sent) == 4
@@ -215,7 +209,7 @@ def test_the_client_repeats_what_may_succeed_later(pauses: list[float]) -> None:
             assert len(sent) == 2
 
 
-def test_the_client_does_not_repeat_what_would_fail_again(pauses: list[float]) -> None:
+def test_the_client_does_not_repeat_what_would_fail_again(pauses):
     """And sends the whole body each time before."""
     dropped = httpx.RemoteProtocolError("disconnected")
     with client_of(dropped, problem(500, "internal_error"), ok()) as (client, sent):
@@ -239,21 +233,19 @@ def test_the_client_does_not_repeat_what_would_fail_again(pauses: list[float]) -
         (None, None),
     ],
 )
-def test_the_client_waits_as_advised_within_reason(
-    asked: str | None, seconds: float | None
-) -> None:
+def test_the_client_waits_as_advised_within_reason(asked, seconds):
     headers = {} if asked is None else {"Retry-After": asked}
     assert asked_to_wait(httpx.Response(503, headers=headers)) == seconds
 
 
-def test_the_client_waits_as_long_as_the_service() -> None:
+def test_the_client_waits_as_long_as_the_service():
     """Otherwise it never sees the answer that it may repeat, nor one that came late."""
     limits = Limits()
     with AdeClient() as client:
         assert client._http.timeout.read > limits.waiting_s + limits.upstream_s
 
 
-def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path: Path) -> None:
+def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path):
     """Nothing listens on port 1: an attempt to send would be another error."""
     good, large = tmp_path / "good.png", tmp_path / "large.png"
     good.write_bytes(EXAMPLE.read_bytes())
@@ -275,7 +267,7 @@ def test_the_client_names_a_file_that_cannot_be_read_and_sends_nothing(tmp_path:
         AdeError(415, "not_an_image", "it is text", 2),
     ],
 )
-def test_errors_come_back_from_other_processes(error: Exception) -> None:
+def test_errors_come_back_from_other_processes(error):
     """They stand among the results of a list, which a pool of processes sends."""
     back = pickle.loads(pickle.dumps(error))
     assert vars(back) == vars(error) and str(back) == str(error)

@@ -28,9 +28,7 @@ import importlib.util
 import io
 import json
 import math
-from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
 
 import httpx
 import numpy as np
@@ -56,16 +54,16 @@ ENVIRONMENT_HEADERS = {"x-ade-backend", "x-ade-psnr"}  # may differ on another m
 FIRST: dict[str, str] = {}  # SHA-256 of the first engine's answers, by request
 
 
-def environment() -> dict[str, str]:
+def environment():
     """Everything that the bytes of an answer may depend on."""
     return {**numerics(), "pillow": metadata.version("pillow")}
 
 
-def here() -> str:
+def here():
     return json.dumps(environment())
 
 
-def observed(answer: httpx.Response) -> dict[str, Any]:
+def observed(answer):
     """The part of an answer that is recorded."""
     headers = {
         name: PRESENT if name in VARYING else value
@@ -81,7 +79,7 @@ def observed(answer: httpx.Response) -> dict[str, Any]:
     }
 
 
-def outline(answer: httpx.Response) -> Any:
+def outline(answer):
     """The body, with long arrays and pictures by their shapes and means."""
     kind = answer.headers.get("content-type", "")
     if kind == "application/json":
@@ -96,7 +94,7 @@ def outline(answer: httpx.Response) -> Any:
     return answer.text
 
 
-def _array(array: np.ndarray) -> dict[str, Any]:
+def _array(array):
     return {
         "dtype": str(array.dtype),
         "shape": list(array.shape),
@@ -104,12 +102,12 @@ def _array(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _picture(data: bytes) -> dict[str, Any]:
+def _picture(data):
     image = Image.open(io.BytesIO(data))
     return {"text": getattr(image, "text", {}), **_array(np.asarray(image))}
 
 
-def _short(value: Any) -> Any:
+def _short(value):
     if isinstance(value, dict):
         return {name: _short(item) for name, item in value.items()}
     if isinstance(value, str) and value.startswith("iVBORw0KGgo"):  # a PNG in base64
@@ -123,7 +121,7 @@ def _short(value: Any) -> Any:
     return value
 
 
-def assert_close(found: Any, expected: Any, where: str) -> None:
+def assert_close(found, expected, where):
     """Equal except for rounding."""
     if isinstance(expected, dict) and isinstance(found, dict):
         assert list(found) == list(expected), where
@@ -144,7 +142,7 @@ def assert_close(found: Any, expected: Any, where: str) -> None:
         assert found == expected, where
 
 
-def _by_name(explain: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+def _by_name(explain, where):
     """In an order that rounding does not change.
 
     The answer's is that of the p-values. Many are equal, and then rounding decides.
@@ -154,7 +152,7 @@ def _by_name(explain: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     return sorted(explain, key=lambda one: one["statistic"])
 
 
-def compare(answer: httpx.Response, record: dict[str, Any], name: str) -> None:
+def compare(answer, record, name):
     found, expected = observed(answer), record["answers"][name]
     exact = record["environment"] == environment()
     headers = {
@@ -176,11 +174,11 @@ def compare(answer: httpx.Response, record: dict[str, Any], name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def record() -> Iterator[dict[str, Any]]:
+def record():
     yield json.loads(RECORD.read_text())
 
 
-def engine_parameter(name: str) -> Any:
+def engine_parameter(name):
     """Ray takes a minute to start, and many cores to be quick."""
     if name != "ray":
         return name
@@ -191,7 +189,7 @@ def engine_parameter(name: str) -> Any:
 
 
 @pytest.fixture(scope="module", params=[IN_PROCESS, *map(engine_parameter, ENGINES)])
-def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+def client(request):
     """Of the bundle that ships, in this process and on each engine."""
     if request.param == IN_PROCESS:
         with client_here() as without_server:
@@ -208,22 +206,22 @@ def client(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
         assert running.stop() == []
 
 
-def client_here() -> httpx.Client:
+def client_here():
     return httpx.Client(transport=ServiceHere(PRETRAINED), base_url="http://127.0.0.1")
 
 
-def client_of(running: RunningService) -> httpx.Client:
+def client_of(running):
     return httpx.Client(base_url=running.url, timeout=120)
 
 
-def test_the_record_has_every_request(record: dict[str, Any]) -> None:
+def test_the_record_has_every_request(record):
     assert list(record["answers"]) == list(REQUESTS) and list(record["servers_own"]) == list(
         SERVERS_OWN
     )
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_an_answer_is_as_recorded(client: httpx.Client, record: dict[str, Any], name: str) -> None:
+def test_an_answer_is_as_recorded(client, record, name):
     answer = REQUESTS[name].send(client)
     compare(answer, record, name)
     body = observed(answer)["sha256"]
@@ -231,9 +229,7 @@ def test_an_answer_is_as_recorded(client: httpx.Client, record: dict[str, Any], 
 
 
 @pytest.mark.parametrize("name", SERVERS_OWN)
-def test_an_answer_of_the_server_itself(
-    client: httpx.Client, record: dict[str, Any], name: str
-) -> None:
+def test_an_answer_of_the_server_itself(client, record, name):
     """As recorded, but for the message: engines have different paths."""
     answer, expected = SERVERS_OWN[name].send(client), record["servers_own"][name]
     assert answer.status_code == expected["status"]
@@ -241,7 +237,7 @@ def test_an_answer_of_the_server_itself(
     assert answer.json()["error"]["message"]
 
 
-def test_a_changed_answer_is_noticed(record: dict[str, Any]) -> None:
+def test_a_changed_answer_is_noticed(record):
     expected = record["answers"]["score: file"]
     body = json.loads(json.dumps(expected["body"]))
     body["results"][0]["bpd"] += 3 * TOLERANCE * body["results"][0]["bpd"]
@@ -249,7 +245,7 @@ def test_a_changed_answer_is_noticed(record: dict[str, Any]) -> None:
         assert_close(body, expected["body"], "body")
 
 
-def test_statistics_change_places_only_if_their_p_values_are_equal(record: dict[str, Any]) -> None:
+def test_statistics_change_places_only_if_their_p_values_are_equal(record):
     expected = record["answers"]["score: file"]["body"]
     body = json.loads(json.dumps(expected))
     explain = body["results"][0]["explain"]
@@ -261,7 +257,7 @@ def test_statistics_change_places_only_if_their_p_values_are_equal(record: dict[
         assert_close(body, expected, "body")
 
 
-def write_record(client: httpx.Client) -> None:
+def write_record(client):
     """Send all requests and write their answers, one line each.
 
     If only rounding differs from the record of another environment, their hashes are added to it.

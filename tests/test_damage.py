@@ -16,13 +16,13 @@ from export.gate.damage import DAMAGES, damaged
 from serving.ingest.picture import Picture, prepare_image
 
 
-def pictures(images: np.ndarray, look: Look) -> list[Picture]:
+def pictures(images, look):
     made = [prepare_image(image, (32, 32, 3), True, lambda resized: look) for image in images]
     return [its for its in made if isinstance(its, Picture)]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_small_part_of_each_picture_is_damaged(kind: str, real_images: np.ndarray) -> None:
+def test_a_small_part_of_each_picture_is_damaged(kind, real_images):
     """The view and the pixels at the same place: not where nothing looks."""
     mask = io.BytesIO()
     Image.fromarray(np.repeat(np.uint8([255, 0]), 16)[:, None].repeat(32, 1)).save(mask, "PNG")
@@ -43,12 +43,12 @@ def test_a_small_part_of_each_picture_is_damaged(kind: str, real_images: np.ndar
     assert 0.001 < np.mean(shares) < 0.1 and np.mean(np.array(shares) > 0) > 0.9
 
 
-def test_pictures_whose_parts_no_encoder_sees(real_images: np.ndarray) -> None:
+def test_pictures_whose_parts_no_encoder_sees(real_images):
     for size in (0, SMALL):
         assert not [*damaged(pictures(real_images[:3], Look(size)))]
 
 
-def test_the_report_says_what_is_not_seen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_says_what_is_not_seen(capsys):
     shares = {0.05: {"a stain": 0.6, "constant": 1.0}, 0.01: {"a stain": 0.4, "constant": 1.0}}
 
     class Made:

@@ -22,7 +22,7 @@ from training.datasets.files import part_of
 from training.datasets.folder import image_files, load_files
 
 
-def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_any_folder_of_images(tmp_path, small_images):
     folder = make_folder(tmp_path / "images", small_images[:120])
     said: list[str] = []
     dataset = load_dataset(str(folder), None, 8, cache=tmp_path / "cache", report=said.append)
@@ -38,8 +38,8 @@ def test_any_folder_of_images(tmp_path: Path, small_images: np.ndarray) -> None:
 
 
 def test_the_cache_distinguishes_folders_with_the_same_files_and_its_own_versions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     for name, grey in (("a", 10), ("b", 200)):
         (tmp_path / name).mkdir()
         for i in range(10):  # of equal size, and modified at the same time
@@ -59,9 +59,9 @@ def test_the_cache_distinguishes_folders_with_the_same_files_and_its_own_version
     assert after != before and len(after) == len(before)
 
 
-def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path: Path) -> None:
-    def load(source: str, version: str) -> np.ndarray:
-        def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path):
+    def load(source, version):
+        def fill(pixels):
             pixels[:] = int(version)
             return {}, True
 
@@ -77,13 +77,13 @@ def test_a_changed_folder_replaces_its_own_copy_alone(tmp_path: Path) -> None:
     assert (load("folder, 8 pixels", "2") == 2).all()
 
 
-def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_keep_each_others_copies(tmp_path, monkeypatch):
     """Files that were copied to each node have other times there."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     filled = []
 
-    def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+    def fill(pixels):
         filled.append(pixels)
         return {}, True
 
@@ -95,9 +95,7 @@ def test_nodes_keep_each_others_copies(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
-def test_only_regular_files_are_read(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_regular_files_are_read(tmp_path, small_images, monkeypatch):
     monkeypatch.setattr(files, "RETRY_S", 0.0)
     folder = tmp_path / "images"
     for i, image in enumerate(small_images[:30]):
@@ -111,7 +109,7 @@ def test_only_regular_files_are_read(
     assert picture_sizes(image_files(folder)) == {(8, 8): 31, None: 4}
 
 
-def test_the_first_images_of_a_part_are_from_every_folder(tmp_path: Path) -> None:
+def test_the_first_images_of_a_part_are_from_every_folder(tmp_path):
     for grey in range(4):
         (tmp_path / str(grey)).mkdir()
         for i in range(60):
@@ -122,13 +120,11 @@ def test_the_first_images_of_a_part_are_from_every_folder(tmp_path: Path) -> Non
     assert len(np.unique(first[:, 0, 0, 0])) == 4
 
 
-def test_an_incomplete_read_leaves_no_cache(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_incomplete_read_leaves_no_cache(tmp_path, small_images, monkeypatch):
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
     sizes: list[int] = []
 
-    def refuse(side: int) -> None:
+    def refuse(side):
         sizes.append(side)
         raise DataError("not that size")
 
@@ -136,7 +132,7 @@ def test_an_incomplete_read_leaves_no_cache(
         load_dataset(str(folder), None, None, cache, fits=refuse)
     assert sizes == [8] and not cache.exists()  # asked before anything was decoded
 
-    def full(*args: object) -> None:
+    def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -145,7 +141,7 @@ def test_an_incomplete_read_leaves_no_cache(
             with pytest.raises(DataError, match=r"no room for 0\.0 GiB.*smaller image size"):
                 load_dataset(str(folder), None, 8, kept)
 
-    def interrupt(*args: object) -> None:
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -155,12 +151,10 @@ def test_an_incomplete_read_leaves_no_cache(
     assert [path.name for path in cache.iterdir()] == [LOCK]
 
 
-def test_a_file_that_cannot_be_read_now_is_tried_again(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_read_now_is_tried_again(tmp_path, small_images, monkeypatch):
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
 
-    def fail(path: Path) -> bytes:
+    def fail(path):
         if path.name == "0007.png":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read_file(path)
@@ -183,12 +177,12 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(
 
 @pytest.mark.parametrize("recovers", [True, False])
 def test_an_outage_of_the_storage_leaves_out_no_class(
-    recovers: bool, tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    recovers, tmp_path, small_images, monkeypatch
+):
     folder = make_folder(tmp_path / "images", small_images[:60])
     failed: set[Path] = set()
 
-    def fail(path: Path) -> bytes:
+    def fail(path):
         if path.parent.name == "class1" and not (recovers and path in failed):
             failed.add(path)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -207,12 +201,10 @@ def test_an_outage_of_the_storage_leaves_out_no_class(
         load_files(folder, listed, 8, None, print)
 
 
-def test_a_decoder_that_may_succeed_next_time_is_tried_again(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decoder_that_may_succeed_next_time_is_tried_again(tmp_path, small_images, monkeypatch):
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
 
-    def hang(content: bytes) -> None:
+    def hang(content):
         raise ImageError("too_large", "the image was not decoded in time", is_transient=True)
 
     with monkeypatch.context() as patched:
@@ -224,9 +216,7 @@ def test_a_decoder_that_may_succeed_next_time_is_tried_again(
 
 
 @pytest.mark.parametrize("suffix", ["json", "npy"])
-def test_a_damaged_cache_is_filled_again(
-    suffix: str, tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_a_damaged_cache_is_filled_again(suffix, tmp_path, small_images):
     folder, cache = make_folder(tmp_path / "images", small_images[:20]), tmp_path / "cache"
     before = load_dataset(str(folder), None, 8, cache)
     (stored,) = cache.glob(f"images-*.{suffix}")
@@ -239,17 +229,17 @@ def test_a_damaged_cache_is_filled_again(
         assert np.array_equal(again.parts["train"].images[:], before.parts["train"].images[:])
 
 
-def test_processes_that_start_together_fill_a_cache_once(tmp_path: Path) -> None:
+def test_processes_that_start_together_fill_a_cache_once(tmp_path):
     filled: list[int] = []
     (tmp_path / "images.tmp").write_bytes(bytes(1000))  # of a process that was killed
 
-    def fill(pixels: np.ndarray) -> tuple[dict[int, str], bool]:
+    def fill(pixels):
         filled.append(len(pixels))
         time.sleep(0.1)
         pixels[:] = 7
         return {1: "damaged"}, True
 
-    def load(_: int) -> tuple[np.ndarray, dict[int, str]]:
+    def load(_):
         return files.cached_pixels("one", "first", lambda: (2, 8, 8, 3), tmp_path, fill)
 
     with ThreadPoolExecutor(3) as pool:
@@ -258,7 +248,7 @@ def test_processes_that_start_together_fill_a_cache_once(tmp_path: Path) -> None
     assert filled == [2] and not (tmp_path / "images.tmp").exists()
 
 
-def test_conversions_of_files_are_reported_once(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_conversions_of_files_are_reported_once(tmp_path, small_images):
     for i, image in enumerate(small_images[:10]):
         sixteen = image[:, :, 0].astype(np.uint16) << 8
         Image.fromarray(sixteen if i < 3 else image).save(tmp_path / f"{i}.png")
@@ -270,12 +260,12 @@ def test_conversions_of_files_are_reported_once(tmp_path: Path, small_images: np
     assert len(said) == 3
 
 
-def test_labels_that_do_not_match_their_images_are_refused(real_images: np.ndarray) -> None:
+def test_labels_that_do_not_match_their_images_are_refused(real_images):
     with pytest.raises(DataError, match=r"got 5 images and labels of shape \(4,\)"):
         ImageSet(real_images[:5], np.arange(4))
 
 
-def test_parts_follow_the_file_name() -> None:
+def test_parts_follow_the_file_name():
     assert (part_of("cat.jpg"), part_of("photo.png")) == ("train", "test")
     counts = {
         part: sum(part_of(f"{i}.png") == part for i in range(5000)) / 50
@@ -294,9 +284,7 @@ def test_parts_follow_the_file_name() -> None:
         ("cifar-10", "x", "data must be a folder or one of cifar10, .* got 'cifar-10'"),
     ],
 )
-def test_missing_data_is_an_error(
-    tmp_path: Path, data: str, root: str | None, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_data_is_an_error(tmp_path, data, root, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
         load_dataset(data, root)
@@ -305,9 +293,7 @@ def test_missing_data_is_an_error(
         load_dataset(str(tmp_path), None)
 
 
-def test_the_size_is_known_before_a_data_set_is_loaded(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_size_is_known_before_a_data_set_is_loaded(tmp_path, small_images, monkeypatch):
     """As what it is loaded with."""
     folder = str(make_folder(tmp_path / "images", small_images[:120]))
     assert image_size_of(folder, None) == load_dataset(folder, None).image_size == 8
@@ -321,12 +307,10 @@ def test_the_size_is_known_before_a_data_set_is_loaded(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_size_that_does_not_suit_is_refused_before_a_named_data_set_is_read(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_size_that_does_not_suit_is_refused_before_a_named_data_set_is_read(name, tmp_path):
     """Although nobody gave it: an empty folder would be refused as well, but later."""
 
-    def refuse(side: int) -> None:
+    def refuse(side):
         raise DataError(f"not {side}")
 
     size = image_size_of(name, str(tmp_path))

@@ -11,10 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -33,37 +30,35 @@ from ade_base.pictures.show import write_png
 from ade_base.pictures.structure import read_structure
 from fitting.survey import size_of
 from serving.api.service import Service
-from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
 from tests.bomb_files import tiff_of_tiles
 from tests.bombs import BOMBS, HARMLESS, REASONS
 from tests.helpers import HAS_HEIF, ROOT, encode, suspended
-from tests.service import RunningService
 
 MODERN = ("AVIF", "HEIF") if HAS_HEIF else ("AVIF",)
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 
 
 @pytest.fixture(autouse=True)
-def _no_decoders_left() -> Iterator[None]:
+def _no_decoders_left():
     """Each test starts without idle processes, and leaves none."""
     _end_all()
     yield
     _end_all()
 
 
-def _end_all() -> None:
+def _end_all():
     while decoders._idle:
         decoders._idle.pop().end()
 
 
 @pytest.fixture(scope="module")
-def gif() -> bytes:
+def gif():
     """A file that is always decoded in another process."""
     return encode(Image.new("RGB", (4, 4), "red"), "GIF")
 
 
-def _measured(names: list[str]) -> dict[str, dict[str, Any]]:
+def _measured(names):
     done = subprocess.run(
         [sys.executable, "-m", "tests.bombs", *names],
         cwd=ROOT,
@@ -77,12 +72,12 @@ def _measured(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def refused() -> dict[str, dict[str, Any]]:
+def refused():
     return _measured([name for name in BOMBS if name not in HARMLESS])
 
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if name not in HARMLESS])
-def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_bomb_is_refused_with_its_reason(refused, name):
     """Cost is processor time, the start of a process included.
 
     It is far below these limits; a busy machine doubles it.
@@ -110,13 +105,13 @@ def test_a_bomb_is_refused_with_its_reason(refused: dict[str, dict[str, Any]], n
         (1030, 1030, 1024, 1024),
     ],
 )
-def test_a_tiff_in_usual_tiles_is_decoded(sizes: tuple[int, int, int, int]) -> None:
+def test_a_tiff_in_usual_tiles_is_decoded(sizes):
     width, height, _, _ = sizes
     assert read_image(tiff_of_tiles(*sizes)).pixels.shape == (height, width, 3)
 
 
 @pytest.mark.slow
-def test_pictures_of_the_largest_size_are_decoded() -> None:
+def test_pictures_of_the_largest_size_are_decoded():
     """Within the limits of the decoder's process, which would end it."""
     measured = _measured(sorted(HARMLESS))
     assert measured.keys() == set(HARMLESS)
@@ -124,7 +119,7 @@ def test_pictures_of_the_largest_size_are_decoded() -> None:
         assert row["outcome"].startswith("decoded") and row["MiB"] < 512, row
 
 
-def _files(real_images: np.ndarray) -> dict[str, bytes]:
+def _files(real_images):
     """Good files of many kinds, those included that are decoded in this process."""
     picture = Image.fromarray(real_images[0]).resize((40, 30))
     files = {}
@@ -169,7 +164,7 @@ def _files(real_images: np.ndarray) -> dict[str, bytes]:
     return files
 
 
-def test_good_files_are_decoded_alike_in_both_places(real_images: np.ndarray) -> None:
+def test_good_files_are_decoded_alike_in_both_places(real_images):
     plain = 0
     files = _files(real_images)
     for name, data in files.items():
@@ -186,7 +181,7 @@ def test_good_files_are_decoded_alike_in_both_places(real_images: np.ndarray) ->
     assert len(decoders._idle) == 1
 
 
-def test_large_pictures_are_converted_in_blocks() -> None:
+def test_large_pictures_are_converted_in_blocks():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (1200, 1000, 4), np.uint8)
     decoded = read_image(encode(Image.fromarray(pixels), "PNG", compress_level=1))
@@ -202,14 +197,14 @@ def test_large_pictures_are_converted_in_blocks() -> None:
     ]
 
 
-def test_small_plain_files_need_no_process() -> None:
+def test_small_plain_files_need_no_process():
     picture = Image.open(EXAMPLE).convert("RGB")
     for format in ("PNG", "JPEG", "WEBP", "BMP"):
         read_image(encode(picture, format))
     assert not decoders._idle
 
 
-def test_sizes_are_read_only_from_regular_files(tmp_path: Path) -> None:
+def test_sizes_are_read_only_from_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")
     assert size_of(EXAMPLE) == (32, 32)
@@ -218,7 +213,7 @@ def test_sizes_are_read_only_from_regular_files(tmp_path: Path) -> None:
     )
 
 
-def test_a_process_that_ended_is_replaced(gif: bytes) -> None:
+def test_a_process_that_ended_is_replaced(gif):
     """Also if it ends when it is asked, as an idle one would."""
     expected = read_image(gif).pixels
     (killed,) = decoders._idle
@@ -231,7 +226,7 @@ def test_a_process_that_ended_is_replaced(gif: bytes) -> None:
     assert np.array_equal(read_image(gif).pixels, expected)
 
 
-def test_signals_to_a_whole_group_leave_it_to_the_parent(gif: bytes) -> None:
+def test_signals_to_a_whole_group_leave_it_to_the_parent(gif):
     """The service still answers what it has accepted, and must not call an image damaged."""
     read_image(gif)
     (decoder,) = decoders._idle
@@ -241,9 +236,7 @@ def test_signals_to_a_whole_group_leave_it_to_the_parent(gif: bytes) -> None:
         assert [one.pid for one in decoders._idle] == [decoder.pid]
 
 
-def test_a_process_that_hangs_is_an_error_of_its_image(
-    gif: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_hangs_is_an_error_of_its_image(gif, monkeypatch):
     read_image(gif)
     (decoder,) = decoders._idle
     monkeypatch.setattr(decoders, "WALL_SECONDS", 0.5)
@@ -265,14 +258,7 @@ def test_a_process_that_hangs_is_an_error_of_its_image(
         ("MEMORY_BYTES", 32 * 2**20, "bmp-1-bit", "takes more than 32 MiB"),
     ],
 )
-def test_processor_time_and_memory_are_limited(
-    constant: str,
-    value: float,
-    bomb: str,
-    message: str,
-    gif: bytes,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_processor_time_and_memory_are_limited(constant, value, bomb, message, gif, monkeypatch):
     monkeypatch.setattr(decoders, constant, value)
     with pytest.raises(ImageError, match=message) as error:
         read_image(BOMBS[bomb]())
@@ -281,7 +267,7 @@ def test_processor_time_and_memory_are_limited(
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
+def test_a_lower_memory_limit_of_the_service_remains(gif):
     """It is no reason not to decode images that need less."""
     script = "import sys; from ade_base.pictures.read import *; read_image(sys.stdin.buffer.read())"
     limited = ["bash", "-c", 'ulimit -v 400000; exec "$0" -c "$1"', sys.executable, script]
@@ -290,9 +276,7 @@ def test_a_lower_memory_limit_of_the_service_remains(gif: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", range(11))
-def test_an_invalid_answer_is_an_error_of_its_image(
-    monkeypatch: pytest.MonkeyPatch, gif: bytes, kind: int
-) -> None:
+def test_an_invalid_answer_is_an_error_of_its_image(monkeypatch, gif, kind):
     monkeypatch.setattr(decoders, "PROGRAM", "tests.babbling_decoder")
     monkeypatch.setattr(decoders, "WALL_SECONDS", 3.0)
     with pytest.raises(ImageError):
@@ -301,9 +285,7 @@ def test_an_invalid_answer_is_an_error_of_its_image(
     assert read_image(gif).pixels.shape == (4, 4, 3)
 
 
-def test_a_process_that_does_not_start_is_not_an_image_error(
-    monkeypatch: pytest.MonkeyPatch, gif: bytes
-) -> None:
+def test_a_process_that_does_not_start_is_not_an_image_error(monkeypatch, gif):
     """Otherwise a whole folder would be skipped as damaged."""
     monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
     with pytest.raises(RuntimeError, match="did not start"):
@@ -311,8 +293,8 @@ def test_a_process_that_does_not_start_is_not_an_image_error(
 
 
 def test_no_room_for_a_process_fails_its_requests_alone(
-    monkeypatch: pytest.MonkeyPatch, real_images: np.ndarray, pretrained_engine: InferenceEngine
-) -> None:
+    monkeypatch, real_images, pretrained_engine
+):
     monkeypatch.setattr(decoders, "PROGRAM", "tests.no_such_module")
     service = Service("score", pretrained_engine)
     files = [encode(Image.new("RGB", (32, 32), "red"), "GIF"), write_png(real_images[0])]
@@ -321,20 +303,20 @@ def test_no_room_for_a_process_fails_its_requests_alone(
     assert json.loads(refused.body)["error"]["message"].startswith("the images cannot be decoded")
 
 
-def test_idle_processes_end(monkeypatch: pytest.MonkeyPatch, gif: bytes) -> None:
+def test_idle_processes_end(monkeypatch, gif):
     monkeypatch.setattr(decoders, "IDLE_SECONDS", 0.2)
     read_image(gif)
     assert psutil.Process(decoders._idle[0].pid).wait(10) == 0
     assert read_image(gif).pixels.shape == (4, 4, 3) and len(decoders._idle) == 1
 
 
-def test_threads_have_a_process_each_and_share_them(gif: bytes) -> None:
+def test_threads_have_a_process_each_and_share_them(gif):
     with ThreadPoolExecutor(3) as pool:
         shapes = {decoded.pixels.shape for decoded in pool.map(read_image, [gif] * 60)}
     assert shapes == {(4, 4, 3)} and 1 <= len(decoders._idle) <= 3
 
 
-def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
+def test_a_forked_process_has_no_decoders(gif):
     read_image(gif)
     child = os.fork()
     if not child:
@@ -342,7 +324,7 @@ def test_a_forked_process_has_no_decoders(gif: bytes) -> None:
     assert os.waitpid(child, 0)[1] == 0 and len(decoders._idle) == 1
 
 
-def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, gif: bytes) -> None:
+def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path, gif):
     (tmp_path / "image.gif").write_bytes(gif)
     script = (
         "import sys, time; from pathlib import Path\n"
@@ -367,7 +349,7 @@ def test_a_decoder_ends_with_its_parent_and_inherits_no_secrets(tmp_path: Path, 
     assert not alive
 
 
-def _seeds() -> list[bytes]:
+def _seeds():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -401,9 +383,7 @@ EDIT = st.tuples(st.integers(0, 2**16), st.integers(0, 3), st.binary(min_size=1,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=6))
-def test_a_mutated_file_is_an_image_or_an_image_error(
-    seed: bytes, edits: list[tuple[int, int, bytes]]
-) -> None:
+def test_a_mutated_file_is_an_image_or_an_image_error(seed, edits):
     data = bytearray(seed)
     for where, kind, new in edits:
         at = where % (len(data) + 1)
@@ -429,7 +409,7 @@ def test_a_mutated_file_is_an_image_or_an_image_error(
 
 
 @pytest.mark.slow
-def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
+def test_good_traffic_beside_a_stream_of_bombs(service):
     """Compares with the same traffic beside invalid files, which shows the machine's speed."""
     names = [
         *(name for name in REASONS if name in BOMBS),  # without HEIC's decoder, not its
@@ -458,13 +438,13 @@ def test_good_traffic_beside_a_stream_of_bombs(service: RunningService) -> None:
     assert np.quantile(beside, 0.95) < max(2.0, 4 * np.quantile(alone, 0.95))
 
 
-def _seconds_beside(service: RunningService, bad: list[bytes], seconds: float) -> list[float]:
+def _seconds_beside(service, bad, seconds):
     """Seconds of each request for a good image while two clients send bad files."""
     stop = threading.Event()
     refused: list[tuple[int, str]] = []
     taken = []
 
-    def send_bad(first: int) -> None:
+    def send_bad(first):
         with httpx.Client(base_url=service.url, timeout=120) as http:
             for i in range(first, 10**6):
                 if stop.is_set():

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -47,14 +46,14 @@ DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 STYLE = "{extends: default, rules: {line-length: {max: 140}, document-start: disable}}"
 
 
-def load(path: Path) -> Any:
+def load(path):
     return yaml.safe_load(path.read_text())
 
 
 # Prometheus
 
 
-def test_alarms_are_about_metrics_that_exist() -> None:
+def test_alarms_are_about_metrics_that_exist():
     known = {metric.name: {*WORKER_LABELS, *metric.labels} for metric in METRICS}
     known |= {m.name: set(m.labels) for m in (REFUSALS, START)}
     known["up"] = set()
@@ -77,7 +76,7 @@ def test_alarms_are_about_metrics_that_exist() -> None:
 @pytest.mark.parametrize(
     "command", [("check", "rules", *RULES), *(("test", "rules", path) for path in RULE_TESTS)]
 )
-def test_promtool_accepts_the_alarms(command: tuple[Any, ...]) -> None:
+def test_promtool_accepts_the_alarms(command):
     """Among others, neither one restart of a worker nor one high sum is an alarm."""
     done = subprocess.run([tool("promtool"), *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,17 +86,17 @@ def test_promtool_accepts_the_alarms(command: tuple[Any, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def pod() -> dict[str, Any]:
+def pod():
     return load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
 
 
 @pytest.fixture(scope="module")
-def container(pod: dict[str, Any]) -> dict[str, Any]:
+def container(pod):
     (only,) = pod["containers"]
     return only
 
 
-def test_every_manifest_is_reached_from_an_overlay() -> None:
+def test_every_manifest_is_reached_from_an_overlay():
     reached: set[Path] = set()
     folders = [KUBERNETES / "overlays" / name for name in OVERLAYS]
     while folders:
@@ -111,7 +110,7 @@ def test_every_manifest_is_reached_from_an_overlay() -> None:
     assert {path.resolve() for path in reached} == set(KUBERNETES.rglob("*.yaml"))
 
 
-def test_the_pod_has_no_rights(pod: dict[str, Any], container: dict[str, Any]) -> None:
+def test_the_pod_has_no_rights(pod, container):
     """It has the image's user, and can write only where the service must."""
     context = pod["securityContext"]
     assert context["runAsNonRoot"] and context["runAsUser"] == context["runAsGroup"] == USER
@@ -127,7 +126,7 @@ def test_the_pod_has_no_rights(pod: dict[str, Any], container: dict[str, Any]) -
     }
 
 
-def test_the_pods_arguments_are_those_of_the_command(container: dict[str, Any]) -> None:
+def test_the_pods_arguments_are_those_of_the_command(container):
     words = [word.replace("$(NAMESPACE)", "default") for word in container["args"]]
     args = parse(["serve", *words])
     assert args.expose_metrics
@@ -143,12 +142,7 @@ def test_the_pods_arguments_are_those_of_the_command(container: dict[str, Any]) 
     assert {variable["name"] for variable in container["env"]} == known
 
 
-def test_ports_and_probes(
-    pod: dict[str, Any],
-    container: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ports_and_probes(pod, container, tmp_path, monkeypatch):
     named = {"api": "inference", "metrics": "metrics", "page": "ui"}
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {name: VARIABLES[ours][1] for name, ours in named.items()}
@@ -182,7 +176,7 @@ def test_ports_and_probes(
     assert int(waits) > Limits.waiting_s + Limits.upstream_s
 
 
-def test_logs_outlive_the_container(container: dict[str, Any]) -> None:
+def test_logs_outlive_the_container(container):
     """An alarm that the service was started again names files that have the reason."""
     runtime, _ = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
     (kserve,) = runtime["spec"]["containers"]
@@ -195,7 +189,7 @@ def test_logs_outlive_the_container(container: dict[str, Any]) -> None:
         assert "/home/ade/.cache" in mounted
 
 
-def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:
+def test_secrets_are_those_that_are_read(container):
     (given,) = [v["valueFrom"] for v in container["env"] if v["name"] == TOKEN_VARIABLE]
     secret = {"name": "ade-token", "key": TOKEN_VARIABLE}
     assert given == {"secretKeyRef": secret}
@@ -206,7 +200,7 @@ def test_secrets_are_those_that_are_read(container: dict[str, Any]) -> None:
     assert f"secret generic ade-token --from-file={TOKEN_VARIABLE}=/dev/stdin" in command
 
 
-def test_the_clusters_alarms_are_prometheuss() -> None:
+def test_the_clusters_alarms_are_prometheuss():
     """The service's and the gate's: the manifest is what the script makes of their files."""
     path = KUBERNETES / "monitoring" / "prometheusrule.yaml"
     made = subprocess.run(
@@ -222,7 +216,7 @@ def test_the_clusters_alarms_are_prometheuss() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_an_overlay_renders_valid_objects(overlay: str) -> None:
+def test_an_overlay_renders_valid_objects(overlay):
     """Validated by Kubernetes's schemas, which lack the Prometheus Operator's objects."""
     validator = pytest.importorskip("kubernetes_validate")
     done = subprocess.run(
@@ -262,7 +256,7 @@ def test_an_overlay_renders_valid_objects(overlay: str) -> None:
 @pytest.mark.parametrize(
     "text, cores", [("100000 100000", 1), ("150000 100000", 2), ("max 100000", None), ("", None)]
 )
-def test_a_containers_limit_bounds_the_cores(tmp_path: Path, text: str, cores: int | None) -> None:
+def test_a_containers_limit_bounds_the_cores(tmp_path, text, cores):
     """Otherwise a pod with one core of sixty-four would start processes and threads for all."""
     (tmp_path / "cpu.max").write_text(text)
     (tmp_path / "none").write_text("max 1")
@@ -274,7 +268,7 @@ def test_a_containers_limit_bounds_the_cores(tmp_path: Path, text: str, cores: i
 # Objects of operators
 
 
-def operators_objects() -> dict[str, Any]:
+def operators_objects():
     """Each object of an operator in deploy/, by its kind."""
     paths = [
         DEPLOY / "kserve.yaml",
@@ -283,7 +277,7 @@ def operators_objects() -> dict[str, Any]:
     return {item["kind"]: item for path in paths for item in yaml.safe_load_all(path.read_text())}
 
 
-def test_objects_of_operators_are_valid() -> None:
+def test_objects_of_operators_are_valid():
     """Also without unknown fields, which an API server drops with a warning.
 
     The schemas are those of KServe and the Prometheus Operator in
@@ -306,7 +300,7 @@ def test_objects_of_operators_are_valid() -> None:
 # KServe
 
 
-def test_kserve_runs_the_same_container(pod: dict[str, Any], container: dict[str, Any]) -> None:
+def test_kserve_runs_the_same_container(pod, container):
     """Its runtime and service make the Deployment's pod, but for the engine, probes and bundle."""
     validator = pytest.importorskip("kubernetes_validate")
     runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
@@ -331,7 +325,7 @@ def test_kserve_runs_the_same_container(pod: dict[str, Any], container: dict[str
     assert served["resources"] == cpu["resources"]
 
 
-def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
+def test_kserve_finds_the_runtime_and_reaches_the_service():
     runtime, service = yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text())
     (accepted,) = runtime["spec"]["supportedModelFormats"]
     model = service["spec"]["predictor"]["model"]
@@ -360,7 +354,7 @@ def test_kserve_finds_the_runtime_and_reaches_the_service() -> None:
 # docker compose
 
 
-def test_compose_finds_its_files() -> None:
+def test_compose_finds_its_files():
     services = load(DEPLOY / "compose.yaml")["services"]
     for service in services.values():
         for volume in service.get("volumes", []):
@@ -380,13 +374,13 @@ def test_compose_finds_its_files() -> None:
     assert any("--owner ade" in step and "/home/ade/.cache" in step for _, step in STEPS)
 
 
-def test_compose_bounds_its_logs() -> None:
+def test_compose_bounds_its_logs():
     for service in load(DEPLOY / "compose.yaml")["services"].values():
         assert service["logging"]["driver"] == "local"
         assert set(service["logging"]["options"]) == {"max-size", "max-file"}
 
 
-def test_nginx_reads_secrets_that_were_replaced() -> None:
+def test_nginx_reads_secrets_that_were_replaced():
     """They are in a mounted folder, and the reload that the pages name finds the process."""
     nginx = load(DEPLOY / "compose.yaml")["services"]["nginx"]
     configuration = (DEPLOY / "nginx.conf").read_text()
@@ -400,14 +394,14 @@ def test_nginx_reads_secrets_that_were_replaced() -> None:
     assert f"exec nginx {options} -g " in nginx["command"][-1]
 
 
-def test_the_working_folder_holds_what_the_page_keeps() -> None:
+def test_the_working_folder_holds_what_the_page_keeps():
     """Its uploads and results, besides models, archives and logs."""
     pod = load(KUBERNETES / "base" / "deployment.yaml")["spec"]["template"]["spec"]
     (limit,) = [v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == "cache"]
     assert int(limit.removesuffix("Gi")) * 2**30 >= uploads.ALL_BYTES + sweep.MAX_BYTES + 2 * 2**30
 
 
-def test_an_image_for_a_gpu_gets_one() -> None:
+def test_an_image_for_a_gpu_gets_one():
     """The image of compose.yaml alone is for the CPU, the Dockerfile's default."""
     assert "args" not in load(DEPLOY / "compose.yaml")["services"]["ade"]["build"]
     ade = load(DEPLOY / "compose.gpu.yaml")["services"]["ade"]
@@ -416,7 +410,7 @@ def test_an_image_for_a_gpu_gets_one() -> None:
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 
 
-def test_compose_accepts_it() -> None:
+def test_compose_accepts_it():
     compose = shutil.which("docker-compose") or "/usr/libexec/docker/cli-plugins/docker-compose"
     if not Path(compose).exists():
         pytest.skip("docker-compose is not installed")
@@ -429,7 +423,7 @@ def test_compose_accepts_it() -> None:
     assert refused.returncode != 0 and "set a password for Grafana" in refused.stderr
 
 
-def test_prometheus_reads_its_configuration() -> None:
+def test_prometheus_reads_its_configuration():
     found = load(DEPLOY / "prometheus" / "prometheus.yml")
     (job,) = found["scrape_configs"]
     assert job["job_name"] == "ade"
@@ -443,7 +437,7 @@ def test_prometheus_reads_its_configuration() -> None:
 # Style
 
 
-def test_the_workflow_installs_the_tools_of_the_tests() -> None:
+def test_the_workflow_installs_the_tools_of_the_tests():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     (tools,) = re.findall(
         r"^for tool in (.*); do$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
@@ -453,7 +447,7 @@ def test_the_workflow_installs_the_tools_of_the_tests() -> None:
     assert installed == [packages] * 2
 
 
-def test_yamllint() -> None:
+def test_yamllint():
     pytest.importorskip("yamllint")
     from yamllint import config, linter
 
@@ -463,14 +457,14 @@ def test_yamllint() -> None:
     assert len(files) > 12 and problems == []
 
 
-def test_gixy() -> None:
+def test_gixy():
     """Its finding that a path is normalised is wrong here: the path is one word of the pattern."""
     command = [tool("gixy"), "--skips", "proxy_pass_normalized", DEPLOY / "nginx.conf"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and ">> Problem" not in done.stdout, done.stdout
 
 
-def test_the_documented_patch_changes_the_bundle(container: dict[str, Any]) -> None:
+def test_the_documented_patch_changes_the_bundle(container):
     """docs/how-to/containers.md counts the arguments of the Deployment."""
     page = (ROOT / "docs" / "how-to" / "containers.md").read_text()
     (block,) = re.findall(r"```yaml\n(patches:.*?)```", page, re.DOTALL)
@@ -484,7 +478,7 @@ def test_the_documented_patch_changes_the_bundle(container: dict[str, Any]) -> N
     assert found.allowed_hosts == "ade.example.org"
 
 
-def test_the_documented_limits_are_those_of_the_proxy() -> None:
+def test_the_documented_limits_are_those_of_the_proxy():
     """An address has its limit twice, because those of a location replace those of the server."""
     proxy = (DEPLOY / "nginx.conf").read_text()
     (rate,) = re.findall(r"zone=requests:\S+ rate=(\d+)r/s", proxy)

@@ -1,9 +1,6 @@
 """The learned dequantisation: a bijection of positions that makes the bound tighter."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ from tests.training_runs import trainer
 LEARNED = dataclasses.replace(TINY, dequantizer_width=6)
 
 
-def images_and_positions(channels: int = 3, n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def images_and_positions(channels=3, n=2):
     generator = torch.Generator().manual_seed(1)
     shape = (n, channels, 4, 4)
     images = torch.randint(0, 256, shape, generator=generator).double()
@@ -31,7 +28,7 @@ def images_and_positions(channels: int = 3, n: int = 2) -> tuple[torch.Tensor, t
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_it_starts_with_uniform_positions(channels: int) -> None:
+def test_it_starts_with_uniform_positions(channels):
     images, u = images_and_positions(channels)
     positions, log_det_map = Dequantizer(channels, 5).double()(images, u)
     assert torch.allclose(positions, u, atol=1e-12)
@@ -39,14 +36,14 @@ def test_it_starts_with_uniform_positions(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_its_log_determinant_is_that_of_its_jacobian(channels: int) -> None:
+def test_its_log_determinant_is_that_of_its_jacobian(channels):
     dequantizer = shake(Dequantizer(channels, 5), scale=0.1).double()
     images, u = images_and_positions(channels)
     positions, log_det_map = dequantizer(images, u)
     assert not torch.allclose(positions, u, atol=0.01)
     for image, position, log_det in zip(images, u, log_det_map, strict=True):
 
-        def moved(v: torch.Tensor, image: torch.Tensor = image) -> torch.Tensor:
+        def moved(v, image=image):
             return dequantizer(image[None], v[None])[0][0].flatten()
 
         jacobian = torch.autograd.functional.jacobian(moved, position)
@@ -54,7 +51,7 @@ def test_its_log_determinant_is_that_of_its_jacobian(channels: int) -> None:
         assert log_det.sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_positions_stay_in_their_bins_for_any_weights() -> None:
+def test_positions_stay_in_their_bins_for_any_weights():
     dequantizer = shake(Dequantizer(3, 5), scale=30.0)
     images, u = (values.float() for values in images_and_positions())
     for place in (u, torch.zeros_like(u), torch.full_like(u, 1 - 2**-24)):
@@ -65,7 +62,7 @@ def test_positions_stay_in_their_bins_for_any_weights() -> None:
     assert torch.equal(quantize((images + positions) / 256), images)
 
 
-def test_the_bound_counts_its_density() -> None:
+def test_the_bound_counts_its_density():
     model = make_model(LEARNED)
     images = torch.randint(0, 256, (2, 3, 8, 8)).float()
     eps = [torch.randn(2, *shape) for shape in TINY.latent_shapes]
@@ -80,7 +77,7 @@ def test_the_bound_counts_its_density() -> None:
     assert torch.allclose(found.cost_nats.sum((1, 2, 3)), -found.terms.log_weight, rtol=1e-4)
 
 
-def test_it_makes_the_bound_tighter() -> None:
+def test_it_makes_the_bound_tighter():
     """Trained alone, with a model whose density falls steeply within the bins."""
     torch.manual_seed(0)
     model = make_model(dataclasses.replace(LEARNED, flow_scales=1), scale=0.0)
@@ -91,7 +88,7 @@ def test_it_makes_the_bound_tighter() -> None:
     images = torch.randint(120, 136, (64, 3, 1, 1)).expand(-1, -1, 8, 8).float()
     eps = [torch.zeros(64, *shape) for shape in TINY.latent_shapes]
 
-    def bound() -> torch.Tensor:
+    def bound():
         return model.elbo_terms(model.dequantize(images, torch.rand(images.shape)), eps).log_weight
 
     with torch.no_grad():
@@ -106,7 +103,7 @@ def test_it_makes_the_bound_tighter() -> None:
     assert after > before + 0.05 * TINY.num_dims
 
 
-def test_a_stored_model_scores_the_same_in_onnx(tmp_path: Path) -> None:
+def test_a_stored_model_scores_the_same_in_onnx(tmp_path):
     model = make_model(LEARNED)
     save_model(model, tmp_path, {"recipe": "v-ade"})
     model = load_model(tmp_path)
@@ -123,14 +120,14 @@ def test_a_stored_model_scores_the_same_in_onnx(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["parts"], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_it_needs_an_inference_network() -> None:
+def test_it_needs_an_inference_network():
     with pytest.raises(ConfigError, match="dequantizer_width must be 0 without an inference"):
         dataclasses.replace(LEARNED, encoder=False)
     with pytest.raises(ConfigError, match="dequantizer_width must be an integer of at least 0"):
         dataclasses.replace(TINY, dequantizer_width=-1)
 
 
-def test_a_training_step_trains_it_with_the_likelihood_alone() -> None:
+def test_a_training_step_trains_it_with_the_likelihood_alone():
     config = narrow("av-ade", dequantizer_width=4)
     trained = trainer(config)
     dequantizer = trained.model.dequantizer
@@ -147,7 +144,7 @@ def test_a_training_step_trains_it_with_the_likelihood_alone() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(dequantizer.parameters(), before, strict=True))
 
 
-def test_encode_sees_what_score_sees_at_the_median_of_the_positions() -> None:
+def test_encode_sees_what_score_sees_at_the_median_of_the_positions():
     """Otherwise the noise of latents, which is score's, would not give the latents again."""
     graphs = Graphs(make_model(LEARNED, scale=0.05))
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)

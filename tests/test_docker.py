@@ -1,7 +1,5 @@
 """The Dockerfile's files, steps and commands, checked without a Docker engine."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +23,7 @@ USER = 10001
 HEALTH = json.loads(re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", TEXT, re.MULTILINE)[0])
 
 
-def test_every_copied_file_exists_and_is_in_the_context() -> None:
+def test_every_copied_file_exists_and_is_in_the_context():
     kept = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -39,12 +36,12 @@ def test_every_copied_file_exists_and_is_in_the_context() -> None:
                 assert source in kept, f"{source} is not in the build's context"
 
 
-def test_every_package_is_copied() -> None:
+def test_every_package_is_copied():
     copied = " ".join(arguments for kind, arguments in STEPS if kind == "COPY")
     assert set(PACKAGES) <= set(copied.split())
 
 
-def test_libraries_are_a_layer_without_the_sources(tmp_path: Path) -> None:
+def test_libraries_are_a_layer_without_the_sources(tmp_path):
     """Otherwise each change of a source would install them again. Only pip is replaced here."""
     (at,) = [i for i, (_, step) in enumerate(STEPS) if '".[${DEVICE},${ENGINE}]"' in step]
     (before,) = [i for i in range(at) if STEPS[i] == ("FROM", "python:${PYTHON}-slim AS libraries")]
@@ -56,27 +53,25 @@ def test_libraries_are_a_layer_without_the_sources(tmp_path: Path) -> None:
     subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True)
 
 
-def test_it_runs_unprivileged_and_has_a_health_check() -> None:
+def test_it_runs_unprivileged_and_has_a_health_check():
     kinds = [kind for kind, _ in STEPS]
     assert kinds.index("USER") > len(kinds) - 1 - kinds[::-1].index("FROM")
     assert ("USER", f"{USER}:{USER}") in STEPS and f"--uid {USER} ade" in TEXT
     assert HEALTH[0] == "python" and "/readyz" in HEALTH[-1]
 
 
-def test_no_proxy_stands_between_the_service_and_its_own_checks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_proxy_stands_between_the_service_and_its_own_checks(monkeypatch):
     """A proxy of the environment cannot reach this machine's loopback interface."""
 
     class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'{"ready": true}')
 
         do_POST = do_GET
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
@@ -102,7 +97,7 @@ def test_no_proxy_stands_between_the_service_and_its_own_checks(
             server.shutdown()
 
 
-def test_the_entry_point_passes_arguments_on() -> None:
+def test_the_entry_point_passes_arguments_on():
     entry = json.loads(next(arguments for kind, arguments in STEPS if kind == "ENTRYPOINT"))
     command = json.loads(next(arguments for kind, arguments in STEPS if kind == "CMD"))
     assert entry[:2] == ["tini", "--"] and "install --yes --no-install-recommends tini" in TEXT

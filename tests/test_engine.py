@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,23 +25,21 @@ from tests.helpers import PRETRAINED, with_calibrations
 
 
 @pytest.fixture
-def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+def engine(pretrained_engine):
     return pretrained_engine
 
 
 @pytest.fixture(scope="module")
-def torchscript() -> InferenceEngine:
+def torchscript():
     return InferenceEngine(PRETRAINED, backend="torchscript", device="cpu")
 
 
-def same(a: list, b: list) -> bool:
+def same(a, b):
     return all(isinstance(x, Score) and x == y for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 7, 12, 23, 32, 33, 64])
-def test_the_same_bytes_in_any_batch(
-    engine: InferenceEngine, real_images: np.ndarray, batch: int
-) -> None:
+def test_the_same_bytes_in_any_batch(engine, real_images, batch):
     images = real_images[:64]
     alone = engine.score(images[:1]) + engine.score(images[63:64])
     scores = engine.score(images[64 - batch :])
@@ -61,9 +58,7 @@ def test_the_same_bytes_in_any_batch(
     assert np.array_equal(samples[-1], engine.sample([5], [batch - 1])[0])
 
 
-def test_backends_agree(
-    engine: InferenceEngine, torchscript: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_backends_agree(engine, torchscript, real_images):
     images = real_images[:24]
     for a, b in zip(engine.score(images), torchscript.score(images), strict=True):
         assert abs(a.bpd - b.bpd) <= 1e-4 and a.parts.keys() == b.parts.keys()
@@ -78,7 +73,7 @@ def test_backends_agree(
     assert abs(alone.bpd - torchscript.score(images)[0].bpd) <= 1e-5
 
 
-def test_parts_sum_to_the_bpd(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_parts_sum_to_the_bpd(engine, real_images):
     for samples in (1, 5):
         for score in engine.score(real_images[:4], samples=[samples] * 4):
             assert math.isclose(sum(score.parts.values()), score.bpd, abs_tol=1e-9)
@@ -86,22 +81,20 @@ def test_parts_sum_to_the_bpd(engine: InferenceEngine, real_images: np.ndarray) 
             assert (score.standard_error is None) == (samples == 1)
 
 
-def test_more_draws_tighten_the_bound(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_more_draws_tighten_the_bound(engine, real_images):
     images = real_images[:16]
     means = [np.mean([s.bpd for s in engine.score(images, samples=[k] * 16)]) for k in (1, 8, 32)]
     assert means[0] > means[1] > means[2]
 
 
-def test_the_verdict_does_not_depend_on_seed_or_samples(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_the_verdict_does_not_depend_on_seed_or_samples(engine, real_images):
     (base,) = engine.score(real_images[:1])
     (other,) = engine.score(real_images[:1], seeds=[99], samples=[4])
     assert base.verdict is not None and base.verdict == other.verdict and base.bpd != other.bpd
     assert engine.calibration is not None and len(engine.calibration.bpd) == 3000
 
 
-def test_options_change_samples(engine: InferenceEngine) -> None:
+def test_options_change_samples(engine):
     base = engine.sample([1], [0])
     for other in (
         engine.sample([2], [0]),
@@ -112,15 +105,13 @@ def test_options_change_samples(engine: InferenceEngine) -> None:
         assert not np.array_equal(base, other)
 
 
-def test_decoding_the_latents_reconstructs(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_decoding_the_latents_reconstructs(engine, real_images):
     images = real_images[:3]
     z = [level.z for level in engine.encode(images)]
     assert np.abs(engine.decode(z, [0] * 3).astype(int) - engine.reconstruct(images)).max() <= 1
 
 
-def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_noise_samples_what_was_encoded(engine, real_images):
     """``eps`` gives ``z`` again; the fewer levels are kept, the more is lost."""
     images, count = real_images[:12], len(engine.latent_shapes)
     levels = engine.encode(images, eps=[True] * 12)
@@ -144,7 +135,7 @@ def test_noise_samples_what_was_encoded(engine: InferenceEngine, real_images: np
         assert np.array_equal(one.z, both.z)
 
 
-def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
+def test_noise_of_a_seed_is_its_sample(engine):
     streams = [NoiseStream(sample_key(7, i)) for i in range(3)]
     eps = [
         np.stack(level)
@@ -159,7 +150,7 @@ def test_noise_of_a_seed_is_its_sample(engine: InferenceEngine) -> None:
     assert np.array_equal(engine.sample_with(eps, [7] * 3, density), expected)
 
 
-def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
+def test_a_missing_gpu_is_an_error_not_a_silent_cpu():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         engine = InferenceEngine(PRETRAINED, device="cuda", operations=["score"])
@@ -175,9 +166,7 @@ def test_a_missing_gpu_is_an_error_not_a_silent_cpu() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_images_of_another_type_or_shape_are_refused(
-    tiny_bundle: Path, small_images: np.ndarray, backend: str
-) -> None:
+def test_images_of_another_type_or_shape_are_refused(tiny_bundle, small_images, backend):
     """TorchScript would compute with them, and give wrong numbers."""
     engine = InferenceEngine(tiny_bundle, backend, "cpu")
     for method in ("encode", "reconstruct", "score", "statistics", "features"):
@@ -191,7 +180,7 @@ def test_images_of_another_type_or_shape_are_refused(
                 getattr(engine, method)(wrong)
 
 
-def test_scores_take_one_value_per_image(tiny_bundle: Path, small_images: np.ndarray) -> None:
+def test_scores_take_one_value_per_image(tiny_bundle, small_images):
     engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
     two = small_images[:2]
     arguments: dict[str, Any] = {
@@ -212,9 +201,7 @@ def test_scores_take_one_value_per_image(tiny_bundle: Path, small_images: np.nda
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_each_count_runs_in_buckets_if_sizes_are_fixed(
-    tiny_bundle: Path, small_images: np.ndarray, fixed: bool
-) -> None:
+def test_each_count_runs_in_buckets_if_sizes_are_fixed(tiny_bundle, small_images, fixed):
     """And is padded only then, which changes no score."""
     engine = InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
     sizes: list[int] = []
@@ -237,9 +224,7 @@ def test_each_count_runs_in_buckets_if_sizes_are_fixed(
             assert sum(sizes) == count
 
 
-def test_bound_buffers_give_the_same_bytes_and_keep_nothing(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_bound_buffers_give_the_same_bytes_and_keep_nothing(engine, real_images):
     """Run the code for CUDA on the CPU: buffers are reused, and later batches change no answer."""
     session = engine.backend._sessions["encode"]
     bound = BoundGraph(session, "cpu", 0, capture=False)
@@ -262,19 +247,17 @@ def test_bound_buffers_give_the_same_bytes_and_keep_nothing(
     assert set(bound.run(inputs, names[:1])) == {names[0]}
 
 
-def as_json(**values) -> RawRequest:
+def as_json(**values):
     return RawRequest("application/json", values)
 
 
-def file(pixels: np.ndarray) -> str:
+def file(pixels):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
 
 
-def test_neighbours_of_a_broken_request_get_their_normal_answers(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_neighbours_of_a_broken_request_get_their_normal_answers(engine, real_images):
     service = Service("score", engine)
     good = [as_json(images=[file(image)]) for image in real_images[:3]]
     expected = [answer.body for request in good for answer in service.answer([request])]
@@ -295,9 +278,7 @@ def test_neighbours_of_a_broken_request_get_their_normal_answers(
     assert "bpd" in results[0] and results[1]["error"]["index"] == 1
 
 
-def test_a_failure_of_one_computation_fails_that_request_alone(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_of_one_computation_fails_that_request_alone(engine, real_images, monkeypatch):
     service = Service("score", engine)
     whole = engine.score
 
@@ -318,9 +299,7 @@ def test_a_failure_of_one_computation_fails_that_request_alone(
     assert b"secret" not in answers[1].body
 
 
-def test_each_path_has_its_own_verdict(
-    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_each_path_has_its_own_verdict(tiny_bundle, tmp_path, small_images):
     """In one batch, the same pixels are judged by the calibration of their kind, resized or not."""
     from export.gate.calibrate import calibrate_bundle
 
@@ -377,9 +356,7 @@ def test_each_path_has_its_own_verdict(
     assert not list(tmp_path.glob("other*")) and not list(tmp_path.glob(".other*"))
 
 
-def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
-    real_images: np.ndarray,
-) -> None:
+def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(real_images):
     from export.gate.pair import resize_and_back
 
     made = np.stack([resize_and_back(image).pixels for image in real_images[:20]])
@@ -391,8 +368,8 @@ def test_images_that_stand_for_resized_ones_depend_on_their_pixels_alone(
 
 
 def test_a_request_without_usable_images_costs_its_neighbours_nothing(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    engine, real_images, monkeypatch
+):
     calls = []
     encode = engine.encode
     monkeypatch.setattr(
@@ -406,9 +383,7 @@ def test_a_request_without_usable_images_costs_its_neighbours_nothing(
     assert calls == [1, 1]
 
 
-def test_a_group_of_two_calibrations_has_a_note(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_a_group_of_two_calibrations_has_a_note(engine, real_images):
     plain, larger = file(real_images[0]), file(real_images[1].repeat(2, 0).repeat(2, 1))
     mixed, alike = Service("score", engine).answer(
         [as_json(images=[plain, image], resize="fit", fdr=0.5) for image in (larger, plain)]
@@ -418,10 +393,8 @@ def test_a_group_of_two_calibrations_has_a_note(
     assert "notes" not in json.loads(alike.body)["group"]
 
 
-def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(
-    real_images: np.ndarray, tmp_path: Path
-) -> None:
-    def halve(both: CalibrationPair) -> CalibrationPair:
+def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(real_images, tmp_path):
+    def halve(both):
         few = dataclasses.replace(
             both.resized, scores=both.resized.scores[::2], reference=both.resized.reference[::2]
         )
@@ -430,7 +403,7 @@ def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(
     halved = InferenceEngine(with_calibrations(PRETRAINED, tmp_path / "halved", halve))
     plain, larger = file(real_images[0]), file(real_images[1].repeat(2, 0).repeat(2, 1))
 
-    def ask(**parameters: float) -> dict[str, Any]:
+    def ask(**parameters):
         (answer,) = Service("score", halved).answer(
             [as_json(images=[plain, larger], resize="fit", **parameters)]
         )
@@ -443,7 +416,7 @@ def test_a_group_counts_by_the_smaller_calibration_and_up_to_alpha(
     assert ask(fdr=0.5, alpha=most)["group"]["rejected"] == 2 and least < most
 
 
-def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> None:
+def test_an_alpha_that_nothing_can_reach_is_noted(engine):
     smallest = engine.calibration.smallest_p_value
     noise = file(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     least, less = Service("score", engine).answer(
@@ -458,12 +431,10 @@ def test_an_alpha_that_nothing_can_reach_is_noted(engine: InferenceEngine) -> No
     assert missed["notes"][0].startswith("nothing can be flagged at alpha 0.000166611: 3000 images")
 
 
-def test_latents_that_are_not_finite_are_that_image_s_error(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_that_are_not_finite_are_that_image_s_error(engine, real_images, monkeypatch):
     whole = engine.encode
 
-    def corrupted(images: np.ndarray, *options) -> list:
+    def corrupted(images, *options):
         levels = whole(images, *options)
         levels[1].z[1, 0, 0, 0] = np.inf
         return levels
@@ -482,13 +453,11 @@ def test_latents_that_are_not_finite_are_that_image_s_error(
     assert npz.status == 422 and json.loads(npz.body)["error"]["index"] == 1
 
 
-def test_statistics_that_are_not_finite_are_that_image_s_error(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_that_are_not_finite_are_that_image_s_error(engine, real_images, monkeypatch):
     (expected,) = engine.score(real_images[:1])
     whole = engine.backend.run
 
-    def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
+    def corrupted(graph, inputs, wanted=None):
         outputs = whole(graph, inputs, wanted)
         return {
             **outputs,
@@ -512,9 +481,7 @@ def test_statistics_that_are_not_finite_are_that_image_s_error(
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_the_map_sums_to_the_bits_of_the_image(
-    engine: InferenceEngine, real_images: np.ndarray, samples: int
-) -> None:
+def test_the_map_sums_to_the_bits_of_the_image(engine, real_images, samples):
     images = np.concatenate([real_images[:3], np.full((1, 32, 32, 3), 200, np.uint8)])
     plain = engine.score(images, samples=[samples] * 4)
     mapped = engine.score(images, samples=[samples] * 4, maps=[True, False, True, True])
@@ -528,16 +495,14 @@ def test_the_map_sums_to_the_bits_of_the_image(
     assert np.array_equal(alone.bits, mapped[2].bits)
 
 
-def test_a_map_is_of_the_requested_seed_alone(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_a_map_is_of_the_requested_seed_alone(engine, real_images):
     """The verdict takes a draw of seed 0 besides."""
     (judged,) = engine.score(real_images[:1], [5], maps=[True])
     (bare,) = engine.score(real_images[:1], [5], maps=[True], calibrations=[CalibrationPair()])
     assert judged.verdict and bare.verdict is None and np.array_equal(judged.bits, bare.bits)
 
 
-def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: np.ndarray) -> None:
+def test_the_raw_map_needs_no_correction(engine, real_images):
     """The graph's pixels alone already sum to the score's parts, within float32."""
     from export.parity import make_inputs
     from serving.engine.signatures import inputs_of
@@ -550,9 +515,7 @@ def test_the_raw_map_needs_no_correction(engine: InferenceEngine, real_images: n
     assert np.allclose(cost.sum((1, 2, 3)), parts.sum(1) * 3072, rtol=1e-5)
 
 
-def test_a_map_highlights_an_unusual_region(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_a_map_highlights_an_unusual_region(engine, real_images):
     image = real_images[0].copy()
     image[8:16, 16:24] = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
     (score,) = engine.score(image[None], maps=[True])

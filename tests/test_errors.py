@@ -1,10 +1,7 @@
 """Every error that users see is a UserError, and ``ade`` shows it without a traceback."""
 
-from __future__ import annotations
-
 import ast
 import builtins
-from typing import Any
 
 import pytest
 
@@ -46,13 +43,13 @@ OTHERS_OF_EXTENSIONS = {
 }
 
 
-def with_subclasses(names: set[str]) -> set[str]:
+def with_subclasses(names):
     while more := {name for name, bases in CLASSES if bases & names} - names:
         names = names | more
     return names
 
 
-def test_every_error_is_a_users_or_never_reaches_one() -> None:
+def test_every_error_is_a_users_or_never_reaches_one():
     errors, users = with_subclasses(BUILTIN), with_subclasses({"UserError"})
     assert len(users) > 25  # the walk finds them
     others = {name for name, bases in CLASSES if bases & errors and not bases & users}
@@ -64,8 +61,8 @@ def test_every_error_is_a_users_or_never_reaches_one() -> None:
     assert {name for name in others if not name.startswith("_")} == expected
 
 
-def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
-    def run(args: Any) -> None:
+def fail_with(error, monkeypatch):
+    def run(args):
         raise error
 
     monkeypatch.setattr("ade_cli.score.run", run)
@@ -73,14 +70,12 @@ def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("kind", [UserError, ConfigError])
-def test_an_error_of_a_user_is_one_line(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_a_user_is_one_line(kind, monkeypatch, capsys):
     assert fail_with(kind("alpha must be below 1, got 2"), monkeypatch) == 2
     assert capsys.readouterr().err == "ade score: --alpha must be below 1, got 2\n"
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyError])
-def test_a_bug_is_a_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_traceback(kind, monkeypatch):
     with pytest.raises(kind):
         fail_with(kind("x"), monkeypatch)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ade_cli.data_options import dataset_of_run
@@ -15,20 +13,17 @@ from ade_cli.main import main
 from export.write import evaluation_of
 from tests.helpers import make_folder
 from tests.training_runs import trained_on
-from training.data import Dataset
 from training.datasets.files import part_of
 from training.runs import latest_checkpoint
 
 
 @pytest.fixture
-def run(folder: Path, tmp_path: Path) -> Path:
+def run(folder, tmp_path):
     """A short run on the images of ``folder``."""
     return trained_on(folder, tmp_path / "run")
 
 
-def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(run, capsys):
     checkpoint = latest_checkpoint(run)
     for place, count, kept in ((checkpoint, 6, 6), (run, 4, 6), (checkpoint, 7, 7)):
         given = ["--final", "--images", str(count), "--device", "cpu"]
@@ -40,13 +35,11 @@ def test_a_checkpoint_is_measured_like_its_run_and_keeps_the_better_figures(
     assert (run / "cache").is_dir() and not (checkpoint / "cache").exists()
 
 
-def test_figures_of_a_checkpoint_that_was_replaced_are_printed(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_of_a_checkpoint_that_was_replaced_are_printed(run, monkeypatch, capsys):
     """As a training does that still runs."""
     checkpoint = latest_checkpoint(run)
 
-    def replace(*given: Any) -> Dataset:
+    def replace(*given):
         shutil.rmtree(checkpoint)
         return dataset_of_run(*given)
 
@@ -58,9 +51,7 @@ def test_figures_of_a_checkpoint_that_was_replaced_are_printed(
     assert f"{checkpoint} was replaced by a newer checkpoint meanwhile" in printed.err
 
 
-def test_copies_of_training_images_are_counted(
-    small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_copies_of_training_images_are_counted(small_images, tmp_path, capsys):
     folder = make_folder(tmp_path / "images", small_images[:40])
     files = sorted(folder.rglob("*.png"))
     trained = next(file for file in files if part_of(file.name) == "train")
@@ -72,13 +63,7 @@ def test_copies_of_training_images_are_counted(
     assert " images are copies of training images" in said
 
 
-def test_figures_are_stored_by_part_and_are_not_lost(
-    folder: Path,
-    run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_figures_are_stored_by_part_and_are_not_lost(folder, run, tmp_path, monkeypatch, capsys):
     path = latest_checkpoint(run) / "evaluation.json"
     given = ["evaluate", str(run), "--device", "cpu"]
     old = {"data": "x", "part": "test", "images": 1000}  # as version 0.2 wrote it
@@ -107,9 +92,7 @@ def test_figures_are_stored_by_part_and_are_not_lost(
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
-def test_a_bundle_names_its_data_but_not_their_place(
-    verb: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_names_its_data_but_not_their_place(verb, tiny_bundle, tmp_path, capsys):
     out = [str(tmp_path / "out")] if verb == "export" else []
     assert main([verb, str(tiny_bundle), *out]) == 2
     assert f"{tiny_bundle} does not record where its images are" in capsys.readouterr().err

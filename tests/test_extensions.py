@@ -1,13 +1,9 @@
 """The product works without its extensions: each is a folder that can be deleted."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
@@ -39,7 +35,7 @@ sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider"]))
 """
 
 
-def copy_tree(into: Path, deleted: Iterable[str]) -> None:
+def copy_tree(into, deleted):
     """Copy the code but for these folders; what else is there are links."""
     for source in ROOT.iterdir():
         if source.name.startswith(".") or source.name in deleted:
@@ -56,7 +52,7 @@ def copy_tree(into: Path, deleted: Iterable[str]) -> None:
         shutil.rmtree(into / name, ignore_errors=True)
 
 
-def run_in(tree: Path, script: str) -> str:
+def run_in(tree, script):
     command = [sys.executable, "-c", PREPARED + script]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -64,7 +60,7 @@ def run_in(tree: Path, script: str) -> str:
 
 
 @pytest.mark.parametrize("deleted", ["extensions", *(f"extensions/{name}" for name in NAMES)])
-def test_the_core_works_without_extensions(deleted: str, tmp_path: Path) -> None:
+def test_the_core_works_without_extensions(deleted, tmp_path):
     """Its modules are imported, and the help has the verbs of the extensions that are left."""
     copy_tree(tmp_path, [deleted])
     help_text = run_in(tmp_path, IMPORTS_AND_HELP)
@@ -76,20 +72,20 @@ def test_the_core_works_without_extensions(deleted: str, tmp_path: Path) -> None
     assert {"serve", "score", "fit"} <= shown
 
 
-def test_the_tests_are_collected_without_extensions_and_benchmarks(tmp_path: Path) -> None:
+def test_the_tests_are_collected_without_extensions_and_benchmarks(tmp_path):
     copy_tree(tmp_path, ["extensions", "benchmarks"])
     collected = run_in(tmp_path, COLLECTS_TESTS)
     assert "tests/test_contract.py" in collected and "extensions/" not in collected
 
 
-def extension(name: str) -> Extension:
+def extension(name):
     found = load(f"extensions.{name}.plugin:EXTENSION")
     assert isinstance(found, Extension)
     return found
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_words_of_each_extension_are_known(name: str) -> None:
+def test_the_words_of_each_extension_are_known(name):
     """So that the commands in the documentation can be told apart from misspelt ones."""
     its = extension(name)
     words = {*its.verbs, *its.engines, *its.score_engines, *its.datasets}
@@ -97,6 +93,6 @@ def test_the_words_of_each_extension_are_known(name: str) -> None:
     assert words == WORDS_OF_EXTENSIONS.get(name, set())
 
 
-def test_a_misspelt_hook_fails() -> None:
+def test_a_misspelt_hook_fails():
     with pytest.raises(TypeError, match="verb"):
         Extension(verb={})  # type: ignore[call-arg]

@@ -1,7 +1,5 @@
 """No OOD image is ever accepted because a verdict is missing, whatever way it arrives."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json
@@ -9,10 +7,8 @@ import math
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -57,9 +53,7 @@ PATHS = ("of the model's size", "resized")
 
 
 @pytest.fixture(scope="module")
-def bundles(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def bundles(tiny_bundle, small_images, tmp_path_factory):
     """Bundles with calibrations for both kinds, for one, for both with too few images, for none."""
     out = tmp_path_factory.mktemp("bundles")
     calibrate_bundle(tiny_bundle, out / "calibrated", small_images[:20], small_images[20:40], "few")
@@ -74,7 +68,7 @@ def bundles(
 
 
 @pytest.fixture(scope="module")
-def ood_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def ood_paths(tmp_path_factory):
     """An OOD image of the model's size, and a larger one."""
     folder = tmp_path_factory.mktemp("ood")
     rng = np.random.default_rng(0)
@@ -85,7 +79,7 @@ def ood_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "8.png", folder / "20.png"]
 
 
-def check(name: str, path: int, choice: str, reason: str | None) -> None:
+def check(name, path, choice, reason):
     expected = EXPECTED[name][path]
     if expected == "reject":
         assert (choice, reason) == ("reject", None)
@@ -95,13 +89,7 @@ def check(name: str, path: int, choice: str, reason: str | None) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("path", (0, 1), ids=PATHS)
-def test_over_http_in_the_gate_in_files_and_on_the_page(
-    name: str,
-    path: int,
-    bundles: dict[str, Path],
-    ood_paths: list[Path],
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_over_http_in_the_gate_in_files_and_on_the_page(name, path, bundles, ood_paths, capsys):
     engine = InferenceEngine(bundles[name], device="cpu", operations=["score"])
     image = base64.b64encode(ood_paths[path].read_bytes()).decode()
     (answer,) = Service("score", engine).answer(
@@ -138,20 +126,20 @@ def test_over_http_in_the_gate_in_files_and_on_the_page(
     assert choice == row["decision"] and ("looks unlike" in sentence) == (choice == "reject")
 
 
-def prefix_of(name: str) -> str | None:
+def prefix_of(name):
     """The first bundle has no prefix, as in ``ade serve``."""
     return None if name == next(iter(EXPECTED)) else name
 
 
 @pytest.fixture(scope="module")
-def url(bundles: dict[str, Path]) -> Iterator[str]:
+def url(bundles):
     """Address of a server of all bundles."""
     with answered_here(bundles) as address:
         yield address
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
+def test_over_the_client(name, url, ood_paths):
     with AdeClient(url, model=prefix_of(name)) as client:
         results = client.score([*ood_paths, b"no image"], alpha=ALPHA, resize=True)
         assert not any(result.accepted for result in results)
@@ -168,7 +156,7 @@ def test_over_the_client(name: str, url: str, ood_paths: list[Path]) -> None:
 
 
 @pytest.fixture
-def page_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def page_files(tmp_path, monkeypatch):
     """The page's folder."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
 
@@ -188,8 +176,8 @@ def page_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_manifest_without_the_hash_of_a_calibration_is_refused(
-    change: str, message: str, bundles: dict[str, Path], tmp_path: Path
-) -> None:
+    change, message, bundles, tmp_path
+):
     """Whoever adds or removes the file of a calibration decides nothing."""
     bundle = Path(shutil.copytree(bundles["both"], tmp_path / "bundle"))
     path = bundle / "manifest.json"
@@ -222,9 +210,7 @@ def test_a_manifest_without_the_hash_of_a_calibration_is_refused(
 
 @pytest.mark.usefixtures("page_files")
 @pytest.mark.parametrize("own", ["both", "none"])
-def test_the_page_judges_by_the_calibration_of_the_service(
-    own: str, bundles: dict[str, Path], ood_paths: list[Path]
-) -> None:
+def test_the_page_judges_by_the_calibration_of_the_service(own, bundles, ood_paths):
     bundle = open_bundle(bundles[own])
     with answered_here({"both": bundle.folder}) as url, AdeClient(url) as client:
         served = Models(url, [bundle], None)
@@ -243,9 +229,7 @@ def test_the_page_judges_by_the_calibration_of_the_service(
 
 
 @pytest.mark.usefixtures("page_files")
-def test_the_page_gives_no_verdict_if_another_release_answers(
-    bundles: dict[str, Path], ood_paths: list[Path]
-) -> None:
+def test_the_page_gives_no_verdict_if_another_release_answers(bundles, ood_paths):
     """As while a release is published."""
     with answered_here({"both": bundles["few"]}) as url:
         score = page_function(Models(url, [open_bundle(bundles["both"])], None), "score")
@@ -255,9 +239,7 @@ def test_the_page_gives_no_verdict_if_another_release_answers(
 
 
 @pytest.mark.usefixtures("page_files")
-def test_score_many_accepts_nothing_without_verdicts(
-    bundles: dict[str, Path], small_images: np.ndarray
-) -> None:
+def test_score_many_accepts_nothing_without_verdicts(bundles, small_images):
     """Too few images calibrated ``few`` for :data:`ALPHA`: images get p-values, and no verdict."""
     files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:3])]
     with answered_here({"both": bundles["few"]}) as url:
@@ -270,14 +252,12 @@ def test_score_many_accepts_nothing_without_verdicts(
 
 
 @pytest.mark.usefixtures("page_files")
-def test_score_many_tells_of_two_versions_of_a_calibration(
-    bundles: dict[str, Path], small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_score_many_tells_of_two_versions_of_a_calibration(bundles, small_images, monkeypatch):
     """As if it had been replaced between two requests."""
     files = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
     scores, versions = tab_many.scores, iter(["1", "2"])
 
-    def changing(*given: Any) -> list[Any]:
+    def changing(*given):
         label = CalibrationLabel(name="default", version=next(versions))
         return [dataclasses.replace(one, calibration=label) for one in scores(*given)]
 
@@ -292,9 +272,7 @@ def test_score_many_tells_of_two_versions_of_a_calibration(
 
 
 @pytest.mark.usefixtures("page_files")
-def test_files_of_other_kinds_are_not_scored_among_others(
-    bundles: dict[str, Path], small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_files_of_other_kinds_are_not_scored_among_others(bundles, small_images, tmp_path):
     """The page keeps none of them, and names each in a row."""
     own = [write_file(write_png(image), f"{i}.png") for i, image in enumerate(small_images[:2])]
     (tmp_path / "page-files" / "uploads").mkdir(parents=True)
@@ -327,9 +305,7 @@ def test_files_of_other_kinds_are_not_scored_among_others(
         ("none", "he bundle has no calibration; ade calibrate makes one"),
     ],
 )
-def test_the_page_says_once_why_there_is_no_verdict(
-    name: str, reason: str, bundles: dict[str, Path], ood_paths: list[Path]
-) -> None:
+def test_the_page_says_once_why_there_is_no_verdict(name, reason, bundles, ood_paths):
     bundle = open_bundle(bundles[name])
     with answered_here({"both": bundle.folder}, ("score", "reconstruct")) as url:
         served = Models(url, [bundle], None)
@@ -344,7 +320,7 @@ def test_the_page_says_once_why_there_is_no_verdict(
         assert "nothing can be flagged" not in said and "were not resized" not in said
 
 
-def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
+def test_of_a_server_that_decides_nothing_nothing_is_accepted():
     """The server is too old to report decisions."""
     entry = {"bpd": 3.0, "bpd_parts": {}, "standard_error": None}
     verdict = {"ood_score": 1.0, "p_value": 0.5, "ood": False}
@@ -354,7 +330,7 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
     answer["results"] = [entry | verdict, entry | verdict | decided | error]
 
     class OldServer(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_POST(self):
             body = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -376,13 +352,11 @@ def test_of_a_server_that_decides_nothing_nothing_is_accepted() -> None:
     assert dataclasses.replace(result, decision="accept").accepted
 
 
-def test_what_is_not_finite(
-    bundles: dict[str, Path], ood_paths: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_finite(bundles, ood_paths, monkeypatch):
     engine = InferenceEngine(bundles["both"], device="cpu", operations=["score"])
     whole = engine.backend.run
 
-    def corrupted(graph: str, inputs: dict, wanted: list | None = None) -> dict:
+    def corrupted(graph, inputs, wanted=None):
         return {
             name: np.full_like(values, np.nan)
             for name, values in whole(graph, inputs, wanted).items()
@@ -410,7 +384,7 @@ def test_what_is_not_finite(
             decide(0.5, engine.calibrations, False, alpha)
 
 
-def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> None:
+def test_number_of_calibration_images_for_an_alpha(bundles):
     """With one image fewer nothing is accepted; with this number everything is decided."""
     for alpha, needed in ((0.1, 9), (0.05, 19), (0.01, 99), (0.003, 333), (1.0, 0)):
         assert images_needed(alpha) == needed
@@ -429,7 +403,7 @@ def test_number_of_calibration_images_for_an_alpha(bundles: dict[str, Path]) -> 
     )
 
 
-def test_a_tiny_alpha(bundles: dict[str, Path]) -> None:
+def test_a_tiny_alpha(bundles):
     """Its reciprocal is infinite. There is no verdict, and no error."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     image = base64.b64encode(write_png(np.zeros((8, 8, 3), np.uint8))).decode()
@@ -444,9 +418,7 @@ def test_a_tiny_alpha(bundles: dict[str, Path]) -> None:
         assert body["group"]["discoveries"] == 0
 
 
-def test_discoveries_that_too_few_calibration_images_make_impossible(
-    bundles: dict[str, Path], small_images: np.ndarray
-) -> None:
+def test_discoveries_that_too_few_calibration_images_make_impossible(bundles, small_images):
     """A note says so, and individually rejected images are counted too."""
     engine = InferenceEngine(bundles["few"], device="cpu", operations=["score"])
     noise = np.random.default_rng(0).integers(0, 2, (3, 8, 8, 3), np.uint8) * 255
@@ -493,7 +465,7 @@ def test_discoveries_that_too_few_calibration_images_make_impossible(
     assert "ade-no_verdict" in unjudged and "1 of 100 files got no verdict" in unjudged
 
 
-def test_no_example_in_the_documentation_accepts_images_only_because_they_are_not_ood() -> None:
+def test_no_example_in_the_documentation_accepts_images_only_because_they_are_not_ood():
     root = Path(__file__).parents[1]
     for page in (
         root / "README.md",

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,14 +65,14 @@ SCALE = "scale=0.5 0.4 0.3/0.2 0.25 0.3"
 
 
 def network(
-    path: Path,
-    layout: str = "nchw",
-    size: int | None = 8,
-    batch: int | None = None,
-    elem_type: int = TensorProto.FLOAT,
-    ends: str = "Gemm",
-    inside: int = TensorProto.FLOAT,
-) -> Path:
+    path,
+    layout="nchw",
+    size=8,
+    batch=None,
+    elem_type=TensorProto.FLOAT,
+    ends="Gemm",
+    inside=TensorProto.FLOAT,
+):
     """A classifier whose features are the means of the channels, times two."""
     shape: list[int | str] = [
         batch or "N",
@@ -118,7 +117,7 @@ def network(
     return save(graph, path)
 
 
-def head(path: Path, labels: int, ends: list[str], projection: np.ndarray | None = None) -> Path:
+def head(path, labels, ends, projection=None):
     """Twelve features of uint8 pixels, then operators, each named like its result."""
     rng = np.random.default_rng(0)
     constants = {
@@ -147,14 +146,14 @@ def head(path: Path, labels: int, ends: list[str], projection: np.ndarray | None
     return save(graph, path)
 
 
-def save(graph: onnx.GraphProto, path: Path) -> Path:
+def save(graph, path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = 8
     onnx.save(model, str(path))
     return path
 
 
-def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+def run(content, images):
     import onnxruntime as ort
 
     session = ort.InferenceSession(content)
@@ -162,16 +161,14 @@ def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(names, {"images": images}), strict=True))
 
 
-def expected(images: np.ndarray) -> np.ndarray:
+def expected(images):
     return 2 * ((images / 255 - MEAN) / STD).mean((1, 2))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("ends", ["Gemm", "Softmax"])
 @pytest.mark.parametrize("batch", [None, 1])
-def test_a_classifier_gives_features_and_logits(
-    layout: str, ends: str, batch: int | None, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_classifier_gives_features_and_logits(layout, ends, batch, small_images, tmp_path):
     path = network(tmp_path / "net.onnx", layout, batch=batch, ends=ends)
     made = feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
     found = run(made.content, small_images[:7])
@@ -185,15 +182,13 @@ def test_a_classifier_gives_features_and_logits(
     "labels, ends",
     [(1, ["Gemm"]), (1, ["Gemm", "Sigmoid"]), (5, ["Gemm", "Sigmoid", "Cast"])],
 )
-def test_labels_that_do_not_exclude_each_other_are_no_classes(
-    labels: int, ends: list[str], small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_labels_that_do_not_exclude_each_other_are_no_classes(labels, ends, small_images, tmp_path):
     path = head(tmp_path / "net.onnx", labels, ends)
     about = feature_graph(FeatureSource(path), small_images).about
     assert (about["features"], about["classes"]) == (12, 0)
 
 
-def test_probabilities_are_no_features(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_probabilities_are_no_features(small_images, tmp_path):
     path = head(tmp_path / "net.onnx", 5, ["Abs", "Softmax", "Flatten"])
     with pytest.raises(FeaturesError, match="the only output, Flatten, comes from Softmax, so"):
         check_source(FeatureSource(path), (8, 8, 3))
@@ -205,9 +200,7 @@ def test_probabilities_are_no_features(small_images: np.ndarray, tmp_path: Path)
         feature_graph(FeatureSource(path, "Gemm"), small_images)
 
 
-def test_features_that_do_not_vary_are_reported(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_features_that_do_not_vary_are_reported(tiny_bundle, small_images, tmp_path):
     """They all have one direction, so the gate does not see what images show."""
     path = head(tmp_path / "net.onnx", 1, ["Gemm"], np.ones((192, 12), np.float32))
     lines: list[str] = []
@@ -226,9 +219,7 @@ def test_features_that_do_not_vary_are_reported(
 
 
 @pytest.mark.parametrize("ends", ["Gemm", "Cast"])
-def test_a_classifier_in_half_precision(
-    ends: str, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_classifier_in_half_precision(ends, small_images, tmp_path):
     """Also one that casts its logits at the end: they are no features."""
     path = network(tmp_path / "net.onnx", ends=ends, inside=TensorProto.FLOAT16)
     made = feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
@@ -237,7 +228,7 @@ def test_a_classifier_in_half_precision(
     np.testing.assert_allclose(found["features"], expected(small_images[:7]), atol=0.01)
 
 
-def test_colours_in_the_other_order(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_colours_in_the_other_order(small_images, tmp_path):
     path = network(tmp_path / "net.onnx")
     source = FeatureSource(path, preprocess="scale=unit,order=bgr")
     found = run(feature_graph(source, small_images).content, small_images[:5])
@@ -245,9 +236,7 @@ def test_colours_in_the_other_order(small_images: np.ndarray, tmp_path: Path) ->
     np.testing.assert_allclose(found["features"], 2 * means, rtol=1e-4)
 
 
-def test_images_are_resized_to_what_the_network_takes(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_images_are_resized_to_what_the_network_takes(small_images, tmp_path):
     for path, how in (
         (network(tmp_path / "24.onnx", size=24), SCALE),
         (network(tmp_path / "any.onnx", size=None), f"{SCALE},size=16,layout=nchw"),
@@ -257,7 +246,7 @@ def test_images_are_resized_to_what_the_network_takes(
         np.testing.assert_allclose(found, expected(small_images[:5]), atol=0.1)
 
 
-def test_resized_images_have_every_pixel(tmp_path: Path) -> None:
+def test_resized_images_have_every_pixel(tmp_path):
     """227 / 28 is larger than its float32, with which ONNX Runtime makes 226 pixels."""
     images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 3), dtype=np.uint8)
     path = network(tmp_path / "net.onnx", size=227)
@@ -270,7 +259,7 @@ def test_resized_images_have_every_pixel(tmp_path: Path) -> None:
     assert found[resize.output[0]].shape == (4, 3, 227, 227)
 
 
-def test_resized_uint8_pixels_are_rounded(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_resized_uint8_pixels_are_rounded(small_images, tmp_path):
     """A cast alone would darken every pixel by half a grey level on average."""
     path = network(tmp_path / "net.onnx", size=24, elem_type=TensorProto.UINT8)
     found = run(feature_graph(FeatureSource(path), small_images).content, small_images[:9])
@@ -279,7 +268,7 @@ def test_resized_uint8_pixels_are_rounded(small_images: np.ndarray, tmp_path: Pa
     np.testing.assert_allclose(found["features"], 2 * resized.round().mean((2, 3)), atol=0.02)
 
 
-def test_uint8_pixels_need_no_preprocessing(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_uint8_pixels_need_no_preprocessing(small_images, tmp_path):
     path = network(tmp_path / "net.onnx", "nhwc", elem_type=TensorProto.UINT8, ends="")
     made = feature_graph(FeatureSource(path), small_images)
     found = run(made.content, small_images[:5])
@@ -288,9 +277,7 @@ def test_uint8_pixels_need_no_preprocessing(small_images: np.ndarray, tmp_path: 
 
 
 @pytest.mark.parametrize("elem_type", [TensorProto.UINT8, TensorProto.FLOAT])
-def test_raw_pixels_of_either_type_and_order(
-    elem_type: int, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_raw_pixels_of_either_type_and_order(elem_type, small_images, tmp_path):
     path = network(tmp_path / "net.onnx", "nhwc", size=None, elem_type=elem_type)
     source = FeatureSource(path, preprocess="scale=raw,size=8,layout=nhwc,order=bgr")
     found = run(feature_graph(source, small_images).content, small_images[:5])
@@ -298,7 +285,7 @@ def test_raw_pixels_of_either_type_and_order(
     np.testing.assert_allclose(found["features"], 2 * means, rtol=1e-4)
 
 
-def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_a_named_value_gives_the_features(small_images, tmp_path):
     path = network(tmp_path / "net.onnx")
     source = FeatureSource(path, output="means", preprocess=SCALE)
     found = run(feature_graph(source, small_images).content, small_images[:3])
@@ -308,7 +295,7 @@ def test_a_named_value_gives_the_features(small_images: np.ndarray, tmp_path: Pa
     assert "logits" in found
 
 
-def maps(path: Path, shape: list[int], name: str, perm: list[int]) -> FeatureSource:
+def maps(path, shape, name, perm):
     graph = helper.make_graph(
         [
             helper.make_node("Abs", ["pixels"], ["absolute"]),
@@ -330,9 +317,7 @@ def maps(path: Path, shape: list[int], name: str, perm: list[int]) -> FeatureSou
         ([8, 8, 3], [0, 3, 1, 2]),
     ],
 )
-def test_maps_are_pooled_whatever_their_layout_and_name(
-    shape: list[int], perm: list[int], small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_maps_are_pooled_whatever_their_layout_and_name(shape, perm, small_images, tmp_path):
     for name in ("features", "maps"):
         source = maps(tmp_path / "maps.onnx", shape, name, perm)
         found = run(feature_graph(source, small_images).content, small_images[:3])["features"]
@@ -340,7 +325,7 @@ def test_maps_are_pooled_whatever_their_layout_and_name(
         np.testing.assert_allclose(found, means, rtol=1e-4, atol=1e-5)
 
 
-def test_maps_of_unclear_layout_are_refused(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_maps_of_unclear_layout_are_refused(small_images, tmp_path):
     source = maps(tmp_path / "maps.onnx", [8, 8, 3], "maps", [0, 1, 3, 2])
     with pytest.raises(
         FeaturesError, match=r"maps, of shape \(N, 8, 3, 8\), may be \(N, F, H, W\)"
@@ -362,15 +347,8 @@ def test_maps_of_unclear_layout_are_refused(small_images: np.ndarray, tmp_path: 
     ],
 )
 def test_what_a_graph_lacks_is_named(
-    changes: dict[str, int],
-    preprocess: str | None,
-    output: str | None,
-    message: str,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    tiny_bundle: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    changes, preprocess, output, message, small_images, tmp_path, tiny_bundle, capsys
+):
     path = network(tmp_path / "net.onnx", **changes)
     with pytest.raises(FeaturesError, match=message):
         feature_graph(FeatureSource(path, output, preprocess), small_images)
@@ -392,9 +370,7 @@ def test_what_a_graph_lacks_is_named(
         feature_graph(FeatureSource(tmp_path / "pipe.onnx"), small_images)
 
 
-def test_a_file_without_operators_of_onnx_is_refused(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_file_without_operators_of_onnx_is_refused(small_images, tmp_path):
     path = network(tmp_path / "net.onnx")
     foreign = helper.make_model(onnx.load(path).graph, opset_imports=[helper.make_opsetid("x", 1)])
     for content in (b"", foreign.SerializeToString()):
@@ -403,9 +379,7 @@ def test_a_file_without_operators_of_onnx_is_refused(
             feature_graph(FeatureSource(path), small_images)
 
 
-def test_weights_that_were_cut_off_are_no_traceback(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_weights_that_were_cut_off_are_no_traceback(small_images, tmp_path):
     path = network(tmp_path / "net.onnx")
     onnx.save(
         onnx.load(path), str(path), save_as_external_data=True, location="w", size_threshold=0
@@ -416,9 +390,7 @@ def test_weights_that_were_cut_off_are_no_traceback(
         feature_graph(FeatureSource(path, preprocess=SCALE), small_images)
 
 
-def test_the_graph_of_a_bundle_is_a_network_like_any_other(
-    real_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_the_graph_of_a_bundle_is_a_network_like_any_other(real_images, tmp_path):
     """Of one that was used twice, too. It takes these images already, so nothing is added."""
     path = PRETRAINED / "features.onnx"
     graphs = [path.read_bytes()]
@@ -435,24 +407,22 @@ def test_the_graph_of_a_bundle_is_a_network_like_any_other(
     assert len({len(onnx.load_from_string(g).graph.node) for g in graphs}) == 1
 
 
-def test_features_that_do_not_tell_images_apart_are_refused(
-    small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_features_that_do_not_tell_images_apart_are_refused(small_images, tmp_path):
     same = np.repeat(small_images[:1], 4, axis=0)
     path = network(tmp_path / "net.onnx")
     with pytest.raises(FeaturesError, match="of different images are the same"):
         feature_graph(FeatureSource(path, preprocess=SCALE), same)
 
 
-def features(seed: int, count: int, width: int = 20) -> np.ndarray:
+def features(seed, count, width=20):
     return np.abs(np.random.default_rng(seed).normal(size=(count, width))).astype(np.float32)
 
 
-def test_coordinates_by_hand() -> None:
+def test_coordinates_by_hand():
     some, others = features(0, 50), features(1, 7)
     known = KnownImages.of({FEATURES: some})
 
-    def distances(images: np.ndarray, neighbours: np.ndarray, of_main: np.ndarray) -> np.ndarray:
+    def distances(images, neighbours, of_main):
         """To the tenth nearest, outside the main directions of some images."""
         images, neighbours, of_main = (
             its / np.linalg.norm(its, axis=1, keepdims=True)
@@ -481,11 +451,11 @@ def test_coordinates_by_hand() -> None:
     np.testing.assert_allclose(own_found, (own - own.mean()) / own.std(), atol=4e-2)
 
 
-def test_what_lies_outside_the_main_directions_counts() -> None:
+def test_what_lies_outside_the_main_directions_counts():
     """Images vary in 40 directions, and little in 160 others; unusual ones have more in one."""
     rng = np.random.default_rng(0)
 
-    def images(spread: float, unusual: float = 0) -> np.ndarray:
+    def images(spread, unusual=0):
         values = rng.normal(size=(300, 200)) * np.repeat([1, spread], [40, 160])
         values[:, -1] += unusual
         return values.astype(np.float32)
@@ -494,7 +464,7 @@ def test_what_lies_outside_the_main_directions_counts() -> None:
     known = KnownImages.of({FEATURES: some})
     assert known.main.shape == (200, 48)
 
-    def found(known: KnownImages) -> float:
+    def found(known):
         distances = [known.coordinates({FEATURES: its})[DISTANCE] for its in (usual, unusual)]
         return float((distances[1] > np.quantile(distances[0], 0.95)).mean())
 
@@ -508,7 +478,7 @@ def test_what_lies_outside_the_main_directions_counts() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 12, 60])
 @pytest.mark.parametrize("shape", ["usual", "one direction", "zero"])
-def test_few_or_equal_known_images(count: int, shape: str) -> None:
+def test_few_or_equal_known_images(count, shape):
     some = features(0, count)
     if shape == "one direction":
         some = np.linspace(1, 2, count, dtype=np.float32)[:, None] * some[:1]
@@ -520,7 +490,7 @@ def test_few_or_equal_known_images(count: int, shape: str) -> None:
     assert np.isfinite(known.coordinates({FEATURES: features(1, 7)})[DISTANCE]).all()
 
 
-def test_what_is_usual_depends_on_the_class() -> None:
+def test_what_is_usual_depends_on_the_class():
     rng = np.random.default_rng(0)
     classes = np.repeat([0, 2], [400, 100])
     energy = np.where(classes == 0, -8 + rng.normal(size=500), -3 + 0.5 * rng.normal(size=500))
@@ -535,7 +505,7 @@ def test_what_is_usual_depends_on_the_class() -> None:
         spread = np.sqrt((np.square(own - mean).sum() + prior) / count)
         np.testing.assert_allclose(known.usual[number, 1], [mean, spread])
 
-    def found(share: list[float]) -> float:
+    def found(share):
         statistics = {FEATURES: features(1, 1), FREE_ENERGY: np.array([-3.0])}
         statistics[PROBABILITIES] = np.array([share])
         return float(known.coordinates(statistics)[ENERGY][0])
@@ -546,7 +516,7 @@ def test_what_is_usual_depends_on_the_class() -> None:
     assert found([0.51, 0, 0.49]) - found([0.49, 0, 0.51]) < 0.2
 
 
-def test_a_network_with_other_classes_is_noticed() -> None:
+def test_a_network_with_other_classes_is_noticed():
     both = {FEATURES: features(0, 50), FREE_ENERGY: features(1, 50)[:, 0]}
     both[PROBABILITIES] = np.full((50, 4), 0.25)
     known, bare = KnownImages.of(both), KnownImages.of({FEATURES: both[FEATURES]})
@@ -563,7 +533,7 @@ def test_a_network_with_other_classes_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("constant", [DISTANCE, ENERGY])
-def test_a_coordinate_that_does_not_vary_is_left_out(constant: str) -> None:
+def test_a_coordinate_that_does_not_vary_is_left_out(constant):
     rng = np.random.default_rng(0)
     sets = [semantic_draw(rng, 100), semantic_draw(rng, 100), semantic_draw(rng, 10)]
     for statistics in sets:
@@ -577,8 +547,8 @@ def test_a_coordinate_that_does_not_vary_is_left_out(constant: str) -> None:
     assert np.isfinite(fitted.scores_of(sets[2])).all()
 
 
-def test_coordinates_do_not_depend_on_the_batch() -> None:
-    def draw_of(seed: int, count: int) -> dict[str, np.ndarray]:
+def test_coordinates_do_not_depend_on_the_batch():
+    def draw_of(seed, count):
         logits = 9 * features(seed + 1, count, 33)
         return semantic_statistics({FEATURES: features(seed, count, 257), LOGITS: logits})
 
@@ -589,7 +559,7 @@ def test_coordinates_do_not_depend_on_the_batch() -> None:
         assert all(one[name][0] == many[name][i] for name in (DISTANCE, ENERGY))
 
 
-def semantic_draw(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+def semantic_draw(rng, n):
     return {
         **draw(rng, n),
         FEATURES: np.abs(rng.normal(size=(n, 12))).astype(np.float32),
@@ -598,7 +568,7 @@ def semantic_draw(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> None:
+def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate():
     rng = np.random.default_rng(0)
     fitted = fit_calibration(semantic_draw(rng, 500), semantic_draw(rng, 1999))
     assert fitted.names[-2:] in ((DISTANCE, ENERGY), (ENERGY, DISTANCE))
@@ -615,7 +585,7 @@ def test_semantic_statistics_join_the_score_and_keep_the_false_alarm_rate() -> N
     assert {u.statistic for u in found[0].explain[:2]} == {DISTANCE, ENERGY}
 
 
-def test_no_known_image_is_its_own_neighbour() -> None:
+def test_no_known_image_is_its_own_neighbour():
     rng = np.random.default_rng(0)
     fit, others = semantic_draw(rng, 60), semantic_draw(rng, 60)
     fitted = fit_calibration(fit, others)
@@ -627,11 +597,11 @@ def test_no_known_image_is_its_own_neighbour() -> None:
 
 
 @pytest.mark.parametrize("alike", [1 / 2, 3 / 4])
-def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: float) -> None:
+def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike):
     """Only unusual ones do."""
     rng = np.random.default_rng(0)
 
-    def sets() -> dict[str, np.ndarray]:
+    def sets():
         made = semantic_draw(rng, 500)
         if alike == 1 / 2:  # hardly anything is outside the main directions
             made[FEATURES] = 1 + 0.01 * made[FEATURES]
@@ -649,7 +619,7 @@ def test_usual_values_of_the_density_do_not_count_beside_the_coordinates(alike: 
     assert np.ptp(scores) == pytest.approx(density[order[-1]] - density[order[usual - 1]], rel=0.1)
 
 
-def test_coordinates_count_with_few_images_too() -> None:
+def test_coordinates_count_with_few_images_too():
     """The density is surer of the few images that it was fitted to than of any others."""
     rng = np.random.default_rng(0)
     wide = [
@@ -662,7 +632,7 @@ def test_coordinates_count_with_few_images_too() -> None:
     assert np.mean(np.array(unusual) > np.quantile(usual, 0.9)) > 0.5
 
 
-def test_a_score_that_is_not_finite_is_never_accepted() -> None:
+def test_a_score_that_is_not_finite_is_never_accepted():
     rng = np.random.default_rng(0)
     fitted = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     assert fitted.known is not None
@@ -674,7 +644,7 @@ def test_a_score_that_is_not_finite_is_never_accepted() -> None:
     assert len(overflowed) > 5 and set(overflowed) == {huge.smallest_p_value}
 
 
-def test_without_features_the_score_is_the_density_s() -> None:
+def test_without_features_the_score_is_the_density_s():
     rng = np.random.default_rng(0)
     fitted = fit_calibration(draw(rng, 500), draw(rng, 500))
     normal = fitted.normal(fitted.rows(draw(rng, 30)))
@@ -683,9 +653,7 @@ def test_without_features_the_score_is_the_density_s() -> None:
 
 
 @pytest.fixture(scope="module")
-def semantic_bundle(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def semantic_bundle(tiny_bundle, small_images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("semantic")
     source = FeatureSource(network(folder / "net.onnx"), preprocess=SCALE)
     out = folder / "semantic"
@@ -693,9 +661,7 @@ def semantic_bundle(
     return out
 
 
-def test_a_bundle_with_features_scores_with_them(
-    semantic_bundle: Path, tiny_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_a_bundle_with_features_scores_with_them(semantic_bundle, tiny_bundle, small_images):
     bundle = verify_bundle(semantic_bundle)
     assert bundle.manifest["features"]["classes"] == 5 and bundle.has(FEATURES_NAME)
     engine = InferenceEngine(bundle, device="cpu", operations=["score"])
@@ -715,9 +681,7 @@ def test_a_bundle_with_features_scores_with_them(
     )
 
 
-def test_torchscript_gives_the_same_verdicts(
-    semantic_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_torchscript_gives_the_same_verdicts(semantic_bundle, small_images):
     both = [
         InferenceEngine(semantic_bundle, backend, "cpu", ["score"]).statistics(small_images[:9])
         for backend in ("onnxruntime", "torchscript")
@@ -725,9 +689,7 @@ def test_torchscript_gives_the_same_verdicts(
     assert (both[0][FEATURES] == both[1][FEATURES]).all()
 
 
-def test_statistics_do_not_depend_on_the_threads(
-    semantic_bundle: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_do_not_depend_on_the_threads(semantic_bundle, small_images, monkeypatch):
     """More images than a chunk has, so that the last batch is a short one."""
     engine = InferenceEngine(semantic_bundle, device="cpu", operations=["score"])
     expected = engine.statistics(small_images)
@@ -738,9 +700,7 @@ def test_statistics_do_not_depend_on_the_threads(
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_calibrating_again_keeps_the_features(
-    semantic_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_calibrating_again_keeps_the_features(semantic_bundle, small_images, tmp_path):
     made = calibrate_bundle(
         semantic_bundle, tmp_path / "again", small_images[:150], small_images[150:], "c"
     )
@@ -750,9 +710,7 @@ def test_calibrating_again_keeps_the_features(
     assert open_bundle(tmp_path / "again").manifest["features"]["source"] == "net.onnx"
 
 
-def test_classes_that_the_network_does_not_know_are_left_out(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_classes_that_the_network_does_not_know_are_left_out(tiny_bundle, small_images, tmp_path):
     """If it is much less sure of the images than of those of the bundle's own calibration."""
     dark = (small_images // 3).astype(np.uint8)
     source = FeatureSource(network(tmp_path / "net.onnx"), preprocess="scale=signed")
@@ -774,9 +732,7 @@ def test_classes_that_the_network_does_not_know_are_left_out(
     assert sorted(noted) == [False, True], "it is surer of one kind than of the other"
 
 
-def test_a_calibration_whose_network_is_missing_is_refused(
-    semantic_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_calibration_whose_network_is_missing_is_refused(semantic_bundle, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(semantic_bundle, copy)
     (copy / FEATURES_NAME).unlink()
@@ -786,8 +742,8 @@ def test_a_calibration_whose_network_is_missing_is_refused(
 
 
 def test_a_calibration_without_features_stays_valid_beside_them(
-    semantic_bundle: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+    semantic_bundle, tiny_bundle, small_images, tmp_path
+):
     plain = CalibrationPair.load(tiny_bundle / "calibration.npz")
     both = with_calibrations(semantic_bundle, tmp_path / "both", lambda _: plain)
     scores = [
@@ -800,9 +756,7 @@ def test_a_calibration_without_features_stays_valid_beside_them(
 
 
 @pytest.fixture(scope="module")
-def night_bundle(
-    semantic_bundle: Path, small_images: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def night_bundle(semantic_bundle, small_images, tmp_path_factory):
     """With a named calibration for dark images."""
     folder = tmp_path_factory.mktemp("night") / "bundle"
     dark = small_images // 8
@@ -814,8 +768,8 @@ def night_bundle(
 
 
 def test_named_calibrations_are_tied_to_the_features(
-    night_bundle: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+    night_bundle, tiny_bundle, small_images, tmp_path
+):
     halves = (small_images[:150], small_images[150:])
     kept, other = tmp_path / "kept", tmp_path / "other"
     lines: list[str] = []
@@ -829,9 +783,7 @@ def test_named_calibrations_are_tied_to_the_features(
     assert open_bundle(other).manifest["calibrations"] is None
 
 
-def test_a_calibration_of_other_features_is_refused(
-    night_bundle: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_calibration_of_other_features_is_refused(night_bundle, tiny_bundle, tmp_path):
     plain = Path(shutil.copytree(tiny_bundle, tmp_path / "plain"))
     shutil.copy(night_bundle / "calibration-night.npz", plain)
     write_manifest(plain, open_bundle(tiny_bundle).manifest)
@@ -839,7 +791,7 @@ def test_a_calibration_of_other_features_is_refused(
         InferenceEngine(plain, operations=["score"])
 
 
-def test_damaged_features_of_known_images_are_noticed() -> None:
+def test_damaged_features_of_known_images_are_noticed():
     rng = np.random.default_rng(0)
     good = fit_calibration(semantic_draw(rng, 200), semantic_draw(rng, 200))
     good.check_values()
@@ -887,9 +839,7 @@ def test_damaged_features_of_known_images_are_noticed() -> None:
         dataclasses.replace(good, mixture=wide).check_values()
 
 
-def test_images_that_the_network_has_seen_are_noticed(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_images_that_the_network_has_seen_are_noticed(tiny_bundle, small_images, tmp_path):
     """A network with longer features for darker images acts like one that was trained on them."""
     dark = (small_images // 3).astype(np.uint8)
     source = FeatureSource(network(tmp_path / "net.onnx"), preprocess="scale=signed")
@@ -903,9 +853,7 @@ def test_images_that_the_network_has_seen_are_noticed(
 
 
 @pytest.mark.usefixtures("mean_colours")
-def test_a_small_encoder_learns_to_tell_things_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_encoder_learns_to_tell_things_apart(tmp_path, monkeypatch):
     """A few steps suffice for stripes and checks; the exported graph agrees with the network."""
     # A clock that ticks once per step, so that the number of steps does not depend on the machine.
     ticks = itertools.count()
@@ -938,7 +886,7 @@ def test_a_small_encoder_learns_to_tell_things_apart(
 
 
 @pytest.fixture(scope="module")
-def exported_once() -> Iterator[efficientnet.EfficientNetFeatures]:
+def exported_once():
     """EfficientNet's features, which export a graph when they are made; every encoder has these."""
     made = efficientnet.EfficientNetFeatures()
     with pytest.MonkeyPatch.context() as patch:
@@ -946,9 +894,7 @@ def exported_once() -> Iterator[efficientnet.EfficientNetFeatures]:
         yield made
 
 
-def test_a_network_trained_on_imagenet_is_the_encoder(
-    exported_once: efficientnet.EfficientNetFeatures, real_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_network_trained_on_imagenet_is_the_encoder(exported_once, real_images, tmp_path):
     """Its features vary about equally, and are the same alone, in a batch and in PyTorch."""
     images = real_images[:40].copy()
     for labels in (None, np.zeros(len(images), int)):
@@ -969,7 +915,7 @@ def test_a_network_trained_on_imagenet_is_the_encoder(
 
 
 @pytest.mark.usefixtures("exported_once")
-def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> None:
+def test_the_encoder_learns_classes(real_images, tmp_path):
     """Of images that its network has never seen; the exported graph gives the same logits."""
     images = real_images
     upright = np.arange(len(images)) % 2 == 0
@@ -987,7 +933,7 @@ def test_the_encoder_learns_classes(real_images: np.ndarray, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("mean_colours")
-def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw() -> None:
+def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw():
     """The teacher stops when its time is over; other images have no distance from its features."""
     images = np.random.default_rng(0).integers(0, 256, (130, 8, 8, 3), np.uint8)
     everything = Distillation(images, 4, 60.0, 0)
@@ -1013,11 +959,11 @@ def test_a_small_encoder_learns_from_the_images_that_its_teacher_saw() -> None:
 @pytest.mark.usefixtures("mean_colours")
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_a_small_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
-    is_faster: bool, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    is_faster, small_images, monkeypatch
+):
     monkeypatch.setattr("training.small_encoder.bfloat16_is_faster", lambda device: is_faster)
 
-    def forward(self: SmallEncoder, images: torch.Tensor) -> None:
+    def forward(self, images):
         raise RuntimeError(f"in bfloat16: {torch.is_autocast_enabled('cpu')}")
 
     monkeypatch.setattr(SmallEncoder, "forward", forward)
@@ -1026,7 +972,7 @@ def test_a_small_encoder_is_trained_in_bfloat16_only_where_that_is_faster(
         train_small_encoder(images, 1, torch.device("cpu"))
 
 
-def test_an_encoder_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_replaces_no_file(tmp_path, capsys):
     """It is refused before the images are read, also in the place of a link that leads nowhere."""
     (tmp_path / "file.onnx").touch()
     (tmp_path / "link.onnx").symlink_to(tmp_path / "target.onnx")
@@ -1035,10 +981,10 @@ def test_an_encoder_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"{name} exists: take another name" in capsys.readouterr().err
 
 
-def test_class_labels_come_from_folders() -> None:
+def test_class_labels_come_from_folders():
     images = ImageSet(np.zeros((80, 8, 8, 3), np.uint8))
 
-    def labels(name: Callable[[int], str]) -> np.ndarray | None:
+    def labels(name):
         files = {"train": [name(i) for i in range(80)]}
         return class_labels(Dataset("d", {"train": images}, {}, [], files))
 
@@ -1050,7 +996,7 @@ def test_class_labels_come_from_folders() -> None:
     assert class_labels(Dataset("d", {"train": given}, {})) is given.labels
 
 
-def test_the_encoder_of_larger_images_sees_them_smaller() -> None:
+def test_the_encoder_of_larger_images_sees_them_smaller():
     network = SmallEncoder(96, 3).eval()
     assert network.shrink == 3
     assert network(torch.zeros(2, 96, 96, 3, dtype=torch.uint8))[0].shape == (2, 256)
@@ -1058,9 +1004,7 @@ def test_the_encoder_of_larger_images_sees_them_smaller() -> None:
 
 
 @pytest.mark.usefixtures("mean_colours")
-def test_the_command_line(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line(tiny_bundle, small_images, tmp_path, capsys):
     folder = make_folder(tmp_path / "pictures", small_images[:200])
     (folder / "wide.png").unlink()  # in no class folder
     out = tmp_path / "encoder.onnx"

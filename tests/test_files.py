@@ -12,7 +12,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -28,7 +27,6 @@ from ade_base.files import (
     replacing,
     write_text,
 )
-from ade_base.pictures.convert import DecodedImage
 from ade_base.pictures.read import read_image
 from ade_cli.main import main
 from export.gate.images import usable
@@ -41,7 +39,7 @@ from training.datasets.folder import first_size
 from training.runs import _save
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     with replacing(path) as file:
         file.write(b"first")
@@ -57,9 +55,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~before
 
 
-def test_a_link_is_replaced_and_not_followed(
-    tiny_bundle: Path, tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_a_link_is_replaced_and_not_followed(tiny_bundle, tmp_path, small_images):
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
     folder = make_folder(tmp_path / "images", small_images[:2])
@@ -74,10 +70,10 @@ def test_a_link_is_replaced_and_not_followed(
     assert theirs.read_text() == "precious"
 
 
-def test_the_first_to_finish_makes_the_folder(tmp_path: Path) -> None:
+def test_the_first_to_finish_makes_the_folder(tmp_path):
     both = Barrier(2)
 
-    def make(text: str) -> str:
+    def make(text):
         try:
             with new_folder(tmp_path / "out", ValueError) as folder:
                 both.wait()
@@ -95,12 +91,10 @@ def test_the_first_to_finish_makes_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("traced_before")
-def test_an_export_that_another_overtakes(
-    tiny_checkpoint: Path, tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_an_export_that_another_overtakes(tiny_checkpoint, tiny_bundle, small_images, tmp_path):
     out = tmp_path / "out"
 
-    def report(line: str) -> None:
+    def report(line):
         if line == "testing parity":  # the other one is done by now
             shutil.copytree(tiny_bundle, out)
 
@@ -111,23 +105,21 @@ def test_an_export_that_another_overtakes(
     assert verify_bundle(out).name == "tiny" and list(tmp_path.iterdir()) == [out]
 
 
-def test_files_that_macos_adds_are_no_images_of_a_folder(tmp_path: Path) -> None:
+def test_files_that_macos_adds_are_no_images_of_a_folder(tmp_path):
     for name in ("cat.PNG", "._cat.PNG", "__MACOSX/._cat.PNG", ".cat.png", "cat.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert list(image_paths(tmp_path)) == [".cat.png", "cat.PNG"]
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     """Its images would be missing from a table in silence."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").touch()
     scandir = os.scandir
 
-    def failing(path: str) -> Any:  # as of another user's folder, whoever runs the tests
+    def failing(path):  # as of another user's folder, whoever runs the tests
         if str(path).endswith("b"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
@@ -139,7 +131,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(
         list(image_paths(tmp_path / "nowhere"))
 
 
-def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with pytest.raises(OSError, match="not a regular file"):
@@ -147,7 +139,7 @@ def test_a_folder_in_place_of_a_file_leaves_no_descriptor_open(tmp_path: Path) -
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_client_can_be_imported_without_unix() -> None:
+def test_the_client_can_be_imported_without_unix():
     """Windows has no ``resource``, no forks, and not these flags."""
     code = """
 import os, sys
@@ -163,9 +155,7 @@ print(len(read_file(pathlib.Path(sys.argv[1]))))
     assert done.stdout.strip() == str(cat.stat().st_size), done.stderr
 
 
-def test_cores_are_known_without_an_affinity(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cores_are_known_without_an_affinity(monkeypatch, capsys):
     """macOS and Windows have none."""
     monkeypatch.delattr("os.sched_getaffinity")
     with pytest.raises(SystemExit) as ended:
@@ -173,9 +163,7 @@ def test_cores_are_known_without_an_affinity(
     assert ended.value.code == 0 and "--workers" in capsys.readouterr().out
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, capsys):
     with full_disk(1000), pytest.raises(OSError, match=r"File too large: '.*/whole'"):
         write_text(tmp_path / "whole", "x" * 2000)
     with (
@@ -191,7 +179,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(
         raise OSError("no errno")
     assert not list(tmp_path.iterdir())
 
-    def fail(args: object) -> None:
+    def fail(args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ade_cli.recipes.run", fail)
@@ -199,9 +187,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(
     assert capsys.readouterr().err == "ade recipes: No space left on device\n"
 
 
-def test_errors_name_the_file_that_was_given_and_come_before_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_name_the_file_that_was_given_and_come_before_the_work(capsys, monkeypatch):
     """No file can be made in /proc, not even by root."""
     out = Path("/proc/out.png")
     for write in (replacing(out), new_folder(out, ValueError)):
@@ -209,7 +195,7 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
             raise AssertionError
         assert raised.value.filename == str(out)
 
-    def refuse(*args: object) -> None:
+    def refuse(*args):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("ade_base.files.FileLock.acquire", refuse)
@@ -229,15 +215,8 @@ def test_errors_name_the_file_that_was_given_and_come_before_the_work(
         (signal.SIGHUP, 129, ""),  # of a terminal that was closed
     ],
 )
-def test_nothing_unfinished_is_left_by_a_signal(
-    sign: signal.Signals,
-    status: int,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def run(args: object) -> None:
+def test_nothing_unfinished_is_left_by_a_signal(sign, status, said, tmp_path, monkeypatch, capsys):
+    def run(args):
         with new_folder(tmp_path / "out", ValueError):
             signal.raise_signal(sign)
 
@@ -259,10 +238,8 @@ def test_nothing_unfinished_is_left_by_a_signal(
     assert ended == status and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_an_interruption_says_how_to_continue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(*args: object, **options: object) -> None:
+def test_an_interruption_says_how_to_continue(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ade_cli.train.run", interrupt)
@@ -289,7 +266,7 @@ def test_an_interruption_says_how_to_continue(
     assert main(["train"]) == 130 and capsys.readouterr().err == "ade train: interrupted\n"
 
 
-def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
+def test_an_array_for_which_there_is_no_room(tmp_path):
     with (
         open(tmp_path / "a.npy", "x+b") as file,
         pytest.raises(ValueError, match=r"no room for 1048576\.0 GiB"),
@@ -301,12 +278,12 @@ def test_an_array_for_which_there_is_no_room(tmp_path: Path) -> None:
 
 
 def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_bundle, small_images, tmp_path, monkeypatch
+):
     examples = ROOT / "serving" / "examples"
     good, huge = (Path(shutil.copy(examples / name, tmp_path)) for name in ("cat.png", "dog.png"))
 
-    def read(data: bytes, size: object = None) -> DecodedImage:
+    def read(data, size=None):
         if data == huge.read_bytes():
             raise MemoryError
         return read_image(data, size=None)
@@ -324,9 +301,7 @@ def test_an_image_for_which_memory_does_not_suffice_ends_no_run(
     assert skipped == ({0: "there is no memory to decode it"}, {0}) and pixels[1].any()
 
 
-def test_too_little_memory_is_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_little_memory_is_no_traceback(monkeypatch, capsys):
     for reason, said in (
         ("", ""),
         ("Unable to allocate 9.00 TiB", ": Unable to allocate 9.00 TiB"),
@@ -336,12 +311,12 @@ def test_too_little_memory_is_no_traceback(
         assert capsys.readouterr().err == f"ade recipes: there is not enough memory{said}\n"
 
 
-def test_unusable_files_are_named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_files_are_named_in_order(monkeypatch):
     """Threads finish in any order, and messages name the first file."""
     monkeypatch.setattr("training.datasets.files.available_cores", lambda: 2)
     second = Event()
 
-    def read(name: str) -> bytes:
+    def read(name):
         if name == "first":
             assert second.wait(10)
         else:

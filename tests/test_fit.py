@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,17 +63,17 @@ from training.step import Trainer, TrainingDiverged
 @pytest.mark.parametrize(
     "text, minutes", [("20m", 20), ("1.5h", 90), ("2d", 2880), ("45", 45), (" 5m ", 5)]
 )
-def test_budgets(text: str, minutes: float) -> None:
+def test_budgets(text, minutes):
     assert read_budget(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "x", "-5m", "0", "10s", "1h30m", "nan"])
-def test_invalid_budgets(text: str) -> None:
+def test_invalid_budgets(text):
     with pytest.raises(PlanError, match="a budget must be a time such as 20m"):
         read_budget(text)
 
 
-def test_plans_fit_their_budget() -> None:
+def test_plans_fit_their_budget():
     for budget, on_gpu, name, size in (
         (1.2, False, "v-ade", "tiny"),
         (19, False, "v-ade", "tiny"),
@@ -108,7 +107,7 @@ def test_plans_fit_their_budget() -> None:
         make_plan("/images", "images", 32, 0.4, False)
 
 
-def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
+def test_a_fitting_resumes_with_the_plan_it_was_begun_with():
     """The error names the difference: a choice of the user, or the version of the plan."""
     plan = make_plan("/images", "images", 32, 60, False)
     make_plan("/images", "images", 32, 60, False, "CC0-1.0").check_resumes(plan)
@@ -129,7 +128,7 @@ def test_a_fitting_resumes_with_the_plan_it_was_begun_with() -> None:
     )
 
 
-def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_an_old_fitting_is_refused_with_the_reason(tmp_path):
     plan = make_plan("/images", "images", 16, 60, False)
     old = {**plan.to_dict(), "recipe": "av-ade"}
     (tmp_path / "run").mkdir()
@@ -147,7 +146,7 @@ def test_an_old_fitting_is_refused_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "theirs", ["exported", "bundle", "report.html", "survey.json", "plan.json", "run"]
 )
-def test_results_of_other_programs_are_not_taken_over(theirs: str, tmp_path: Path) -> None:
+def test_results_of_other_programs_are_not_taken_over(theirs, tmp_path):
     plan = make_plan("/images", "images", 16, 60, False)
     (tmp_path / theirs).mkdir()
     with pytest.raises(PlanError, match=f"{tmp_path} holds {theirs}, but no fitting"):
@@ -158,7 +157,7 @@ def test_results_of_other_programs_are_not_taken_over(theirs: str, tmp_path: Pat
     _keep_plan(plan, tmp_path)  # of a fitting that has trained nothing
 
 
-def test_an_exported_fitting_keeps_its_licence(tmp_path: Path) -> None:
+def test_an_exported_fitting_keeps_its_licence(tmp_path):
     plan = make_plan("/images", "images", 16, 60, False, "CC0-1.0")
     _keep_plan(plan, tmp_path)
     for folder in ("run", "exported"):
@@ -183,11 +182,11 @@ def test_an_exported_fitting_keeps_its_licence(tmp_path: Path) -> None:
         ({(28, 28): 6, None: 2}, 24),
     ],
 )
-def test_the_size_suits_most_images(sizes: dict, side: int) -> None:
+def test_the_size_suits_most_images(sizes, side):
     assert choose_image_size(Counter(sizes)) == side
 
 
-def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_the_survey_of_a_folder(tmp_path, small_images):
     folder = make_folder(tmp_path / "images", small_images)
     for i in range(60):
         shutil.copy(folder / "class0" / "0000.png", folder / f"copy{i}.png")
@@ -238,9 +237,7 @@ def test_the_survey_of_a_folder(tmp_path: Path, small_images: np.ndarray) -> Non
     ]
 
 
-def test_pictures_that_calibration_leaves_out_count_for_too_few(
-    tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_pictures_that_calibration_leaves_out_count_for_too_few(tmp_path, small_images):
     """Before the training, which would be in vain."""
     rows = {
         "train": [0, 1],
@@ -249,7 +246,7 @@ def test_pictures_that_calibration_leaves_out_count_for_too_few(
         "test": [4, 5],
     }
 
-    def surveyed() -> Survey:
+    def surveyed():
         parts = {part: ImageSet(small_images[its]) for part, its in rows.items()}
         names = {part: [f"{part}{i}.png" for i, _ in enumerate(its)] for part, its in rows.items()}
         dataset = Dataset("images", parts, {}, files=names)
@@ -263,20 +260,20 @@ def test_pictures_that_calibration_leaves_out_count_for_too_few(
 
 
 def test_a_file_that_could_not_be_read_at_the_start_stays_left_out(
-    tmp_path: Path, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, small_images, monkeypatch
+):
     """With other parts, the training could not be resumed."""
     folder = make_folder(tmp_path / "images", small_images)
     files = image_files(folder)
     plan = make_plan(str(folder), "images", 8, 20, False, None, len(files))
     late, trained_on = (folder / "class1" / "0001.png").read_bytes(), []
 
-    def busy(content: bytes) -> Any:
+    def busy(content):
         if content == late:
             raise ImageError("too_large", "the image was not decoded in time", is_transient=True)
         return read_image(content)
 
-    def fit_encoder(plan: Any, found: Any, dataset: Dataset, out: Path, step: Any) -> None:
+    def fit_encoder(plan, found, dataset, out, step):
         trained_on.append((dataset.files, dataset.skipped))
         (out / ENCODER_ABOUT).touch()
         raise KeyboardInterrupt
@@ -291,7 +288,7 @@ def test_a_file_that_could_not_be_read_at_the_start_stays_left_out(
     assert trained_on[0] == trained_on[1] and "class1/0001.png" in trained_on[1][1]
 
 
-def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndarray) -> None:
+def test_rows_are_named_by_their_own_files(tmp_path, small_images):
     """Whatever the files are called: here each good name is the beginning of a broken file's."""
     for i, image in enumerate(small_images[:120]):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
@@ -307,7 +304,7 @@ def test_rows_are_named_by_their_own_files(tmp_path: Path, small_images: np.ndar
             )
 
 
-def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
+def test_files_are_read_by_those_who_decode_them(tmp_path):
     """This keeps memory independent of the number of large files."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)).save(
         tmp_path / "0.png", compress_level=0
@@ -358,13 +355,8 @@ def test_files_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
     ],
 )
 def test_folders_that_cannot_be_fitted(
-    arguments: list[str],
-    message: str | list[str],
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    arguments, message, tmp_path, small_images, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "few", small_images[:60])
     shutil.copy(tmp_path / "few" / "class0" / "0000.png", tmp_path / "few" / "copy.png")
@@ -386,12 +378,7 @@ def test_folders_that_cannot_be_fitted(
         assert one in said and "one name" not in said
 
 
-def test_sizes_are_read_once_and_after_all_checks(
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_sizes_are_read_once_and_after_all_checks(tmp_path, small_images, monkeypatch, capsys):
     """It may take minutes."""
     folder, out = make_folder(tmp_path / "images", small_images[:10]), tmp_path / "out"
     files = image_files(folder)
@@ -433,7 +420,7 @@ FOUND = Survey(
 
 
 @pytest.fixture
-def findings(tiny_bundle: Path, small_images: np.ndarray) -> Findings:
+def findings(tiny_bundle, small_images):
     """Of a gate without a weakness, except that few images calibrated it."""
     bundle, held_out = open_bundle(tiny_bundle), small_images[:40]
     calibrations = CalibrationPair.load(bundle.folder / "calibration.npz")
@@ -458,7 +445,7 @@ def findings(tiny_bundle: Path, small_images: np.ndarray) -> Findings:
     )
 
 
-def with_manifest(findings: Findings, **changes: Any) -> Findings:
+def with_manifest(findings, **changes):
     bundle = findings.bundle
     return dataclasses.replace(
         findings, bundle=Bundle(bundle.folder, {**bundle.manifest, **changes})
@@ -466,17 +453,15 @@ def with_manifest(findings: Findings, **changes: Any) -> Findings:
 
 
 @pytest.fixture
-def page_of(tmp_path: Path) -> Callable[[Findings], str]:
-    def write(findings: Findings) -> str:
+def page_of(tmp_path):
+    def write(findings):
         write_report(findings, tmp_path / "report.html")
         return (tmp_path / "report.html").read_text()
 
     return write
 
 
-def test_corrupted_images_are_caught_in_each_way(
-    tiny_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_corrupted_images_are_caught_in_each_way(tiny_bundle, small_images):
     pictures = [Picture(image, []) for image in small_images[:40]]
     caught = _caught(InferenceEngine(tiny_bundle, device="cpu"), pictures)
     by_name = {one.corruption: one.rejected for one in caught}
@@ -484,9 +469,7 @@ def test_corrupted_images_are_caught_in_each_way(
     assert by_name["uniform noise"][0] > 0.5 and all(a >= b >= c for a, b, c in by_name.values())
 
 
-def test_the_report_starts_with_the_quality_of_the_gate(
-    findings: Findings, page_of: Callable[[Findings], str], tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_report_starts_with_the_quality_of_the_gate(findings, page_of, tiny_bundle, tmp_path):
     """It names few epochs and corruptions that are accepted. Expected alarms are not praised."""
     caught = [Caught("nothing at all", True, (0.4, 0.3, 0.0)), *findings.caught]
     weak = dataclasses.replace(findings, bundle=open_bundle(tiny_bundle), caught=caught)
@@ -505,9 +488,7 @@ def test_the_report_starts_with_the_quality_of_the_gate(
     assert "holds" not in page and "as expected" in page
 
 
-def test_a_good_gate_is_reported_as_one(
-    findings: Findings, page_of: Callable[[Findings], str]
-) -> None:
+def test_a_good_gate_is_reported_as_one(findings, page_of):
     assert weaknesses(findings) == []
     page = page_of(findings)
     assert "No weakness was found" in page and "The gate works on what it was tried on" in page
@@ -519,9 +500,7 @@ def test_a_good_gate_is_reported_as_one(
 
 
 @pytest.mark.parametrize("seen, is_enough", [(10_000, True), (9_000, False)])
-def test_of_a_large_folder_enough_images_are_enough(
-    findings: Findings, seen: int, is_enough: bool
-) -> None:
+def test_of_a_large_folder_enough_images_are_enough(findings, seen, is_enough):
     """Although each was seen less than three times."""
     large = dataclasses.replace(FOUND, parts={**FOUND.parts, "train": 50_000})
     trained = with_manifest(findings, training={"images_seen": seen})
@@ -539,9 +518,7 @@ def test_of_a_large_folder_enough_images_are_enough(
         (98, "Do not rely on this gate yet", "at the default alpha of 0.01, nothing can be"),
     ],
 )
-def test_few_calibration_images_are_a_weakness(
-    findings: Findings, page_of: Callable[[Findings], str], images: int, heading: str, sentence: str
-) -> None:
+def test_few_calibration_images_are_a_weakness(findings, page_of, images, heading, sentence):
     """The command to paste has an alpha with verdicts."""
     calibration = {**findings.bundle.manifest["calibration"], "images": images}
     page = page_of(with_manifest(findings, calibration=calibration))
@@ -567,19 +544,12 @@ def test_few_calibration_images_are_a_weakness(
         ),
     ],
 )
-def test_the_report_says_what_the_encoder_is_worth(
-    findings: Findings,
-    page_of: Callable[[Findings], str],
-    encoder: EncoderFindings | None,
-    words: str,
-) -> None:
+def test_the_report_says_what_the_encoder_is_worth(findings, page_of, encoder, words):
     from_imagenet = "EfficientNet-Lite0, which was trained on ImageNet's\nphotographs."
     assert from_imagenet + words in page_of(dataclasses.replace(findings, encoder=encoder))
 
 
-def test_names_of_files_are_no_markup_in_the_report(
-    findings: Findings, page_of: Callable[[Findings], str]
-) -> None:
+def test_names_of_files_are_no_markup_in_the_report(findings, page_of):
     """Anybody may have chosen them."""
     hostile = '<script>alert("x")</script>.png'
     found = dataclasses.replace(FOUND, broken={hostile: "broken"}, twice=[[hostile, "b.png"]])
@@ -588,7 +558,7 @@ def test_names_of_files_are_no_markup_in_the_report(
     assert "<script" not in page and page.count("&lt;script&gt;") == 4
 
 
-def test_false_alarms_are_those_of_each_calibration() -> None:
+def test_false_alarms_are_those_of_each_calibration():
     """Resized images have a calibration and a band of their own."""
     shipped = CalibrationPair.load(PRETRAINED / "calibration.npz").exact
     assert shipped is not None
@@ -615,8 +585,8 @@ def test_false_alarms_are_those_of_each_calibration() -> None:
 
 
 def test_a_file_that_cannot_be_read_now_is_not_judged_as_a_resized_one(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+    tiny_bundle, small_images, tmp_path
+):
     engine = InferenceEngine(open_bundle(tiny_bundle), device="cpu")
     files = {"test": ["0.png", "1.png"]}
     dataset = Dataset("d", {"test": ImageSet(small_images[:2])}, {}, files=files)
@@ -625,7 +595,7 @@ def test_a_file_that_cannot_be_read_now_is_not_judged_as_a_resized_one(
     assert (row, is_resized) == (1, False)
 
 
-def test_held_out_images_are_no_copies_of_training_images(small_images: np.ndarray) -> None:
+def test_held_out_images_are_no_copies_of_training_images(small_images):
     names = [f"{i}.png" for i in range(50)]
     dataset = Dataset("d", {"test": ImageSet(small_images[:50])}, {}, [], {"test": names})
     surveyed: Any = SimpleNamespace(leaking=["7.png"])
@@ -634,9 +604,7 @@ def test_held_out_images_are_no_copies_of_training_images(small_images: np.ndarr
     assert found == {image.tobytes() for image in np.delete(small_images[:50], 7, 0)}
 
 
-def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(
-    small_images: np.ndarray,
-) -> None:
+def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(small_images):
     """They look more usual than they are; a picture that repeats in use is tested, too."""
     shipped = CalibrationPair.load(PRETRAINED / "calibration.npz").exact
     assert shipped is not None
@@ -649,12 +617,10 @@ def test_copies_of_images_that_the_density_was_fitted_to_are_not_tested(
     assert [rows[row] for row in tested] == [5, 6, 1, 7]
 
 
-def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
-    tiny_bundle: Path, small_images: np.ndarray
-) -> None:
+def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(tiny_bundle, small_images):
     engine = InferenceEngine(open_bundle(tiny_bundle), device="cpu")
 
-    def score(images: np.ndarray, **options: Any) -> list[Any]:
+    def score(images, **options):
         return [None] * 10 + engine.score(images, **options)[10:]
 
     some: Any = SimpleNamespace(score=score, calibrations=engine.calibrations)
@@ -679,9 +645,7 @@ def test_an_image_without_a_finite_score_is_neither_caught_nor_missed(
         ([], None),
     ],
 )
-def test_folders_above_the_classes_are_no_classes(
-    paths: list[str], expected: list[str] | None
-) -> None:
+def test_folders_above_the_classes_are_no_classes(paths, expected):
     names = [f"{path}{i}.png" for path in paths for i in range(20)]
     assert class_folders(names) == expected
     reason = why_no_classes(names)
@@ -693,7 +657,7 @@ def test_folders_above_the_classes_are_no_classes(
         assert classes is not None and set(classes) == {0, 1}
 
 
-def test_why_folders_are_no_classes() -> None:
+def test_why_folders_are_no_classes():
     names = [f"{folder}/{i}.png" for folder in "ab" for i in range(30)]
     assert why_no_classes(names) is why_no_classes(names[:30]) is why_no_classes(["a.png"]) is None
     assert why_no_classes([*names, "logo.png"]) == "logo.png lies outside the 2 folders"
@@ -703,9 +667,7 @@ def test_why_folders_are_no_classes() -> None:
     )
 
 
-def test_names_that_all_folders_repeat_are_reported(
-    tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_names_that_all_folders_repeat_are_reported(tmp_path, small_images):
     """Files of one name are in one part: calibration would see few views of each thing."""
     for i, image in enumerate(small_images[:200]):
         target = tmp_path / f"thing{i // 40}" / f"{i % 40}.png"
@@ -717,7 +679,7 @@ def test_names_that_all_folders_repeat_are_reported(
     assert "different names" in said and "put the folder's name into it" in said
 
 
-def class_folders_of(folder: Path, images: np.ndarray, is_second: np.ndarray) -> Path:
+def class_folders_of(folder, images, is_second):
     for i, (image, second) in enumerate(zip(images, is_second, strict=True)):
         target = folder / ("dark" if second else "bright")
         target.mkdir(parents=True, exist_ok=True)
@@ -729,7 +691,7 @@ SMALL_FLOW = {"flow_scales": 1, "flow_couplings": 2, "flow_width": 8}
 
 
 @pytest.fixture
-def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_fit(monkeypatch):
     """Train and export a small flow, and score few images for the report."""
     monkeypatch.setitem(MODEL, "tiny", SMALL_FLOW)
     monkeypatch.setattr("fitting.findings.SCANNED_IMAGES", 50)
@@ -737,7 +699,7 @@ def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu_time(monkeypatch):
     """Train encoders for minutes of CPU time: they learn on a busy machine, too."""
     clock = SimpleNamespace(monotonic=time.process_time)
     for module in ("small_encoder", "distillation"):
@@ -746,8 +708,8 @@ def cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fails", [None, "late", "early"])
 def test_a_run_that_diverges_falls_back_on_the_likelihood(
-    fails: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_images: np.ndarray
-) -> None:
+    fails, monkeypatch, tmp_path, small_images
+):
     """On the checkpoint from before the adversary took part, if it got there."""
     plan = make_plan("/images", "images", 8, 60, False)
     config = dataclasses.replace(
@@ -757,13 +719,13 @@ def test_a_run_that_diverges_falls_back_on_the_likelihood(
     seeds: set[int] = set()
     run_steps = Trainer.run
 
-    def run(self: Trainer, *given: Any) -> dict[str, float]:
+    def run(self, *given):
         seeds.add(self.seed)
         if fails and self.step == {"early": 1, "late": 3}[fails]:
             raise TrainingDiverged("the loss is not finite")
         return run_steps(self, *given)
 
-    def options(**given: Any) -> RunOptions:
+    def options(**given):
         return RunOptions(**{**given, "images": 16 * 4, "minutes": None})
 
     monkeypatch.setattr(Trainer, "run", run)
@@ -788,12 +750,12 @@ def test_a_run_that_diverges_falls_back_on_the_likelihood(
 
 @pytest.mark.parametrize("unfit", [1, 2])
 def test_a_model_that_cannot_be_exported_is_given_up_for_the_one_before_the_adversary(
-    unfit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    unfit, monkeypatch, tmp_path
+):
     runs = [tmp_path / "step-4", tmp_path / "step-2"]
     tried: list[Path] = []
 
-    def export(plan: Any, found: Any, dataset: Any, run: Path, exported: Path, step: Any) -> None:
+    def export(plan, found, dataset, run, exported, step):
         tried.append(run)
         if len(tried) <= unfit:
             raise ParityError("an output differs")
@@ -810,7 +772,7 @@ def test_a_model_that_cannot_be_exported_is_given_up_for_the_one_before_the_adve
     assert tried == runs
 
 
-def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path):
     for name in ("exported", "bundle", ".exported.0a.tmp", ".bundle.0b.tmp"):
         (tmp_path / name).mkdir()
     given: Any = (None, None, None, [], None, tmp_path, lambda line: None)
@@ -820,12 +782,7 @@ def test_what_a_killed_export_or_calibration_left_is_removed(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("mean_colours")
 @pytest.mark.parametrize("learnable", [True, False, None], ids=["classes", "noise", "none"])
-def test_an_encoder_uses_classes_that_it_recognises(
-    learnable: bool | None,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_an_encoder_uses_classes_that_it_recognises(learnable, small_images, monkeypatch, tmp_path):
     """It is made once. Held-out images are recognised in parts: all would need tens of GiB."""
     monkeypatch.setattr("fitting.encoder.AT_A_TIME", 7)
     rng = np.random.default_rng(0)
@@ -857,7 +814,7 @@ def test_an_encoder_uses_classes_that_it_recognises(
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_time", "quick_fit")
 @pytest.mark.parametrize("scale", [1, 3])
-def test_a_gate_with_an_encoder(scale: int, tmp_path: Path, small_images: np.ndarray) -> None:
+def test_a_gate_with_an_encoder(scale, tmp_path, small_images):
     """The calibration uses it, and the report says what it is worth.
 
     Of pictures of the model's size it learns the classes; of larger ones it sees the originals.
@@ -889,9 +846,7 @@ def test_a_gate_with_an_encoder(scale: int, tmp_path: Path, small_images: np.nda
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_fit")
-def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(
-    tmp_path: Path, real_images: np.ndarray, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_becomes_a_gate_and_resumes_after_a_kill(tmp_path, real_images, capsys):
     both = np.concatenate([real_images, real_images[:, :, ::-1], 255 - real_images[:100]])
     # 24 pixels: a size that is no power of two.
     folder = make_folder(tmp_path / "My images", both[:, 4:28, 4:28])

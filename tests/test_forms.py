@@ -1,7 +1,5 @@
 """Forms: what they become, and those that are refused because parsers read them differently."""
 
-from __future__ import annotations
-
 import re
 import time
 import tracemalloc
@@ -20,7 +18,7 @@ FORM = "multipart/form-data; boundary=b"
 CURE = ": name further images image1, image2"
 
 
-def form(*parts: tuple[str, bytes], boundary: str = "b", end: str = "--") -> bytes:
+def form(*parts, boundary="b", end="--"):
     lines = [
         f"--{boundary}\r\nContent-Disposition: form-data; {about}\r\n\r\n".encode() + data + b"\r\n"
         for about, data in parts
@@ -28,7 +26,7 @@ def form(*parts: tuple[str, bytes], boundary: str = "b", end: str = "--") -> byt
     return b"".join(lines) + f"--{boundary}{end}\r\n".encode()
 
 
-def test_forms_are_taken_apart() -> None:
+def test_forms_are_taken_apart():
     data = bytes(range(256)) * 300 + b"\r\n-b\r\n--"
     body = form(('name="image"; filename="a=b;.png"', data), ('name="alpha"', b"0.5"))
     made = raw_request("Multipart/Form-Data; boundary=b", body, True, "id")
@@ -44,13 +42,13 @@ def test_forms_are_taken_apart() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=3).map(quote_plus) | st.sampled_from("=+ \t._"), max_size=9))
-def test_values_are_unquoted(pieces: list[str]) -> None:
+def test_values_are_unquoted(pieces):
     value = "".join(pieces).encode()
     made = raw_request(URLENCODED, b"n=" + value)
     assert made.fields == {"n": unquote_to_bytes(value.replace(b"+", b" "))}
 
 
-def test_a_value_of_escapes_takes_little_memory() -> None:
+def test_a_value_of_escapes_takes_little_memory():
     body = b"n=" + b"%89" * 2**20
     tracemalloc.start()
     try:
@@ -77,31 +75,31 @@ def test_a_value_of_escapes_takes_little_memory() -> None:
         (URLENCODED, b"n=1&" * 20 + b"\x89PNG"),
     ],
 )
-def test_forms_that_are_refused(content_type: str, body: bytes) -> None:
+def test_forms_that_are_refused(content_type, body):
     with pytest.raises(ApiError) as caught:
         raw_request(content_type, body)
     assert (caught.value.status, caught.value.code) == (400, "malformed_request")
 
 
-def test_forms_whose_fields_would_be_lost_are_refused() -> None:
+def test_forms_whose_fields_would_be_lost_are_refused():
     """Some parsers drop a part that is cut off, what follows the end, and all files but the last.
 
     A line of data that begins with the boundary is a new part for them, or ends the form.
     """
 
-    def part(name: str, kind: str = "image/png") -> bytes:
+    def part(name, kind="image/png"):
         return b'--B\r\nContent-Type: %s\r\n%s; name="%s"\r\n\r\nx\r\n' % (
             kind.encode(),
             PART,
             name.encode(),
         )
 
-    def encoded(how: bytes) -> bytes:
+    def encoded(how):
         return part("image").replace(
             b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: %s\r\n\r\n" % how
         )
 
-    def check(body: bytes) -> bool:
+    def check(body):
         return bool(raw_request("multipart/form-data; boundary=B", body).fields)
 
     end = b"--B--\r\n"
@@ -178,7 +176,7 @@ def test_forms_whose_fields_would_be_lost_are_refused() -> None:
         "a name that a browser escaped",
     ],
 )
-def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
+def test_forms_are_read_in_bounded_time(body, status):
     """Their worker does nothing else meanwhile."""
     started = time.process_time()
     try:
@@ -188,7 +186,7 @@ def test_forms_are_read_in_bounded_time(body: bytes, status: int) -> None:
     assert found == status and time.process_time() - started < 3
 
 
-def test_url_encoded_forms() -> None:
+def test_url_encoded_forms():
     for body, fields in (
         (b"calibration=caf%C3%A9&alpha=0.05", {"calibration": "café".encode(), "alpha": b"0.05"}),
         (b"image=%89PNG", {"image": b"\x89PNG"}),
@@ -212,14 +210,14 @@ def test_url_encoded_forms() -> None:
 @pytest.mark.parametrize(
     "start", [b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM6\0\0\0", b"RIFF\x1a\0\0\0WEBP"]
 )
-def test_a_file_under_the_default_type_is_a_raw_body(start: bytes) -> None:
+def test_a_file_under_the_default_type_is_a_raw_body(start):
     """As ``curl --data-binary @FILE``, ``wget --post-file`` and urllib send it."""
     made = raw_request(URLENCODED, start + b"&=%" * 99)
     assert (made.body, made.content_type) == (start + b"&=%" * 99, "")
 
 
 @pytest.mark.parametrize("body", [b'{"n": 4}', b' ["x"]\r\n', '{"a": "é"}'.encode()])
-def test_json_under_the_type_of_a_form_is_refused(body: bytes) -> None:
+def test_json_under_the_type_of_a_form_is_refused(body):
     """As ``curl -d`` declares it."""
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         raw_request(URLENCODED, body)
@@ -232,7 +230,7 @@ def test_json_under_the_type_of_a_form_is_refused(body: bytes) -> None:
         (URLENCODED, b"seed=1&n=2&seed=3", "$"),
     ],
 )
-def test_repeated_fields_are_refused(kind: str, body: bytes, rest: str) -> None:
+def test_repeated_fields_are_refused(kind, body, rest):
     """Most parsers drop all but the last."""
     with pytest.raises(ApiError, match=f"more than once{rest}"):
         raw_request(kind, body)
@@ -247,9 +245,7 @@ VALUES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(NAMES, VALUES, min_size=1, max_size=5), st.integers(0, 9), st.booleans())
-def test_no_field_is_lost_or_changed(
-    fields: dict[str, bytes], cut: int, is_urlencoded: bool
-) -> None:
+def test_no_field_is_lost_or_changed(fields, cut, is_urlencoded):
     """Unless the data hold the boundary, or the form is cut off: then it is refused."""
     if is_urlencoded:
         kind, body = URLENCODED, urlencode({k.encode(): v for k, v in fields.items()}).encode()

@@ -22,9 +22,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,10 +42,9 @@ from handlers.front.admission import (
     read_body,
     unless_gone,
 )
-from handlers.front.front import INFERRING, Answer, Endpoint, Front, Request
+from handlers.front.front import INFERRING, Answer, Endpoint, Front
 from handlers.front.settings import FrontSettings
 from handlers.service.application import Application
-from serving.api.guard import Receive, Scope, Send
 from serving.api.protocol import MAX_FIELDS as HEAD_FIELDS
 from serving.api.protocol import BoundedProtocol
 from serving.ingest.errors import ApiError
@@ -79,24 +76,22 @@ UNREAD = 9 * 2**19  # bytes of an answer: nearly the budget, and more than the s
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+def front(tmp_path_factory):
     yield from running(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+def short(tmp_path_factory):
     """A front with short timeouts."""
     yield from running(tmp_path_factory, SHORT)
 
 
 @pytest.fixture(scope="module")
-def lenient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFront]:
+def lenient(tmp_path_factory):
     yield from running(tmp_path_factory, LENIENT)
 
 
-def running(
-    tmp_path_factory: pytest.TempPathFactory, limits: dict[str, Any] | None = None
-) -> Iterator[RunningFront]:
+def running(tmp_path_factory, limits=None):
     made = RunningFront(tmp_path_factory.mktemp("front"), limits)
     yield made
     made.stop()
@@ -105,7 +100,7 @@ def running(
 
 
 @pytest.fixture
-def upstream(request: pytest.FixtureRequest) -> Iterator[Upstream]:
+def upstream(request):
     """The upstream of the front that the test uses."""
     (name,) = {"front", "short", "lenient"}.intersection(request.fixturenames)
     made = Upstream(request.getfixturevalue(name).socket)
@@ -113,23 +108,23 @@ def upstream(request: pytest.FixtureRequest) -> Iterator[Upstream]:
     made.stop()
 
 
-def error_of(answer: httpx.Response) -> str:
+def error_of(answer):
     body = answer.json()
     assert set(body) == {"error"} and set(body["error"]) == {"code", "message"}, body
     assert answer.headers["content-type"] == "application/json"
     return body["error"]["code"]
 
 
-def answered(connections: list[socket.socket]) -> list[socket.socket]:
+def answered(connections):
     """Those that have an answer, or are closed."""
     return select.select(connections, [], [], 0)[0]
 
 
-def head(*fields: bytes, line: bytes = PREDICT) -> bytes:
+def head(*fields, line=PREDICT):
     return b"\r\n".join((line + b" HTTP/1.1", b"Host: localhost", *fields, b"", b""))
 
 
-def message(body: bytes = b"", *fields: bytes, line: bytes = PREDICT) -> bytes:
+def message(body=b"", *fields, line=PREDICT):
     return head(*fields, b"Content-Length: %d" % len(body), line=line) + body
 
 
@@ -138,14 +133,14 @@ PING = message(line=b"GET /ping")
 CHUNKED = b"Transfer-Encoding: chunked"
 
 
-def read_answer(connection: socket.socket) -> tuple[int, Any]:
+def read_answer(connection):
     """The status and JSON of an answer."""
     answer = http.client.HTTPResponse(connection)
     answer.begin()
     return answer.status, json.loads(answer.read())
 
 
-def ask(front: RunningFront, *parts: bytes) -> tuple[int, Any]:
+def ask(front, *parts):
     """Send bytes over a connection of their own."""
     with front.connect() as connection:
         for part in parts:
@@ -153,7 +148,7 @@ def ask(front: RunningFront, *parts: bytes) -> tuple[int, Any]:
         return read_answer(connection)
 
 
-def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
+def is_closed(connection, seconds=5.0):
     """Whether the server closes the connection; further bytes are ignored."""
     connection.settimeout(seconds)
     try:
@@ -166,9 +161,7 @@ def is_closed(connection: socket.socket, seconds: float = 5.0) -> bool:
     return True
 
 
-def post(
-    front: RunningFront, word: str = "", content: bytes = b"", timeout: float = 20, **headers: str
-) -> httpx.Response:
+def post(front, word="", content=b"", timeout=20, **headers):
     """Post a request; ``word`` tells the upstream what to do."""
     return httpx.post(
         f"{front.url}/predictions/score",
@@ -178,7 +171,7 @@ def post(
     )
 
 
-def is_refused(answer: httpx.Response, code: str = "overloaded") -> bool:
+def is_refused(answer, code="overloaded"):
     return (
         answer.status_code == 503
         and error_of(answer) == code
@@ -189,7 +182,7 @@ def is_refused(answer: httpx.Response, code: str = "overloaded") -> bool:
 # Requests that are passed on
 
 
-def test_a_request_and_its_answer_pass(front: RunningFront, upstream: Upstream) -> None:
+def test_a_request_and_its_answer_pass(front, upstream):
     body = bytes(range(256)) * 1000
     given = {"Authorization": "Bearer of-the-client", "Cookie": "a=b", "X-Other": "1"}
     answer = post(front, "echo", body, **given)
@@ -219,9 +212,7 @@ def test_a_request_and_its_answer_pass(front: RunningFront, upstream: Upstream) 
         ),
     ],
 )
-def test_methods_that_pass(
-    front: RunningFront, upstream: Upstream, method: str, path: str, seen: str | None
-) -> None:
+def test_methods_that_pass(front, upstream, method, path, seen):
     model = "other@1" if seen is None else "tiny@1"
     answer = httpx.request(method, front.url + path, headers={"X-Ade-Model": model})
     assert answer.status_code == 200
@@ -232,7 +223,7 @@ def test_methods_that_pass(
     assert int(answer.headers["content-length"]) > 0
 
 
-def num_refusals(front: RunningFront, code: str) -> int:
+def num_refusals(front, code):
     text = httpx.get(f"{front.metrics}/metrics").text
     found = re.search(rf'^ade_front_refusals_total{{code="{code}"}} (\d+)$', text, re.MULTILINE)
     return int(found[1]) if found else 0
@@ -291,8 +282,8 @@ ENDING = {400, 431, 501}  # the server's own errors, after which it closes the c
 
 @pytest.mark.parametrize("status, code, request_", REFUSED, ids=lambda value: str(value)[:60])
 def test_a_refused_request_reaches_no_engine_and_is_counted(
-    front: RunningFront, upstream: Upstream, status: int, code: str, request_: bytes
-) -> None:
+    front, upstream, status, code, request_
+):
     before = num_refusals(front, code)
     with front.connect() as connection:
         connection.sendall(request_)
@@ -312,22 +303,20 @@ def test_a_refused_request_reaches_no_engine_and_is_counted(
         ("/openapi.json", "GET, HEAD"),
     ],
 )
-def test_the_methods_of_a_path_are_named(front: RunningFront, path: str, allowed: str) -> None:
+def test_the_methods_of_a_path_are_named(front, path, allowed):
     assert httpx.delete(front.url + path).headers["allow"] == allowed
 
 
 @pytest.mark.parametrize(
     "headers", [{"Host": "ade.example.org"}, {"Origin": "https://ade.example.org"}]
 )
-def test_a_named_host_is_answered(
-    front: RunningFront, upstream: Upstream, headers: dict[str, str]
-) -> None:
+def test_a_named_host_is_answered(front, upstream, headers):
     answer = post(front, "text/plain", b"{}", **headers)
     assert answer.status_code == 200
     assert not any(name.startswith("access-control") for name in answer.headers)
 
 
-def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
+def test_metrics_are_read_only(front, upstream):
     assert "process_start_time_seconds" in httpx.get(f"{front.metrics}/metrics?name[]=x").text
     assert httpx.head(f"{front.metrics}/metrics").status_code == 200
     refused = httpx.post(f"{front.metrics}/metrics")
@@ -341,9 +330,7 @@ def test_metrics_are_read_only(front: RunningFront, upstream: Upstream) -> None:
     assert foreign.status_code == 421 and upstream.seen == []
 
 
-def test_only_requests_with_the_secret_are_health_checks(
-    front: RunningFront, upstream: Upstream
-) -> None:
+def test_only_requests_with_the_secret_are_health_checks(front, upstream):
     for value, is_probe in [
         ("1", False),
         ("secret-of-probe", False),
@@ -354,7 +341,7 @@ def test_only_requests_with_the_secret_are_health_checks(
         assert came.get("X-Ade-Probe") == ("1" if is_probe else None)
 
 
-def test_the_api_and_exposed_metrics_require_the_token(tmp_path: Path) -> None:
+def test_the_api_and_exposed_metrics_require_the_token(tmp_path):
     """Metrics on loopback do not."""
     guarded = RunningFront(tmp_path, token="t" * 43, host="0.0.0.0", exposes_metrics=True)
     upstream = Upstream(guarded.socket)
@@ -386,18 +373,18 @@ def test_the_api_and_exposed_metrics_require_the_token(tmp_path: Path) -> None:
         ("localhost", True, ["127.0.0.1"]),
     ],
 )
-def test_metrics_are_always_on_loopback(host: str, exposes: bool, expected: list[str]) -> None:
+def test_metrics_are_always_on_loopback(host, exposes, expected):
     changed = dataclasses.replace(settings(), host=host, exposes_metrics=exposes)
     assert changed.metrics_hosts == expected
 
 
-def test_a_workers_error_passes_as_it_is(front: RunningFront, upstream: Upstream) -> None:
+def test_a_workers_error_passes_as_it_is(front, upstream):
     answer = post(front, "ours")
     assert (answer.status_code, error_of(answer)) == (415, "not_an_image")
     assert answer.headers["retry-after"] == "3" and answer.headers["x-request-id"]
 
 
-def test_a_missing_upstream_is_reported_and_recovers(front: RunningFront) -> None:
+def test_a_missing_upstream_is_reported_and_recovers(front):
     for _ in range(3):
         assert is_refused(post(front), "unavailable")
     upstream = Upstream(front.socket)
@@ -409,9 +396,7 @@ def test_a_missing_upstream_is_reported_and_recovers(front: RunningFront) -> Non
 # HTTP
 
 
-def test_only_the_first_of_pipelined_requests_is_answered(
-    front: RunningFront, upstream: Upstream
-) -> None:
+def test_only_the_first_of_pipelined_requests_is_answered(front, upstream):
     """However they arrive; then the connection ends, and the client knows what to repeat."""
     for together in (True, False):
         with hang(front, b"first", message(b"2") if together else b"") as connection:
@@ -423,9 +408,7 @@ def test_only_the_first_of_pipelined_requests_is_answered(
         assert answer.count(b"HTTP/1.1 ") == 1 and b"connection: close" in answer
 
 
-def test_thousands_of_pipelined_requests_end_their_connection(
-    front: RunningFront, upstream: Upstream
-) -> None:
+def test_thousands_of_pipelined_requests_end_their_connection(front, upstream):
     """The front would do nothing else while it reads their heads."""
     with front.connect() as connection:
         started = time.monotonic()
@@ -447,9 +430,7 @@ def test_thousands_of_pipelined_requests_end_their_connection(
         (b"405", message(b"x" * 4000, b"Connection: close", line=b"PATCH /predictions/score")),
     ],
 )
-def test_http_1_0_and_close(
-    front: RunningFront, upstream: Upstream, status: bytes, request_: bytes
-) -> None:
+def test_http_1_0_and_close(front, upstream, status, request_):
     """The connection ends after the answer: not by a reset, which would lose it."""
     with front.connect() as connection:
         connection.sendall(request_)
@@ -458,24 +439,22 @@ def test_http_1_0_and_close(
     assert lines.startswith(b"HTTP/1.1 " + status) and json.loads(body)
 
 
-def test_a_length_with_many_zeros(front: RunningFront, upstream: Upstream) -> None:
+def test_a_length_with_many_zeros(front, upstream):
     assert ask(front, head(b"Content-Length: " + b"0" * 5000 + b"3"), b"abc")[0] == 200
     assert [one["body"] for one in upstream.seen] == ["abc"], upstream.seen
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
-def test_spaces_after_a_value_are_not_part_of_it(
-    front: RunningFront, upstream: Upstream, space: bytes
-) -> None:
+def test_spaces_after_a_value_are_not_part_of_it(front, upstream, space):
     request = message(b"", b"X-Ade-Model: m@1").replace(b"\r\n", space + b"\r\n")
     request = request.replace(b"1.1" + space, b"1.1").removesuffix(space + b"\r\n") + b"\r\n"
     assert ask(front, request)[0] == 200
 
 
-def test_spaces_after_a_length_that_the_server_keeps() -> None:
+def test_spaces_after_a_length_that_the_server_keeps():
     """As Ray's server does."""
 
-    async def receive() -> dict[str, Any]:
+    async def receive():
         return {"type": "http.request", "body": b""}
 
     limits, scope = Limits(), {"headers": [(b"content-length", b"0 \t")]}
@@ -483,23 +462,23 @@ def test_spaces_after_a_length_that_the_server_keeps() -> None:
         assert asyncio.run(read_body(scope, receive, share, limits)) == b""
 
 
-def test_a_connection_that_is_reset_leaves_nothing_behind() -> None:
+def test_a_connection_that_is_reset_leaves_nothing_behind():
     """As does one whose client reads the answer and is gone; its head may have had 64 KiB."""
     alive: list[weakref.ref[BoundedProtocol]] = []
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    async def app(scope, receive, send):
         headers = [(b"content-length", b"0")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body"})
 
     config = uvicorn.Config(app, interface="asgi3", log_config=None, timeout_keep_alive=1000)
 
-    def make() -> BoundedProtocol:
+    def make():
         made = BoundedProtocol(Limits(), Counter(), Counter(), config, ServerState(), {})
         alive.append(weakref.ref(made))
         return made
 
-    async def connect() -> None:
+    async def connect():
         config.load()
         async with await asyncio.get_running_loop().create_server(make, "127.0.0.1") as server:
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -516,7 +495,7 @@ def test_a_connection_that_is_reset_leaves_nothing_behind() -> None:
     asyncio.run(connect())
 
 
-def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream: Upstream) -> None:
+def test_an_answer_is_not_given_to_another_request(front, upstream):
     """Nobody takes the error of invalid bytes for the answer to what was sent before them."""
     with hang(front, b"ab") as connection:
         wait_for(lambda: upstream.num_waiting == 1)
@@ -528,7 +507,7 @@ def test_an_answer_is_not_given_to_another_request(front: RunningFront, upstream
     assert answer.count(b"HTTP/1.1 ") == 1
 
 
-def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Upstream) -> None:
+def test_chunked_bodies_and_an_offered_upgrade(front, upstream):
     parts = [b"a" * 70_000, b"b", b"c" * 300_000]
     answer = httpx.post(f"{front.url}/predictions/score", content=iter(parts))
     assert answer.json()["body"] == b"".join(parts).decode()
@@ -557,9 +536,7 @@ def test_chunked_bodies_and_an_offered_upgrade(front: RunningFront, upstream: Up
 
 
 @pytest.mark.parametrize("num_early", [1, 2, 3, 4])
-def test_a_body_stays_as_it_is_however_the_end_of_the_head_arrives(
-    front: RunningFront, upstream: Upstream, num_early: int
-) -> None:
+def test_a_body_stays_as_it_is_however_the_end_of_the_head_arrives(front, upstream, num_early):
     """Words of a head in a body, after a first part with so many bytes of the blank line."""
     body = b"a\r\nUpgrade: h2c\r\n\r\nb"
     whole = message(body, b"Upgrade: h2c")
@@ -573,7 +550,7 @@ def test_a_body_stays_as_it_is_however_the_end_of_the_head_arrives(
             assert status == 200 and answer["body"] == body.decode()
 
 
-def test_an_upgrade_is_declined_however_it_arrives(front: RunningFront, upstream: Upstream) -> None:
+def test_an_upgrade_is_declined_however_it_arrives(front, upstream):
     whole = message(b"abc", b"Connection: Upgrade", b"Upgrade: h2c")
     first = whole.index(b"\r\nUpgrade:")
     with front.connect() as connection:
@@ -598,13 +575,13 @@ def test_an_upgrade_is_declined_however_it_arrives(front: RunningFront, upstream
         b"Origin: http://a.example",
     ],
 )
-def test_trailers_are_not_headers(front: RunningFront, upstream: Upstream, trailer: bytes) -> None:
+def test_trailers_are_not_headers(front, upstream, trailer):
     request = head(CHUNKED, b"X-Ade-Probe: no") + b"1\r\nx\r\n0\r\n" + trailer + b"\r\n\r\n"
     assert ask(front, request)[0] == 200
     assert not {"X-Ade-Probe", "Content-Type"} & set(dict(upstream.seen[-1]["headers"]))
 
 
-def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) -> None:
+def test_a_body_waits_for_100_continue(front, upstream):
     with front.connect() as connection:
         connection.sendall(head(b"Content-Length: 3", b"Expect: 100-continue"))
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -612,9 +589,7 @@ def test_a_body_waits_for_100_continue(front: RunningFront, upstream: Upstream) 
         assert read_answer(connection)[0] == 200
 
 
-def test_large_bodies_are_refused_before_they_are_sent(
-    short: RunningFront, upstream: Upstream
-) -> None:
+def test_large_bodies_are_refused_before_they_are_sent(short, upstream):
     """Or when a client ignores the announced limit, and sends the whole body or chunks."""
     most = SHORT["body_bytes"]
     status, body = ask(short, head(b"Content-Length: %d" % (most + 1), b"Expect: 100-continue"))
@@ -628,7 +603,7 @@ def test_large_bodies_are_refused_before_they_are_sent(
     assert [len(one["body"]) for one in upstream.seen] == [most]
 
 
-def test_the_documented_limits_are_those_of_the_front() -> None:
+def test_the_documented_limits_are_those_of_the_front():
     limits = Limits()
     page = " ".join((ROOT / "docs" / "api.md").read_text().split())
     for text in (
@@ -647,7 +622,7 @@ def test_the_documented_limits_are_those_of_the_front() -> None:
         assert text in page
 
 
-def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None:
+def test_long_heads_are_refused(front, upstream):
     for endless in (b"X-Long: " + b"x" * 400_000, b"X-Short: 1\r\n" * 40_000):
         status, body = ask(front, head().removesuffix(b"\r\n"), endless)
         assert status == 431 and body["error"]["code"] == "headers_too_large"
@@ -665,14 +640,14 @@ def test_long_heads_are_refused(front: RunningFront, upstream: Upstream) -> None
 # Clients that are slow, or many
 
 
-def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -> None:
+def test_heads_that_stall_are_dropped(short, upstream):
     """With no byte or single bytes, before the first request or after one."""
     silent, half, blank, second = stalled = [short.connect() for _ in range(4)]
     half.sendall(head().removesuffix(b"\r\n"))
     second.sendall(PING)
     assert read_answer(second)[0] == 200
 
-    def all_closed() -> bool:
+    def all_closed():
         for connection, data in ((half, b"X: 1\r\n"), (blank, b"\r\n"), (second, b"\r\n")):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(data)
@@ -683,7 +658,7 @@ def test_heads_that_stall_are_dropped(short: RunningFront, upstream: Upstream) -
         connection.close()
 
 
-def test_stalled_bodies_do_not_block_others(lenient: RunningFront, upstream: Upstream) -> None:
+def test_stalled_bodies_do_not_block_others(lenient, upstream):
     stalled = [lenient.connect() for _ in range(50)]
     for connection in stalled:
         connection.sendall(head(b"Content-Length: 1000000") + b"x" * 50_000)
@@ -696,7 +671,7 @@ def test_stalled_bodies_do_not_block_others(lenient: RunningFront, upstream: Ups
     assert len(upstream.seen) == 1
 
 
-def test_bodies_that_trickle_are_refused(short: RunningFront, upstream: Upstream) -> None:
+def test_bodies_that_trickle_are_refused(short, upstream):
     started = time.monotonic()
     with short.connect() as connection:
         connection.sendall(head(b"Content-Length: 1000"))
@@ -707,7 +682,7 @@ def test_bodies_that_trickle_are_refused(short: RunningFront, upstream: Upstream
     assert upstream.seen == []
 
 
-def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) -> None:
+def test_bodies_have_a_budget_together(short, upstream):
     """Once it is used up, large bodies are refused, small ones are not; later it is free again."""
     large = b"x" * (3 * 2**20)
     with ThreadPoolExecutor(1) as pool:
@@ -720,7 +695,7 @@ def test_bodies_have_a_budget_together(short: RunningFront, upstream: Upstream) 
     assert post(short, content=large).status_code == 200
 
 
-def test_connections_are_bounded(lenient: RunningFront, upstream: Upstream) -> None:
+def test_connections_are_bounded(lenient, upstream):
     time.sleep(0.1)
     before = num_refusals(lenient, "overloaded")
     held = [lenient.connect() for _ in range(LENIENT["connections"])]
@@ -731,7 +706,7 @@ def test_connections_are_bounded(lenient: RunningFront, upstream: Upstream) -> N
     for connection in held:
         connection.close()
 
-    def is_answered() -> bool:
+    def is_answered():
         with contextlib.suppress(httpx.TransportError):
             return post(lenient).status_code == 200
         return False
@@ -740,9 +715,7 @@ def test_connections_are_bounded(lenient: RunningFront, upstream: Upstream) -> N
 
 
 @contextlib.contextmanager
-def unread_answer(
-    front: RunningFront, size: int = UNREAD, *fields: bytes
-) -> Iterator[socket.socket]:
+def unread_answer(front, size=UNREAD, *fields):
     """A client that reads one byte of a large answer."""
     with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
@@ -752,7 +725,7 @@ def unread_answer(
         yield lazy
 
 
-def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Upstream) -> None:
+def test_answers_that_nobody_reads_are_dropped(short, upstream):
     """After their time, whatever the client sends; then their memory is free."""
     with unread_answer(short) as lazy:
         lazy.sendall(PING)
@@ -761,9 +734,7 @@ def test_answers_that_nobody_reads_are_dropped(short: RunningFront, upstream: Up
         assert is_closed(lazy)
 
 
-def test_answers_that_nobody_reads_have_a_budget_together(
-    lenient: RunningFront, upstream: Upstream
-) -> None:
+def test_answers_that_nobody_reads_have_a_budget_together(lenient, upstream):
     """Answers of the same size do not give way to each other, so a further one is refused.
 
     Small ones are not.
@@ -775,13 +746,11 @@ def test_answers_that_nobody_reads_have_a_budget_together(
     wait_for(lambda: post(lenient, "large", size).status_code == 200)
 
 
-def test_no_connection_outlasts_a_client_that_does_not_read(
-    short: RunningFront, upstream: Upstream
-) -> None:
+def test_no_connection_outlasts_a_client_that_does_not_read(short, upstream):
     """Whatever part of an answer remains in the front, even a few bytes."""
     process = psutil.Process(short.process.pid)
 
-    def has_none() -> bool:
+    def has_none():
         found = process.net_connections("tcp")
         return not any(one.status == psutil.CONN_ESTABLISHED for one in found)
 
@@ -791,7 +760,7 @@ def test_no_connection_outlasts_a_client_that_does_not_read(
         wait_for(has_none, 30)
 
 
-def test_a_slow_reader_gets_everything(lenient: RunningFront, upstream: Upstream) -> None:
+def test_a_slow_reader_gets_everything(lenient, upstream):
     url, seen = f"{lenient.url}/predictions/score", 0
     given: Any = {"content": str(UNREAD).encode(), "headers": {"Content-Type": "test/large"}}
     with httpx.stream("POST", url, **given) as answer:
@@ -804,16 +773,14 @@ def test_a_slow_reader_gets_everything(lenient: RunningFront, upstream: Upstream
 # Turns
 
 
-def hang(front: RunningFront, body: bytes, pipelined: bytes = b"") -> socket.socket:
+def hang(front, body, pipelined=b""):
     connection = front.connect()
     connection.sendall(message(body, b"Content-Type: test/wait") + pipelined)
     return connection
 
 
 @pytest.mark.parametrize("pipelined", [b"", message(b"later")], ids=["alone", "pipelined"])
-def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
-    lenient: RunningFront, upstream: Upstream, pipelined: bytes
-) -> None:
+def test_a_request_whose_client_leaves_while_waiting_is_not_computed(lenient, upstream, pipelined):
     taken = [hang(lenient, b"taken") for _ in range(2)]
     wait_for(lambda: upstream.num_waiting == 2)
     # In one piece: behind a request that came later, the front would not read that the client left.
@@ -830,7 +797,7 @@ def test_a_request_whose_client_leaves_while_waiting_is_not_computed(
     assert [came["body"] for came in upstream.seen] == ["taken", "taken", "patient"]
 
 
-def test_an_upstream_that_hangs_is_answered_for(short: RunningFront, upstream: Upstream) -> None:
+def test_an_upstream_that_hangs_is_answered_for(short, upstream):
     """Both a request in flight and a waiting one get an answer when their time is over."""
     with ThreadPoolExecutor(3) as pool:
         started = time.monotonic()
@@ -845,12 +812,12 @@ def test_an_upstream_that_hangs_is_answered_for(short: RunningFront, upstream: U
 class InstantLoop(asyncio.SelectorEventLoop):
     """A loop with a clock of its own, which advances by the waits alone: they take no real time."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.now = 0.0
         selector = selectors.DefaultSelector()
         select = selector.select
 
-        def skip(timeout: float | None = None) -> Any:
+        def skip(timeout=None):
             assert timeout is not None, "everything waits for something that never comes"
             self.now += timeout
             return select(0)
@@ -858,17 +825,17 @@ class InstantLoop(asyncio.SelectorEventLoop):
         selector.select = skip  # type: ignore[method-assign]
         super().__init__(selector)
 
-    def time(self) -> float:
+    def time(self):
         return self.now
 
 
-def test_the_bound_follows_the_time_that_answers_take() -> None:
-    async def play(limit: InFlightLimit, num: int, seconds: float) -> int:
+def test_the_bound_follows_the_time_that_answers_take():
+    async def play(limit, num, seconds):
         """The largest number in flight at once, after the bound has had time to adapt."""
         in_flight: set[int] = set()
         most: list[int] = []
 
-        async def one(i: int) -> None:
+        async def one(i):
             async with limit.turn():
                 in_flight.add(i)
                 most.append(len(in_flight))
@@ -878,7 +845,7 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         await asyncio.gather(*(one(i) for i in range(num)))
         return max(most[-num // 4 :])
 
-    async def check() -> None:
+    async def check():
         limit = InFlightLimit(Limits(in_flight=(3, 8, 40), latency_s=0.1))
         assert await play(limit, 200, 0.001) == 40  # fast answers: as many as wait
         # After slow answers few are in flight, so that the others can still be dropped.
@@ -896,26 +863,26 @@ def test_the_bound_follows_the_time_that_answers_take() -> None:
         runner.run(check())
 
 
-def test_no_engine_lets_a_worker_be_idle() -> None:
+def test_no_engine_lets_a_worker_be_idle():
     model: Any = SimpleNamespace(name="score", identity="m@1", num_workers=99, answer=None)
     limit = Application([model], {}, Limits()).api("/predictions/score").in_flight
     assert limit is not None and limit._least == 99
 
 
-async def take_turn(limit: InFlightLimit) -> None:
+async def take_turn(limit):
     async with limit.turn():
         pass
 
 
-async def steps(num: int) -> None:
+async def steps(num):
     for _ in range(num):
         await asyncio.sleep(0)
 
 
-def test_a_turn_is_not_lost_whenever_a_request_is_cancelled() -> None:
+def test_a_turn_is_not_lost_whenever_a_request_is_cancelled():
     """Or if the last request leaves just as another comes."""
 
-    async def check(num_before: int, num_steps: int, leaves_first: bool | None) -> None:
+    async def check(num_before, num_steps, leaves_first):
         limit = InFlightLimit(Limits(in_flight=(1, 1, 1)))
         async with limit.turn():
             waiting = asyncio.create_task(take_turn(limit))
@@ -937,25 +904,23 @@ def test_a_turn_is_not_lost_whenever_a_request_is_cancelled() -> None:
 
 @pytest.mark.parametrize("num_steps", range(4))
 @pytest.mark.parametrize("leaves, stops", [(True, False), (False, True), (True, True)])
-def test_a_client_that_leaves_ends_only_its_own_work(
-    num_steps: int, leaves: bool, stops: bool
-) -> None:
+def test_a_client_that_leaves_ends_only_its_own_work(num_steps, leaves, stops):
     """Also one that left before; a request that the server stops is cancelled, whoever leaves."""
 
-    async def check() -> None:
+    async def check():
         has_left, ended, after = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-        async def receive() -> dict[str, Any]:
+        async def receive():
             await has_left.wait()
             return {"type": "http.disconnect"}
 
-        async def work() -> None:
+        async def work():
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
 
-        async def request() -> None:
+        async def request():
             with contextlib.suppress(ClientGone):
                 await unless_gone(work(), receive)
             after.set()
@@ -974,7 +939,7 @@ def test_a_client_that_leaves_ends_only_its_own_work(
     asyncio.run(check())
 
 
-def test_a_stop_answers_what_was_accepted(tmp_path: Path) -> None:
+def test_a_stop_answers_what_was_accepted(tmp_path):
     made = RunningFront(tmp_path)
     upstream = Upstream(made.socket)
     with hang(made, b"") as connection:
@@ -1010,7 +975,7 @@ listen.run_on(sockets, Limits(), build, 1)
 """
 
 
-def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
+def test_what_fails_or_is_cut_off_is_answered_in_the_shape():
     (port,) = free_ports(1)
     command = [sys.executable, "-c", FAILING, str(port)]
     with (
@@ -1021,10 +986,10 @@ def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
     ):
         at_the_end.callback(process.kill)  # without it, a failure would wait for ever
 
-        def get(path: str) -> httpx.Response:
+        def get(path):
             return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60)
 
-        def listens() -> bool:
+        def listens():
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 return True
@@ -1045,13 +1010,13 @@ def test_what_fails_or_is_cut_off_is_answered_in_the_shape() -> None:
         assert log.count("Traceback") == 1 and "ZeroDivisionError" in log, log
 
 
-def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_need_not_wait_while_others_are_answered(monkeypatch):
     """A slow operation must not look broken; one that answers nobody must."""
 
-    async def check() -> None:
+    async def check():
         may_end, refusals, limits = asyncio.Event(), Counter[str](), Limits()
 
-        async def answer(request: Request) -> Answer:
+        async def answer(request):
             if request.body == b"slow":
                 await may_end.wait()
             return Answer(200, [], b"")
@@ -1066,11 +1031,11 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
         endpoints |= {"/sample": Endpoint(answer, INFERRING, in_flight=sample), "/metrics": metrics}
         front = Front(endpoints.__getitem__, limits, Memory(limits), "secret", refusals)
 
-        async def send(body: bytes = b"", path: str = "/score", **headers: str) -> int:
+        async def send(body=b"", path="/score", **headers):
             response = await client.post(path, content=body, headers=headers)
             return response.status_code
 
-        async def probe(path: str = "/score") -> int:
+        async def probe(path="/score"):
             return await send(path=path, **{PROBE_HEADER: "secret"})
 
         transport = httpx.ASGITransport(front)
@@ -1095,16 +1060,16 @@ def test_probes_need_not_wait_while_others_are_answered(monkeypatch: pytest.Monk
     asyncio.run(check())
 
 
-def test_a_websocket_is_closed() -> None:
-    def find(path: str) -> Endpoint:
+def test_a_websocket_is_closed():
+    def find(path):
         raise AssertionError("looked for an endpoint")
 
     sent: list[Any] = []
 
-    async def send(message: Any) -> None:
+    async def send(message):
         sent.append(message)
 
-    async def receive() -> Any:
+    async def receive():
         return {"type": "websocket.connect"}
 
     front = Front(find, Limits(), Memory(Limits()), "", Counter())
@@ -1115,7 +1080,7 @@ def test_a_websocket_is_closed() -> None:
 # Settings
 
 
-def settings() -> FrontSettings:
+def settings():
     return FrontSettings(
         host="127.0.0.1",
         port=1,
@@ -1127,7 +1092,7 @@ def settings() -> FrontSettings:
     )
 
 
-def test_settings_are_kept_and_secret(tmp_path: Path) -> None:
+def test_settings_are_kept_and_secret(tmp_path):
     path = tmp_path / "front.json"
     before = os.umask(0)
     try:
@@ -1142,7 +1107,7 @@ def test_settings_are_kept_and_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"more": 1}, {"token": ...}])
-def test_settings_with_other_keys_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_settings_with_other_keys_are_refused(tmp_path, change):
     path = tmp_path / "front.json"
     settings().save(path)
     values = {**json.loads(path.read_text()), **change}

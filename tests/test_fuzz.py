@@ -1,30 +1,26 @@
 """Three thousand malformed requests to a real service: no worker dies, no answer is a 500 error."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
 
 from ade_client.client import AdeClient
-from tests.service import RunningService
 
 malformed_requests = pytest.importorskip("benchmarks.malformed").malformed_requests
 
 
-def test_malformed_requests_are_a_function_of_the_seed() -> None:
+def test_malformed_requests_are_a_function_of_the_seed():
     first, again = list(malformed_requests(1, 50)), list(malformed_requests(1, 50))
     assert first == again != list(malformed_requests(2, 50))
     assert len({request.kind for request in malformed_requests(1, 300)}) == 9
 
 
 @pytest.mark.slow
-def test_malformed_requests_do_no_harm(service: RunningService, real_images: np.ndarray) -> None:
-    def workers() -> set[int]:
+def test_malformed_requests_do_no_harm(service, real_images):
+    def workers():
         return {process.pid for process in service.workers()}
 
     before = workers()
@@ -34,7 +30,7 @@ def test_malformed_requests_do_no_harm(service: RunningService, real_images: np.
             base_url=service.url, timeout=60, limits=httpx.Limits(max_connections=8)
         ) as http:
 
-            def send(request) -> tuple[str, int, bytes]:
+            def send(request):
                 answer = http.post(
                     f"/predictions/{request.operation}",
                     content=request.body,

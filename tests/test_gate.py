@@ -1,7 +1,5 @@
 """The gate in a process of one's own: a decision for whatever an image is."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
@@ -10,7 +8,6 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 CAT = ROOT / "serving" / "examples" / "cat.png"
 
 
-def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
+def test_decisions_on_whatever_an_image_is(gate):
     pixels = np.asarray(Image.open(CAT).convert("RGB"))
     expected = gate.check(CAT)
     assert (
@@ -66,7 +63,7 @@ def test_decisions_on_whatever_an_image_is(gate: Gate) -> None:
         gate.check(NOISE.astype(np.float32))
 
 
-def test_the_first_picture_of_the_readme(gate: Gate) -> None:
+def test_the_first_picture_of_the_readme(gate):
     """As its caption says; by the likelihood alone, the rejected images would pass."""
     pictures = pytest.importorskip("benchmarks.pictures")
     found = gate.check([pixels for _, pixels in pictures.gate_images()])
@@ -74,7 +71,7 @@ def test_the_first_picture_of_the_readme(gate: Gate) -> None:
     assert max(d.bpd for d in found[3:]) < min(d.bpd for d in found[:3])
 
 
-def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
+def test_pixels_that_png_cannot_hold(gate):
     """Of a mode that it lacks, without pixels, or of more bytes than a file may have."""
     cmyk = Image.open(CAT).convert("RGB").convert("CMYK")
     noise = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)
@@ -87,7 +84,7 @@ def test_pixels_that_png_cannot_hold(gate: Gate) -> None:
     assert "must have pixels, got 0 x 3" in str(found[1].reason)
 
 
-def test_an_opened_image_that_is_damaged(gate: Gate) -> None:
+def test_an_opened_image_that_is_damaged(gate):
     """Pillow reads the pixels of an opened image late, and raises SyntaxError for some."""
     out = io.BytesIO()
     Image.fromarray(NOISE).save(out, "PNG")
@@ -98,7 +95,7 @@ def test_an_opened_image_that_is_damaged(gate: Gate) -> None:
     assert "damaged: broken PNG file" in str(found[0].reason)
 
 
-def test_paths_that_are_not_image_files(gate: Gate, tmp_path: Path) -> None:
+def test_paths_that_are_not_image_files(gate, tmp_path):
     """Neither waits for a writer nor reads more than an image file may have."""
     os.mkfifo(pipe := tmp_path / "pipe.png")
     with open(large := tmp_path / "large.png", "wb") as file:
@@ -110,7 +107,7 @@ def test_paths_that_are_not_image_files(gate: Gate, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16B", "PA", "La", "RGBa"])
-def test_an_opened_image_is_judged_as_its_file(gate: Gate, tmp_path: Path, mode: str) -> None:
+def test_an_opened_image_is_judged_as_its_file(gate, tmp_path, mode):
     """Values above 8 bits, and alpha, which Pillow's RGB drops."""
     grey = np.asarray(Image.open(CAT).convert("L"))
     if mode == "I;16B":
@@ -132,7 +129,7 @@ def test_an_opened_image_is_judged_as_its_file(gate: Gate, tmp_path: Path, mode:
             image_file(Image.fromarray(grey.astype(dtype)))
 
 
-def test_threads_that_decode_leave_the_warnings_of_others_alone(gate: Gate) -> None:
+def test_threads_that_decode_leave_the_warnings_of_others_alone(gate):
     content = CAT.read_bytes()
     read_image(content)  # which adds the one filter that stays
     filters, show, before = list(warnings.filters), warnings.showwarning, sys.getswitchinterval()
@@ -145,7 +142,7 @@ def test_threads_that_decode_leave_the_warnings_of_others_alone(gate: Gate) -> N
     assert list(warnings.filters) == filters and warnings.showwarning is show
 
 
-def test_what_will_not_be_accepted_is_said_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_will_not_be_accepted_is_said_at_once(caplog):
     Gate(PRETRAINED, alpha=0.0001)
     for which in ("images of the model's size", "resized images"):
         said = f"{which} will not be accepted: nothing can be flagged at alpha 0.0001"
@@ -156,7 +153,7 @@ def test_what_will_not_be_accepted_is_said_at_once(caplog: pytest.LogCaptureFixt
         Gate(ROOT / "docs")
 
 
-def _png_with_key(bits: int, colour: int, rows: list[bytes], key: bytes) -> bytes:
+def _png_with_key(bits, colour, rows, key):
     """A PNG file of 32 x 32 pixels whose transparent colour is in the chunk tRNS."""
     head = struct.pack(">IIBBBBB", 32, 32, bits, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
@@ -167,7 +164,7 @@ def _png_with_key(bits: int, colour: int, rows: list[bytes], key: bytes) -> byte
     )
 
 
-def test_a_transparent_colour_of_other_than_8_bits_is_judged_as_in_the_file(gate: Gate) -> None:
+def test_a_transparent_colour_of_other_than_8_bits_is_judged_as_in_the_file(gate):
     grey = np.asarray(Image.open(CAT).convert("L")) >> 4
     nibbles = [bytes(row[::2] << 4 | row[1::2]) for row in grey]
     file = _png_with_key(4, 0, nibbles, struct.pack(">H", int(np.bincount(grey.ravel()).argmax())))

@@ -11,13 +11,9 @@ on one more kind of processor, record::
     python -m tests.test_golden --record
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +34,7 @@ ALPHA = 0.05
 TOLERANCE = 1e-4  # relative, or absolute below 1
 
 
-def pictures(count: int = COUNT) -> Iterator[tuple[str, np.ndarray]]:
+def pictures(count=COUNT):
     """Pictures by name: ``count`` of the model's size, and as many of other sizes."""
     random = np.random.RandomState(0)  # NumPy promises that its numbers stay the same
     photos = [Image.open(path).convert("RGB") for path in sorted(EXAMPLES.glob("*.png"))]
@@ -51,33 +47,33 @@ def pictures(count: int = COUNT) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{i}: {kind.__name__}, {width} x {height}", kind(random, photos, (width, height))
 
 
-def photo(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def photo(random, photos, size):
     """One of the photographs, enlarged or reduced."""
     one = photos[random.randint(len(photos))]
     return np.asarray(one if one.size == size else one.resize(size, Image.Resampling.BICUBIC))
 
 
-def mixture(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def mixture(random, photos, size):
     """Two photographs, one through the other."""
     a, b = (photo(random, photos, size).astype(int) for _ in range(2))
     weight = random.randint(1, 8)
     return ((weight * a + (8 - weight) * b) // 8).astype(np.uint8)
 
 
-def changed(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def changed(random, photos, size):
     """One of the ten examples, mirrored, lighter or darker, with exchanged colours."""
     pixels = photo(random, photos[:10], size)[:, :: random.choice([-1, 1])].astype(int)
     lighter = np.clip(pixels + random.randint(-60, 60), 0, 255)
     return lighter[:, :, random.permutation(3)].astype(np.uint8)
 
 
-def blurred(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def blurred(random, photos, size):
     radius = random.randint(1, 4)
     made = Image.fromarray(photo(random, photos, size)).filter(ImageFilter.BoxBlur(radius))
     return np.asarray(made)
 
 
-def noisy(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def noisy(random, photos, size):
     pixels = photo(random, photos, size).astype(int)
     strength = random.randint(1, 12)
     return np.clip(pixels + random.randint(-strength, strength, pixels.shape), 0, 255).astype(
@@ -85,20 +81,20 @@ def noisy(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.n
     )
 
 
-def gradient(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def gradient(random, photos, size):
     x, y = np.arange(size[0])[None, :, None], np.arange(size[1])[:, None, None]
     return ((random.randint(9, size=3) * x + random.randint(9, size=3) * y) % 256).astype(np.uint8)
 
 
-def flat(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def flat(random, photos, size):
     return np.full((size[1], size[0], 3), random.randint(256, size=3), np.uint8)
 
 
-def noise(random: Any, photos: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
+def noise(random, photos, size):
     return random.randint(256, size=(size[1], size[0], 3)).astype(np.uint8)
 
 
-def prepared() -> dict[str, Picture]:
+def prepared():
     """The pictures as model and encoder see them, every other one read from a PNG file."""
     found, look_of = {}, InferenceEngine(PRETRAINED, device="cpu").calibrations.look_of
     for i, (name, pixels) in enumerate(pictures()):
@@ -109,11 +105,11 @@ def prepared() -> dict[str, Picture]:
     return found
 
 
-def digest(images: dict[str, Picture]) -> str:
+def digest(images):
     return hashlib.sha256(b"".join(image.pixels.tobytes() for image in images.values())).hexdigest()
 
 
-def verdicts(images: dict[str, Picture], backend: str = "onnxruntime") -> dict[str, Any]:
+def verdicts(images, backend="onnxruntime"):
     """By name: bits per dimension, their parts, the score of the verdict, p-value, decision."""
     engine = InferenceEngine(PRETRAINED, backend, device="cpu", operations=("score",))
     resized = [image.resized for image in images.values()]
@@ -136,16 +132,16 @@ def verdicts(images: dict[str, Picture], backend: str = "onnxruntime") -> dict[s
     return found
 
 
-def environment() -> str:
+def environment():
     """Everything that the last digits may depend on."""
     return json.dumps(numerics())
 
 
-def digest_of(found: dict[str, Any]) -> str:
+def digest_of(found):
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def differences(found, expected):
     """Where results differ by more than rounding."""
     assert list(found) == list(expected)
     return [
@@ -162,35 +158,33 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def images() -> dict[str, Picture]:
+def images():
     return prepared()
 
 
 @pytest.fixture(scope="module")
-def record() -> dict[str, Any]:
+def record():
     return json.loads(RECORD.read_text())
 
 
-def test_pictures_are_as_recorded(images: dict[str, Picture], record: dict[str, Any]) -> None:
+def test_pictures_are_as_recorded(images, record):
     assert digest(images) == record["pixels"]
     assert [image.resized for image in images.values()] == [False] * COUNT + [True] * COUNT
 
 
-def test_verdicts_are_as_recorded(images: dict[str, Picture], record: dict[str, Any]) -> None:
+def test_verdicts_are_as_recorded(images, record):
     found = verdicts(images)
     assert not differences(found, record["verdicts"])  # first, because its error is the clearest
     exact = record["environments"].get(environment())
     assert exact in (None, digest_of(found)), "the last digits differ"
 
 
-def test_other_kernels_change_no_decision(
-    images: dict[str, Picture], record: dict[str, Any]
-) -> None:
+def test_other_kernels_change_no_decision(images, record):
     """Those of PyTorch, which round differently, as those of other processors do."""
     assert not differences(verdicts(images, "torchscript"), record["verdicts"])
 
 
-def test_every_decision_and_many_p_values_are_recorded(record: dict[str, Any]) -> None:
+def test_every_decision_and_many_p_values_are_recorded(record):
     """If all pictures were rejected, the record would notice little."""
     for half in (slice(COUNT), slice(COUNT, None)):
         found = list(record["verdicts"].values())[half]
@@ -199,7 +193,7 @@ def test_every_decision_and_many_p_values_are_recorded(record: dict[str, Any]) -
         assert len({one["p_value"] for one in found}) > COUNT // 3
 
 
-def write_record() -> None:
+def write_record():
     """Add this environment to the record if only rounding differs there; otherwise start again."""
     images, here = prepared(), environment()
     found = verdicts(images)

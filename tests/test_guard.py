@@ -14,7 +14,7 @@ ALLOWED = ("ade.example.org", "Mixed.Example")
 TOKEN = "0123456789abcdef"
 
 
-async def hello(scope: Any, receive: Any, send: Any) -> None:
+async def hello(scope, receive, send):
     if scope["type"] == "websocket":
         await send({"type": "websocket.accept"})
         return
@@ -22,22 +22,16 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hello"})
 
 
-def ask(
-    *headers: tuple[str, str],
-    method: str = "GET",
-    kind: str = "http",
-    token: str | None = None,
-    body: list[bytes] | None = None,
-) -> list[dict[str, Any]]:
+def ask(*headers, method="GET", kind="http", token=None, body=None):
     """The messages that a guarded application sends for one request."""
     sent: list[dict[str, Any]] = []
     parts = list(body or [])
 
-    async def receive() -> dict[str, Any]:
+    async def receive():
         part = parts.pop(0) if parts else b""
         return {"type": "http.request", "body": part, "more_body": bool(parts)}
 
-    async def send(message: Any) -> None:
+    async def send(message):
         sent.append(dict(message))
 
     scope = {
@@ -54,7 +48,7 @@ def ask(
     return sent
 
 
-def outcome(*headers: tuple[str, str], **options: Any) -> tuple[int, str]:
+def outcome(*headers, **options):
     """Status, and the error's code or the answer's text."""
     start, *bodies = ask(*headers, **options)
     text = b"".join(message["body"] for message in bodies)
@@ -84,7 +78,7 @@ def outcome(*headers: tuple[str, str], **options: Any) -> tuple[int, str]:
         "mixed.example",
     ],
 )
-def test_accepted_hosts(host: str) -> None:
+def test_accepted_hosts(host):
     assert outcome(("Host", host)) == (200, "hello")
 
 
@@ -106,7 +100,7 @@ def test_accepted_hosts(host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_rejected_hosts(host: str, method: str) -> None:
+def test_rejected_hosts(host, method):
     assert outcome(("Host", host), method=method) == (421, "host_not_allowed")
 
 
@@ -129,16 +123,16 @@ def test_rejected_hosts(host: str, method: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_invalid_hosts(host: str, method: str) -> None:
+def test_invalid_hosts(host, method):
     assert outcome(("Host", host), method=method) == (400, "malformed_request")
 
 
-def test_exactly_one_host() -> None:
+def test_exactly_one_host():
     assert outcome() == (400, "malformed_request")
     assert outcome(("Host", "127.0.0.1"), ("Host", "127.0.0.1")) == (400, "malformed_request")
 
 
-def test_a_refused_name_is_told_how_to_be_allowed() -> None:
+def test_a_refused_name_is_told_how_to_be_allowed():
     _, *bodies = ask(("Host", "gpu-box:8080"))
     assert "--allowed-hosts gpu-box" in json.loads(bodies[0]["body"])["error"]["message"]
 
@@ -171,7 +165,7 @@ OTHER = [
 
 
 @pytest.mark.parametrize("host, origin", SAME)
-def test_accepted_origins(host: str, origin: str) -> None:
+def test_accepted_origins(host, origin):
     assert outcome(
         ("Host", host), ("Origin", origin), ("Sec-Fetch-Site", "same-origin"), method="POST"
     ) == (200, "hello")
@@ -179,11 +173,11 @@ def test_accepted_origins(host: str, origin: str) -> None:
 
 @pytest.mark.parametrize("host, origin", OTHER)
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "TRACE", "FROBNICATE"])
-def test_rejected_origins(host: str, origin: str, method: str) -> None:
+def test_rejected_origins(host, origin, method):
     assert outcome(("Host", host), ("Origin", origin), method=method) == (403, "cross_origin")
 
 
-def test_programs_other_than_browsers_are_accepted() -> None:
+def test_programs_other_than_browsers_are_accepted():
     assert outcome(("Host", "127.0.0.1"), method="POST") == (200, "hello")
 
 
@@ -197,13 +191,13 @@ def test_programs_other_than_browsers_are_accepted() -> None:
         ("none", 200),
     ],
 )
-def test_sec_fetch_site(site: str, status: int) -> None:
+def test_sec_fetch_site(site, status):
     assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site), method="POST")[0] == status
     # Reading is allowed; without CORS headers no page can see the answer.
     assert outcome(("Host", "localhost"), ("Sec-Fetch-Site", site))[0] == 200
 
 
-def test_two_origins_are_refused() -> None:
+def test_two_origins_are_refused():
     origin = ("Origin", "http://localhost")
     assert outcome(("Host", "localhost"), origin, origin, method="POST") == (403, "cross_origin")
 
@@ -216,11 +210,11 @@ def test_two_origins_are_refused() -> None:
         [("Host", "localhost"), ("Sec-Fetch-Site", "cross-site")],
     ],
 )
-def test_websockets_are_closed_before_they_open(headers: list[tuple[str, str]]) -> None:
+def test_websockets_are_closed_before_they_open(headers):
     assert ask(*headers, kind="websocket") == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_websockets_of_the_own_page_open() -> None:
+def test_websockets_of_the_own_page_open():
     headers = ("Host", "localhost:7860"), ("Origin", "http://localhost:7860")
     assert ask(*headers, kind="websocket") == [{"type": "websocket.accept"}]
     assert ask(*headers, kind="websocket", token=TOKEN) == [
@@ -244,13 +238,13 @@ def test_websockets_of_the_own_page_open() -> None:
         ("Bearer \u00fc", 401),
     ],
 )
-def test_tokens(value: str, status: int) -> None:
+def test_tokens(value, status):
     start, *_ = ask(("Host", "localhost"), ("Authorization", value), token=TOKEN)
     assert start["status"] == status
     assert (dict(start["headers"]).get(b"www-authenticate") == b"Bearer") == (status == 401)
 
 
-def test_one_token() -> None:
+def test_one_token():
     assert outcome(("Host", "localhost"), token=TOKEN) == (401, "bad_token")
     right = ("Authorization", f"Bearer {TOKEN}")
     assert outcome(("Host", "localhost"), right, right, token=TOKEN) == (401, "bad_token")
@@ -258,7 +252,7 @@ def test_one_token() -> None:
     assert outcome(("Host", "localhost"), right) == (200, "hello")
 
 
-def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:
+def test_a_refused_body_is_discarded_and_the_connection_closed():
     start, *bodies = ask(
         ("Host", "evil.example"), ("Content-Length", "6"), method="POST", body=[b"abc", b"def"]
     )
@@ -266,17 +260,17 @@ def test_a_refused_body_is_discarded_and_the_connection_closed() -> None:
     assert [message["more_body"] for message in bodies] == [True, False]
 
 
-def test_the_application_of_a_lifespan_is_reached() -> None:
+def test_the_application_of_a_lifespan_is_reached():
     seen = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def app(scope, receive, send):
         seen.append(scope["type"])
 
     asyncio.run(Guard(app, ())({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]
 
 
-def test_parts() -> None:
+def test_parts():
     assert split_authority("Ade.Example:80") == ("ade.example", 80)
     assert split_authority("[::1]") == ("[::1]", None)
     with pytest.raises(ValueError, match="expected HOST or HOST:PORT, got 'a b'"):

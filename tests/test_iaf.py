@@ -1,16 +1,12 @@
 """The inverse autoregressive step: its order, its determinant and its bound on the likelihood."""
 
-from __future__ import annotations
-
 import torch
 
 from ade_model.iaf import InverseAutoregressiveStep
 from tests.helpers import TINY, make_model, shake
 
 
-def jacobian(
-    step: InverseAutoregressiveStep, z0: torch.Tensor, context: torch.Tensor
-) -> torch.Tensor:
+def jacobian(step, z0, context):
     size = z0.numel()
     found = torch.autograd.functional.jacobian(
         lambda z: step(z.view_as(z0), context)[0].flatten(), z0.flatten()
@@ -18,7 +14,7 @@ def jacobian(
     return found.view(size, size)
 
 
-def test_every_value_depends_on_those_before_it_alone() -> None:
+def test_every_value_depends_on_those_before_it_alone():
     torch.manual_seed(0)
     step = shake(InverseAutoregressiveStep(3, 2).double(), scale=0.5)
     z0, context = (
@@ -35,7 +31,7 @@ def test_every_value_depends_on_those_before_it_alone() -> None:
     assert torch.allclose(log_det[0].sum(), torch.linalg.slogdet(found)[1], atol=1e-9)
 
 
-def test_it_starts_as_the_identity_and_sees_its_context() -> None:
+def test_it_starts_as_the_identity_and_sees_its_context():
     torch.manual_seed(0)
     step = InverseAutoregressiveStep(2, 2)
     z0, context = torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4)
@@ -45,7 +41,7 @@ def test_it_starts_as_the_identity_and_sees_its_context() -> None:
     assert not torch.allclose(step(z0, context)[0], step(z0, -context)[0])
 
 
-def test_the_step_changes_the_posterior_and_nothing_of_the_generator() -> None:
+def test_the_step_changes_the_posterior_and_nothing_of_the_generator():
     import dataclasses
 
     torch.manual_seed(1)

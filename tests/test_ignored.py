@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,31 +32,29 @@ CORNER = np.s_[:24, 36:]  # of pictures of 60 x 40 pixels
 KINDS = ["seen", "plain", "small"]  # by an encoder, by none, of the model's size
 
 
-def mask_of(height: int, width: int, region: Any) -> bytes:
+def mask_of(height, width, region):
     mask = np.zeros((height, width, 1), np.uint8)
     mask[region] = 255
     return write_png(mask)
 
 
-def region_of(kind: str) -> Any:
+def region_of(kind):
     return np.s_[2:5, 4:] if kind == "small" else CORNER
 
 
 @pytest.fixture(scope="module")
-def images_of(small_images: np.ndarray, large_images: np.ndarray) -> Callable[[str], np.ndarray]:
+def images_of(small_images, large_images):
     return lambda kind: small_images if kind == "small" else large_images
 
 
 @pytest.fixture(scope="module")
-def bundle_of(
-    tiny_bundle: Path, images_of: Callable[[str], np.ndarray], made_once: Callable[..., Path]
-) -> Callable[[str], Path]:
+def bundle_of(tiny_bundle, images_of, made_once):
     """Bundles whose calibrations ignore a region, by kind."""
 
-    def bundle(kind: str) -> Path:
+    def bundle(kind):
         images = images_of(kind)
 
-        def make(out: Path) -> None:
+        def make(out):
             mask = Ignored.read(mask_of(*images.shape[1:3], region_of(kind)))
             calibrate_bundle(
                 tiny_bundle,
@@ -75,16 +71,14 @@ def bundle_of(
     return bundle
 
 
-def asked(url: str, *pictures: np.ndarray, **parameters: object) -> httpx.Response:
+def asked(url, *pictures, **parameters):
     files = [base64.b64encode(write_png(picture)).decode() for picture in pictures]
     body = {"images": files, "resize": "fit", "map": True, **parameters}
     return httpx.post(f"{url}/predictions/score", json=body)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ignored_pixels_change_nothing(
-    kind: str, bundle_of: Callable[[str], Path], images_of: Callable[[str], np.ndarray]
-) -> None:
+def test_ignored_pixels_change_nothing(kind, bundle_of, images_of):
     region, pictures = region_of(kind), images_of(kind)[60:64]
     changed, other = pictures.copy(), pictures.copy()
     rng = np.random.default_rng(0)
@@ -110,7 +104,7 @@ def test_ignored_pixels_change_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_of_another_shape(kind: str, bundle_of: Callable[[str], Path]) -> None:
+def test_a_picture_of_another_shape(kind, bundle_of):
     size = "8 x 8" if kind == "small" else "60 x 40"
     with answered_here({kind: bundle_of(kind)}) as url:
         answer = asked(url, np.zeros((40, 61, 3), np.uint8))
@@ -119,9 +113,7 @@ def test_a_picture_of_another_shape(kind: str, bundle_of: Callable[[str], Path])
     assert size in error["message"] and error["message"].endswith("got 61 x 40")
 
 
-def test_calibration_leaves_out_pictures_of_another_shape(
-    tiny_bundle: Path, large_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_calibration_leaves_out_pictures_of_another_shape(tiny_bundle, large_images, tmp_path):
     ignored = Ignored.read(mask_of(40, 60, CORNER))
     lines: list[str] = []
     odd = NamedFile.of("odd.png", write_png(large_images[0, :, :50]))
@@ -143,7 +135,7 @@ def test_calibration_leaves_out_pictures_of_another_shape(
     assert not (tmp_path / "b").exists()
 
 
-def one_bit(height: int, width: int) -> bytes:
+def one_bit(height, width):
     out = io.BytesIO()
     Image.new("1", (width, height)).save(out, "PNG")
     return out.getvalue()
@@ -160,9 +152,7 @@ def one_bit(height: int, width: int) -> bytes:
         (mask_of(2049, 2048, np.s_[:2048]), "white pixels cover the whole picture"),
     ],
 )
-def test_masks_that_are_refused(
-    mask: bytes, message: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_masks_that_are_refused(mask, message, tiny_bundle, tmp_path, capsys):
     with pytest.raises(MaskError, match=message):
         Ignored.read(mask)
     (tmp_path / "mask.png").write_bytes(mask)
@@ -172,7 +162,7 @@ def test_masks_that_are_refused(
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_large_jpeg_is_decoded_at_half_its_size(orientation: int) -> None:
+def test_a_large_jpeg_is_decoded_at_half_its_size(orientation):
     """What is ignored is the same, also of a file that EXIF turns; its edges are blurred."""
     size = (2100, 2049) if orientation == 1 else (2049, 2100)  # of the file
     pixels = np.random.default_rng(0).integers(0, 100, (2049, 2100, 3), np.uint8)
@@ -195,7 +185,7 @@ def test_a_large_jpeg_is_decoded_at_half_its_size(orientation: int) -> None:
     assert "2100 x 2049 pixels" in refused.message and "got 2100 x 2048" in refused.message
 
 
-def test_a_mask_may_be_a_large_jpeg() -> None:
+def test_a_mask_may_be_a_large_jpeg():
     png, out = mask_of(2050, 2100, np.s_[600:900, 1500:]), io.BytesIO()
     Image.open(io.BytesIO(png)).save(out, "JPEG")
     reduced, whole = Ignored.read(out.getvalue()), Ignored.read(png)
@@ -204,7 +194,7 @@ def test_a_mask_may_be_a_large_jpeg() -> None:
         assert (reduced.at(*shape) == whole.at(*shape)).all()
 
 
-def test_hidden_patches_are_not_marked() -> None:
+def test_hidden_patches_are_not_marked():
     """The grid of regions stays whole: those that are ignored have p-value 1."""
     ignored = Ignored.read(mask_of(100, 200, np.s_[:50, 100:]))
     view = Look(LARGE, ignored).of(np.zeros((100, 200, 3), np.uint8))
@@ -218,7 +208,7 @@ def test_hidden_patches_are_not_marked() -> None:
     assert (regions.p_values == 1).sum() == 4 * 7
 
 
-def test_corrupted_pictures_keep_what_is_ignored(large_images: np.ndarray) -> None:
+def test_corrupted_pictures_keep_what_is_ignored(large_images):
     look = Look(LARGE, Ignored.read(mask_of(40, 60, np.s_[20:, :])))
     made = [prepare_image(its, (8, 12, 3), True, lambda resized: look) for its in large_images[:3]]
     pictures = [its for its in made if isinstance(its, Picture)]
@@ -233,7 +223,7 @@ def test_corrupted_pictures_keep_what_is_ignored(large_images: np.ndarray) -> No
         ).mean() > 0.9
 
 
-def test_it_is_stored_and_checked(bundle_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_it_is_stored_and_checked(bundle_of, tmp_path):
     path = bundle_of("plain") / "calibration.npz"
     made = CalibrationPair.load(path).exact
     assert made is not None and made.ignored is not None

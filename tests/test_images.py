@@ -7,7 +7,6 @@ import io
 import struct
 import weakref
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import ade_base.pictures.read
 from ade_base.pictures.limits import ImageError
 from ade_base.pictures.read import read_image
 from ade_base.pictures.show import resize_centre, tile, write_png
-from ade_base.pictures.view import Look, View
+from ade_base.pictures.view import Look
 from ade_client.client import image_file
 from serving.ingest.errors import ApiError
 from serving.ingest.picture import Picture, prepare_image
@@ -30,7 +29,7 @@ MODERN = ("AVIF", "HEIF") if HAS_HEIF else ("AVIF",)
 @pytest.mark.parametrize(
     "shape", [(80, 48, 3), (48, 80, 3), (33, 64, 3), (31, 30, 3), (100, 101, 3), (20, 13, 3)]
 )
-def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: Path) -> None:
+def test_training_and_serving_crop_alike(shape, tmp_path):
     """Both take the same centre and use the same filter, so that verdicts hold."""
     from training.datasets import load_dataset
 
@@ -45,24 +44,24 @@ def test_training_and_serving_crop_alike(shape: tuple[int, int, int], tmp_path: 
 
 
 @pytest.fixture()
-def picture(real_images: np.ndarray) -> Image.Image:
+def picture(real_images):
     return Image.fromarray(real_images[0])
 
 
 @pytest.mark.parametrize(
     "format, options", [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})]
 )
-def test_lossless_formats_give_the_pixels(picture: Image.Image, format: str, options: dict) -> None:
+def test_lossless_formats_give_the_pixels(picture, format, options):
     decoded = read_image(encode(picture, format, **options))
     assert np.array_equal(decoded.pixels, np.asarray(picture)) and decoded.notes == []
 
 
 @pytest.mark.parametrize("format", ["JPEG", "GIF", *MODERN])
-def test_lossy_formats_decode(picture: Image.Image, format: str) -> None:
+def test_lossy_formats_decode(picture, format):
     assert read_image(encode(picture, format)).pixels.shape == (32, 32, 3)
 
 
-def test_the_centre_is_resized() -> None:
+def test_the_centre_is_resized():
     """Training's squares and the service's ``resize: fit`` are the same pixels."""
     picture = np.zeros((60, 100, 3), np.uint8)
     picture[:, 20:80] = 200  # the centre square
@@ -72,13 +71,13 @@ def test_the_centre_is_resized() -> None:
     assert resize_centre(picture, 60, 100) is picture
 
 
-def prepare(pixels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def prepare(pixels, shape):
     prepared = prepare_image(write_png(pixels), shape, True)
     assert isinstance(prepared, Picture)
     return prepared.pixels
 
 
-def test_exif_orientation_is_applied(picture: Image.Image) -> None:
+def test_exif_orientation_is_applied(picture):
     exif = Image.Exif()
     exif[0x0112] = 6
     decoded = read_image(encode(picture, "PNG", exif=exif))
@@ -94,7 +93,7 @@ def test_exif_orientation_is_applied(picture: Image.Image) -> None:
 
 @pytest.mark.parametrize("format", MODERN)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_avif_and_heic_are_upright(format: str, orientation: int) -> None:
+def test_avif_and_heic_are_upright(format, orientation):
     picture = Image.linear_gradient("L").resize((41, 31)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -106,7 +105,7 @@ def test_avif_and_heic_are_upright(format: str, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("format", MODERN)
-def test_avif_and_heic_of_other_modes(picture: Image.Image, format: str) -> None:
+def test_avif_and_heic_of_other_modes(picture, format):
     alpha = picture.copy()
     alpha.putalpha(0)
     decoded = read_image(encode(alpha, format))
@@ -117,7 +116,7 @@ def test_avif_and_heic_of_other_modes(picture: Image.Image, format: str) -> None
     assert (decoded.pixels[..., 0] > 200).all() and (decoded.pixels[..., 2] < 60).all()
 
 
-def test_heic_of_more_than_eight_bits() -> None:
+def test_heic_of_more_than_eight_bits():
     pillow_heif = pytest.importorskip("pillow_heif")
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8).repeat(8, 0).repeat(8, 1) * 1024
     for mode, values, note in (
@@ -131,7 +130,7 @@ def test_heic_of_more_than_eight_bits() -> None:
         assert np.abs(decoded.pixels[..., 1] - (levels >> 8).astype(float)).max() <= 1
 
 
-def test_heic_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = prepare_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", (32, 32, 3), True)
     assert isinstance(error, ApiError) and (error.status, error.code) == (415, "not_an_image")
@@ -151,9 +150,7 @@ def test_heic_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.parametrize("mode, orientation", [("RGB", 1), ("CMYK", 6), ("L", 3), ("RGB", 8)])
-def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(
-    size: tuple[int, int], scaled: tuple[int, int], mode: str, orientation: int
-) -> None:
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(size, scaled, mode, orientation):
     """What is seen of them hardly differs; their own size is kept, upright."""
     noise = np.random.default_rng(0).integers(0, 256, (25, 35, 3), np.uint8)
     picture, exif = Image.fromarray(noise).resize(size).convert(mode), Image.Exif()
@@ -174,7 +171,7 @@ def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(
         read_image(data[: len(data) // 2])
 
 
-def test_a_large_heic_is_decoded_at_a_fraction_of_its_size() -> None:
+def test_a_large_heic_is_decoded_at_a_fraction_of_its_size():
     picture = Image.linear_gradient("L").resize((2050, 2101)).convert("RGBA")
     picture.putalpha(255)
     decoded = read_image(encode(picture, "HEIF", tile_size=0))
@@ -183,7 +180,7 @@ def test_a_large_heic_is_decoded_at_a_fraction_of_its_size() -> None:
     assert np.abs(seen - expected[..., :3].astype(float)).max() <= 3
 
 
-def test_alpha_goes_on_white(picture: Image.Image) -> None:
+def test_alpha_goes_on_white(picture):
     """Also that of a palette."""
     picture.putalpha(0)
     image = Image.new("P", (4, 4), 1)
@@ -194,7 +191,7 @@ def test_alpha_goes_on_white(picture: Image.Image) -> None:
     assert (read_image(encode(image, "PNG")).pixels == [0, 0, 255]).all()
 
 
-def test_sixteen_bits_keep_the_high_byte() -> None:
+def test_sixteen_bits_keep_the_high_byte():
     values = np.array([[0, 255, 256, 65535]], np.uint16)
     decoded = read_image(encode(Image.fromarray(values), "PNG"))
     assert decoded.pixels[0, :, 0].tolist() == [0, 0, 1, 255] and "16-bit" in decoded.notes[0]
@@ -204,7 +201,7 @@ def test_sixteen_bits_keep_the_high_byte() -> None:
     "bits, data, key",
     [(1, b"\xf0", 1), (2, b"\x55", 1), (4, b"\x33\x33", 3), (16, b"\2\3" * 4, 515)],
 )
-def test_the_transparent_grey_of_a_png(bits: int, data: bytes, key: int) -> None:
+def test_the_transparent_grey_of_a_png(bits, data, key):
     """Pillow spreads the values of fewer bits over 0 to 255, but not the transparent one."""
     grey = with_transparency(bits, 0, data, struct.pack(">H", key))
     assert (read_image(grey).pixels == 255).all()
@@ -214,13 +211,13 @@ def test_the_transparent_grey_of_a_png(bits: int, data: bytes, key: int) -> None
     assert bits == 1 or not (read_image(opaque).pixels == 255).any()
 
 
-def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
+def test_a_transparent_colour_of_sixteen_bits_is_refused():
     data = struct.pack(">12H", *[0x101, 0x202, 0x303] * 4)
     with pytest.raises(ImageError, match="needs 8 bits per value, this image has 16"):
         read_image(with_transparency(16, 2, data, struct.pack(">3H", 1, 2, 3)))
 
 
-def with_transparency(bits: int, colour: int, row: bytes, key: bytes) -> bytes:
+def with_transparency(bits, colour, row, key):
     """A PNG of 4 x 1 pixels with a tRNS chunk."""
     header = struct.pack(">IIBBBBB", 4, 1, bits, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row))]
@@ -231,7 +228,7 @@ def with_transparency(bits: int, colour: int, row: bytes, key: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind, got", [(np.int32, "32"), (np.float32, "32-bit floating point")])
-def test_greyscale_of_other_ranges_is_refused(kind: type, got: str) -> None:
+def test_greyscale_of_other_ranges_is_refused(kind, got):
     values = np.array([[0, 1, 128, 255]], kind)
     with pytest.raises(ImageError, match=f"must have 8 or 16 bits per value, got {got}$"):
         read_image(encode(Image.fromarray(values), "TIFF"))
@@ -240,7 +237,7 @@ def test_greyscale_of_other_ranges_is_refused(kind: type, got: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_signed_greyscale_is_refused(kind: type) -> None:
+def test_signed_greyscale_is_refused(kind):
     grey = Image.fromarray(np.array([[0, 1, 254, 255]], kind))
     data = encode(grey, "TIFF", tiffinfo={339: 2})
     with pytest.raises(ImageError, match="must have unsigned values"):
@@ -249,7 +246,7 @@ def test_signed_greyscale_is_refused(kind: type) -> None:
         image_file(Image.open(io.BytesIO(data)))
 
 
-def test_greyscale_with_white_at_0() -> None:
+def test_greyscale_with_white_at_0():
     """Pillow inverts 8 bits, but not 16."""
     black, white = (struct.pack("<HHII", 262, 3, 1, at) for at in (1, 0))
     eight, sixteen = (
@@ -262,18 +259,18 @@ def test_greyscale_with_white_at_0() -> None:
             read(sixteen)
 
 
-def test_damaged_exif_is_an_error(picture: Image.Image) -> None:
+def test_damaged_exif_is_an_error(picture):
     with pytest.raises(ImageError, match="the image is damaged") as refused:
         read_image(encode(picture, "PNG", exif=b"Exif\0\0II*\0"))
     assert refused.value.code == "not_an_image"
 
 
-def test_another_size_is_refused_by_the_header() -> None:
+def test_another_size_is_refused_by_the_header():
     with pytest.raises(ImageError, match="must be 32 x 32 pixels, got 3000 x 4000"):
         read_image(png_header(3000, 4000), (32, 32))
 
 
-def test_what_is_converted_is_noted(picture: Image.Image) -> None:
+def test_what_is_converted_is_noted(picture):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
     film = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     cmyk, grey, first = (
@@ -290,7 +287,7 @@ def test_what_is_converted_is_noted(picture: Image.Image) -> None:
     assert (first.pixels == [255, 0, 0]).all()
 
 
-def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_not_counted(monkeypatch):
     """Counting the frames of a TIFF takes time in the square of their number."""
     from PIL import TiffImagePlugin
 
@@ -319,20 +316,20 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"GIF89a", "not_an_image"),
     ],
 )
-def test_files_that_are_not_images(data: bytes, code: str) -> None:
+def test_files_that_are_not_images(data, code):
     with pytest.raises(ImageError) as error:
         read_image(data)
     assert error.value.code == code and str(error.value)
 
 
-def test_a_palette_image_without_a_palette() -> None:
+def test_a_palette_image_without_a_palette():
     """Pillow's error has no message."""
     empty = bytes(4) + b"tRNS" + struct.pack(">I", zlib.crc32(b"tRNS"))
     with pytest.raises(ImageError, match="damaged: [A-Z]"):
         read_image(with_transparency(8, 3, b"\0\1\2\3", b"").replace(empty, b""))
 
 
-def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
+def test_every_truncation_is_an_image_error(picture):
     """Unless what is cut off has nothing of the picture, such as the end mark of a PNG."""
     for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", *MODERN):
         data = encode(picture, format)
@@ -345,19 +342,19 @@ def test_every_truncation_is_an_image_error(picture: Image.Image) -> None:
             assert cut > len(data) - 20 and np.array_equal(pixels, whole), (format, cut)
 
 
-def test_file_size_is_limited(monkeypatch: pytest.MonkeyPatch, picture: Image.Image) -> None:
+def test_file_size_is_limited(monkeypatch, picture):
     monkeypatch.setattr(ade_base.pictures.read, "MAX_FILE_BYTES", 100)
     with pytest.raises(ImageError, match="may have at most 100 bytes"):
         read_image(encode(picture, "PNG"))
 
 
-def test_png_text_and_grey() -> None:
+def test_png_text_and_grey():
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
     image = Image.open(io.BytesIO(write_png(pixels, {"ade:seed": "7"})))
     assert image.info["ade:seed"] == "7" and np.array_equal(np.asarray(image), pixels[..., 0])
 
 
-def test_tile() -> None:
+def test_tile():
     images = np.stack([np.full((2, 2, 3), i, np.uint8) for i in range(5)])
     grid = tile(images)
     assert grid.shape == (4, 6, 3)
@@ -372,7 +369,7 @@ def test_tile() -> None:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
-def test_a_turned_photo_is_the_same_as_a_file_and_as_a_picture(form: str) -> None:
+def test_a_turned_photo_is_the_same_as_a_file_and_as_a_picture(form):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture, out = Image.linear_gradient("L").resize((12, 8)).convert("RGB"), io.BytesIO()
@@ -382,7 +379,7 @@ def test_a_turned_photo_is_the_same_as_a_file_and_as_a_picture(form: str) -> Non
     assert by_file.shape == (12, 8, 3) and np.array_equal(by_file, by_picture)
 
 
-def test_a_large_colour_profile_is_no_obstacle_to_a_picture() -> None:
+def test_a_large_colour_profile_is_no_obstacle_to_a_picture():
     """A file of CMYK may have one that a PNG may not."""
     picture, out = Image.linear_gradient("L").convert("RGB"), io.BytesIO()
     picture.save(out, "JPEG", icc_profile=np.random.default_rng(0).bytes(1_500_000))
@@ -390,15 +387,13 @@ def test_a_large_colour_profile_is_no_obstacle_to_a_picture() -> None:
     assert np.array_equal(read_image(file).pixels, read_image(out.getvalue()).pixels)
 
 
-def test_a_view_sees_the_original_which_is_not_kept(
-    real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_view_sees_the_original_which_is_not_kept(real_images, monkeypatch):
     """What an encoder needs of a picture is made while the original is in memory."""
     large = np.ascontiguousarray(real_images[0].repeat(3, 0).repeat(2, 1))
     originals: list[weakref.ref[np.ndarray]] = []
     look = Look(64)
 
-    def of(self: Look, original: np.ndarray) -> View:
+    def of(self, original):
         originals.append(weakref.ref(original))
         return _of(self, original)
 

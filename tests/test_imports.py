@@ -1,7 +1,5 @@
 """Imports at run time: serving works without the training packages, and errors name extras."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -24,7 +22,7 @@ CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = CONFIGURATION["project"]
 
 
-def without(*packages: str) -> str:
+def without(*packages):
     """Code that hides these packages."""
     return f"""
 import sys
@@ -63,18 +61,18 @@ SERVING_PACKAGES = (
 )
 
 
-def ade(*words: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def ade(*words, missing):
     script = f"{without(*missing)}import ade_cli.main; sys.exit(ade_cli.main.main({list(words)}))"
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_help_needs_no_extra() -> None:
+def test_help_needs_no_extra():
     done = ade("--help", missing=(*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime"))
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^    ([a-z-]+)", done.stdout, re.MULTILINE) == list(VERBS)
 
 
-def packages_of(extras: list[str]) -> set[str]:
+def packages_of(extras):
     """Names of the packages of extras, and of the extras that these name."""
     names = set()
     for extra in extras:
@@ -103,9 +101,7 @@ def packages_of(extras: list[str]) -> set[str]:
         (["score", str(EXAMPLE), "--bundle", str(PRETRAINED)], "onnxruntime", None),
     ],
 )
-def test_a_verb_whose_packages_are_missing_says_what_to_install(
-    words: list[str], missing: str, extra: str | None
-) -> None:
+def test_a_verb_whose_packages_are_missing_says_what_to_install(words, missing, extra):
     done = ade(*words, missing=(missing,))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"ade {words[0]}: the package {missing} is not installed" in done.stderr
@@ -119,9 +115,7 @@ def test_a_verb_whose_packages_are_missing_says_what_to_install(
     assert missing.replace("_", "-") in packages_of(printed)
 
 
-def test_a_folder_of_any_name_can_be_installed_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_any_name_can_be_installed_from(tmp_path, monkeypatch):
     clone = tmp_path / "für mich"
     clone.mkdir()
     source = json.dumps({"url": clone.as_uri(), "dir_info": {"editable": True}})
@@ -154,12 +148,12 @@ OPTIONAL = (*TRAINING_PACKAGES, *SERVING_PACKAGES, "onnxruntime")
     ],
     ids=["page", "TorchServe", "process engine", "client", "engine"],
 )
-def test_what_is_imported_without_other_packages(missing: tuple[str, ...], modules: str) -> None:
+def test_what_is_imported_without_other_packages(missing, modules):
     script = f"{without(*missing)}import {modules}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_the_gate_needs_no_torch() -> None:
+def test_the_gate_needs_no_torch():
     script = (
         f"{without('torch', 'gradio', *OURS)}from serving.gate import Gate\n"
         "print(Gate('pretrained/cifar10').check('serving/examples/cat.png')[0].decision)"
@@ -169,7 +163,7 @@ def test_the_gate_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_the_client_works_beside_folders_of_the_same_names_as_ours(tmp_path: Path) -> None:
+def test_the_client_works_beside_folders_of_the_same_names_as_ours(tmp_path):
     """Other people's projects have folders such as serving/ and training/, too."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*pip, tmp_path / "installed", ROOT], check=True, cwd=tmp_path)
@@ -191,13 +185,13 @@ def test_the_client_works_beside_folders_of_the_same_names_as_ours(tmp_path: Pat
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "installed")
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert re.fullmatch(r"ade \d+\.\d+\.\d+", capsys.readouterr().out.strip())
 
 
-def test_every_verb_has_its_extra() -> None:
+def test_every_verb_has_its_extra():
     extras = PROJECT["optional-dependencies"]
     assert {verb.extra for verb in VERBS.values()} - {None} <= set(extras)
     for name in ("cpu", "torchserve", "process"):  # serving on the CPU takes no CUDA build
@@ -208,19 +202,19 @@ def test_every_verb_has_its_extra() -> None:
         ]
 
 
-def test_every_package_says_that_it_is_typed() -> None:
+def test_every_package_says_that_it_is_typed():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
     assert "ade_base" in packages
     assert not [name for name in packages if not (ROOT / name / "py.typed").is_file()]
 
 
-def test_importing_the_engine_loads_no_torch() -> None:
+def test_importing_the_engine_loads_no_torch():
     loaded = "{'torch', 'gradio', 'onnxruntime'} & set(sys.modules)"
     script = f"import sys, serving.api.service; assert not {loaded}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_onnx_runtime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+def test_onnx_runtime_is_imported_without_its_telemetry(tmp_path):
     """Its telemetry stores a device's id in the home folder once the package is imported."""
     script = "from ade_base.system import onnx_runtime; onnx_runtime()"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}

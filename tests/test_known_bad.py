@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from export.gate.images import NamedFile
 from export.gate.teach import taught
 from serving.engine.engine import InferenceEngine, Score
 from serving.ingest.picture import Picture, prepare_image
-from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import conformal_p_values
 from serving.verdict.lesson import LESSON
@@ -27,7 +25,7 @@ Statistics = dict[str, np.ndarray]
 WIDTH = 12
 
 
-def pictures(rng: np.random.Generator, n: int, shift: float = 0.0) -> Statistics:
+def pictures(rng, n, shift=0.0):
     """Statistics of good pictures, or of others that differ in one of the features."""
     features = rng.normal(4, 1, (n, WIDTH)).astype(np.float32)
     features[:, 3] += np.float32(shift)
@@ -35,25 +33,23 @@ def pictures(rng: np.random.Generator, n: int, shift: float = 0.0) -> Statistics
 
 
 @pytest.fixture(scope="module")
-def fitting() -> Statistics:
+def fitting():
     return pictures(np.random.default_rng(0), 300)
 
 
 @pytest.fixture(scope="module")
-def untaught(fitting: Statistics) -> Calibration:
+def untaught(fitting):
     return fit_calibration(fitting, pictures(np.random.default_rng(1), 199))
 
 
 @pytest.fixture(scope="module")
-def lesson(fitting: Statistics, untaught: Calibration) -> Calibration:
+def lesson(fitting, untaught):
     rng = np.random.default_rng(2)
     sets = [fitting, pictures(rng, 199), pictures(rng, 100), pictures(rng, 30, 2.0)]
     return taught(untaught, sets, lambda line: None)
 
 
-def test_misleading_known_bad_pictures_change_no_false_alarm_rate(
-    fitting: Statistics, untaught: Calibration, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_misleading_known_bad_pictures_change_no_false_alarm_rate(fitting, untaught, monkeypatch):
     """They are good ones, the most unlike the others in one way: a lesson that is learnt well."""
     monkeypatch.setattr("export.gate.teach.ROUNDS", 1)  # for time
     rates = []
@@ -71,9 +67,7 @@ def test_misleading_known_bad_pictures_change_no_false_alarm_rate(
     assert (np.std(rates, axis=0) < (0.035, 0.027, 0.014)).all()
 
 
-def test_a_lesson_is_used_only_if_it_finds_more(
-    fitting: Statistics, untaught: Calibration, lesson: Calibration
-) -> None:
+def test_a_lesson_is_used_only_if_it_finds_more(fitting, untaught, lesson):
     lines: list[str] = []
     rng = np.random.default_rng(5)
     calibrating, kept, good, bad = (pictures(rng, n) for n in (199, 100, 30, 300))
@@ -88,7 +82,7 @@ def test_a_lesson_is_used_only_if_it_finds_more(
     assert lesson.names[-1] == LESSON and lesson.verdicts(bad)[0].explain
 
 
-def test_no_batch_changes_a_taught_score(lesson: Calibration) -> None:
+def test_no_batch_changes_a_taught_score(lesson):
     many = pictures(np.random.default_rng(6), 33)
     alone = [
         lesson.scores_of({name: its[i : i + 1] for name, its in many.items()})[0] for i in range(33)
@@ -96,7 +90,7 @@ def test_no_batch_changes_a_taught_score(lesson: Calibration) -> None:
     assert lesson.scores_of(many).tolist() == alone
 
 
-def test_a_lesson_is_stored_and_checked(lesson: Calibration, tmp_path: Path) -> None:
+def test_a_lesson_is_stored_and_checked(lesson, tmp_path):
     path = tmp_path / "calibration.npz"
     path.write_bytes(CalibrationPair(lesson, lesson).to_bytes())
     read = CalibrationPair.load(path).exact
@@ -124,13 +118,11 @@ def test_a_lesson_is_stored_and_checked(lesson: Calibration, tmp_path: Path) -> 
         dataclasses.replace(lesson, names=names).check_values()
 
 
-def large(images: np.ndarray) -> list[np.ndarray]:
+def large(images):
     return [np.kron(image, np.ones((5, 5, 1), np.uint8)) for image in images]
 
 
-def test_tinted_pictures_are_known_to_be_bad(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_tinted_pictures_are_known_to_be_bad(tiny_bundle, small_images, tmp_path):
     """By the encoder that sees originals. Copies and unreadable files are named."""
     good, tinted = large(small_images[:150]), large(small_images[150:200])
     for image in tinted:
@@ -164,11 +156,11 @@ def test_tinted_pictures_are_known_to_be_bad(
 
 
 def test_too_few_known_bad_pictures_are_refused_at_once(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_bundle, small_images, tmp_path, capsys
+):
     good = small_images[:90]
 
-    def refused(message: str, known_bad: list[np.ndarray], data: Sequence[np.ndarray]) -> None:
+    def refused(message, known_bad, data):
         with pytest.raises(CalibrationError, match=message):
             calibrate_bundle(
                 tiny_bundle, tmp_path / "out", data[:40], data[40:], "c", known_bad=known_bad

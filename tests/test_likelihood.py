@@ -1,7 +1,5 @@
 """The likelihood against known answers, from a uniform model to the Kraft inequality."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -34,12 +32,12 @@ FOUR_PIXELS = ModelConfig(
 )
 
 
-def four_pixel_model(scale: float = 0.3) -> ADEModel:
+def four_pixel_model(scale=0.3):
     torch.manual_seed(3)
     return shake(ADEModel(FOUR_PIXELS).double(), seed=3, scale=scale).eval()
 
 
-def log_density(model: ADEModel, x: torch.Tensor) -> torch.Tensor:
+def log_density(model, x):
     """``log p(x)`` by quadrature over the one latent."""
     z = torch.linspace(-7, 7, 57, dtype=torch.float64)
     eps = z.reshape(-1, 1, 1, 1)
@@ -55,24 +53,24 @@ def log_density(model: ADEModel, x: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(log_likelihood + log_prior, 1) + log_det_jacobian
 
 
-def test_a_uniform_model_has_exactly_8_bits() -> None:
+def test_a_uniform_model_has_exactly_8_bits():
     assert bits_per_dim(torch.zeros(5), num_dims=3072).tolist() == [8.0] * 5
 
 
-def test_one_nat_per_dimension() -> None:
+def test_one_nat_per_dimension():
     assert bits_per_dim(
         torch.tensor([12 * math.log(2.0)], dtype=torch.float64), 12
     ).item() == pytest.approx(7.0)
 
 
-def test_log_prob_must_be_one_value_per_image() -> None:
+def test_log_prob_must_be_one_value_per_image():
     with pytest.raises(ShapeError, match=r"log_prob must be \(N,\), got \(2, 3\)"):
         bits_per_dim(torch.zeros(2, 3), 3)
     with pytest.raises(ShapeError, match=r"\(K, N\)"):
         importance_weighted_bound(torch.zeros(3))
 
 
-def test_density_integrates_to_one() -> None:
+def test_density_integrates_to_one():
     """Integrated over the flow's domain in ``l = logit(0.05 + 0.9 x)``, where it is smooth."""
     model = four_pixel_model()
     cells, bound = 24, 8.0
@@ -89,7 +87,7 @@ def test_density_integrates_to_one() -> None:
     assert total == pytest.approx(1.0, abs=1e-3)
 
 
-def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
+def test_bounds_lie_below_the_likelihood_and_tighten():
     model = four_pixel_model(scale=0.15)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(64, 1, 2, 2, generator=generator, dtype=torch.float64)
@@ -117,12 +115,12 @@ def test_bounds_lie_below_the_likelihood_and_tighten() -> None:
     assert bounds[0][0] < last - 0.01  # the posterior is not exact: there is a gap to close
 
 
-def test_iwae_1_is_the_elbo() -> None:
+def test_iwae_1_is_the_elbo():
     weights = torch.randn(1, 7, dtype=torch.float64)
     assert torch.equal(importance_weighted_bound(weights), weights[0])
 
 
-def test_the_kl_by_level_is_the_mean_of_the_models_own_terms() -> None:
+def test_the_kl_by_level_is_the_mean_of_the_models_own_terms():
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
     model, cpu = make_model(), torch.device("cpu")
     found = likelihood_figures(model, images, cpu, seed=5)
@@ -143,7 +141,7 @@ def test_the_kl_by_level_is_the_mean_of_the_models_own_terms() -> None:
 class LinearDecoder(nn.Module):
     """``y = w z + b + s noise`` with ``z ~ N(0, 1)``, and its exact posterior."""
 
-    def __init__(self, w: torch.Tensor, b: torch.Tensor, log_s: float) -> None:
+    def __init__(self, w, b, log_s):
         super().__init__()
         self.w, self.b, self.log_s = w, b, log_s
 
@@ -170,7 +168,7 @@ class LinearDecoder(nn.Module):
 
 
 @pytest.mark.parametrize("scales", [0, 1])
-def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
+def test_a_linear_gaussian_model_has_its_closed_form(scales):
     config = ModelConfig(
         image_size=2,
         channels=1,
@@ -207,7 +205,7 @@ def test_a_linear_gaussian_model_has_its_closed_form(scales: int) -> None:
     assert torch.allclose(importance_weighted_bound(weights), exact, atol=1e-9)
 
 
-def test_kraft_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kraft_inequality(monkeypatch):
     """Code lengths of all images of a small alphabet fit into one prefix code."""
     monkeypatch.setattr(ade_model.quantization, "NUM_LEVELS", 4)
     monkeypatch.setattr(ade_model.likelihood, "NUM_LEVELS", 4)
@@ -232,7 +230,7 @@ def test_kraft_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.3 < kraft <= 1.0
 
 
-def test_kl_in_closed_form_is_the_mean_of_the_sampled_one() -> None:
+def test_kl_in_closed_form_is_the_mean_of_the_sampled_one():
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 2, 2)
     q, p = (
@@ -254,7 +252,7 @@ def test_kl_in_closed_form_is_the_mean_of_the_sampled_one() -> None:
     assert torch.equal(q.kl_terms(q), torch.zeros(shape, dtype=torch.float64))
 
 
-def test_elbo_terms_and_score_differ_in_the_kl_alone() -> None:
+def test_elbo_terms_and_score_differ_in_the_kl_alone():
     model = make_model().double()
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(4, *shape, dtype=torch.float64) for shape in TINY.latent_shapes]

@@ -1,7 +1,5 @@
 """Limits per batch. A request that is alone in its batch is always answered."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -9,7 +7,6 @@ import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import numpy as np
@@ -18,10 +15,8 @@ import pytest
 from ade_base.pictures.show import write_png
 from serving.api.operations.registry import OPERATIONS
 from serving.api.service import MAX_DECODE_S, Service
-from serving.engine.engine import InferenceEngine
 from serving.ingest.picture import prepare_image
 from serving.ingest.requests import FilesRequest, RawRequest, decode_images
-from tests.service import RunningService
 
 CASES = (
     [("sample", {"n": 5, "format": format}) for format in ("png", "npy", "json")]
@@ -40,11 +35,11 @@ CASES = (
 
 
 @pytest.fixture
-def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+def engine(pretrained_engine):
     return pretrained_engine
 
 
-def request(images: np.ndarray | None = None, **parameters: object) -> RawRequest:
+def request(images=None, **parameters):
     files = (
         {}
         if images is None
@@ -53,7 +48,7 @@ def request(images: np.ndarray | None = None, **parameters: object) -> RawReques
     return RawRequest("application/json", json.dumps({**files, **parameters}).encode())
 
 
-def expected_bytes(operation: str, raw: RawRequest, engine: InferenceEngine) -> int:
+def expected_bytes(operation, raw, engine):
     parsed = OPERATIONS[operation].parse(raw, engine.bundle)
     if isinstance(parsed, FilesRequest):
         (parsed,) = decode_images([parsed], engine.image_shape)
@@ -61,9 +56,7 @@ def expected_bytes(operation: str, raw: RawRequest, engine: InferenceEngine) -> 
 
 
 @pytest.mark.parametrize("operation, parameters", CASES)
-def test_answers_are_no_longer_than_expected(
-    operation: str, parameters: dict, engine: InferenceEngine
-) -> None:
+def test_answers_are_no_longer_than_expected(operation, parameters, engine):
     # Random pixels, which PNG cannot compress.
     noise = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     raw = request(None if operation == "sample" else noise, **parameters)
@@ -73,9 +66,7 @@ def test_answers_are_no_longer_than_expected(
     assert len(answer.body) <= expected <= 16 * len(answer.body)
 
 
-def test_a_batch_has_room_for_so_many_bytes_of_answers(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_has_room_for_so_many_bytes_of_answers(engine, real_images, monkeypatch):
     requests = [request(real_images[:4], format="npz", eps=True) for _ in range(5)]
     (alone,) = Service("encode", engine).answer(requests[:1])
     for room, answered in ((1, 1), (2.5, 2), (5.5, 5)):
@@ -100,9 +91,7 @@ def test_a_batch_has_room_for_so_many_bytes_of_answers(
     ]
 
 
-def test_unused_room_for_answers_is_given_to_others(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_room_for_answers_is_given_to_others(engine, real_images, monkeypatch):
     requests = [request(real_images[:1])] * 6
     service = Service("score", engine)
     (alone,) = service.answer(requests[:1])
@@ -112,9 +101,7 @@ def test_unused_room_for_answers_is_given_to_others(
     assert Counter(a.status for a in service.answer(requests))[200] >= 5
 
 
-def test_a_batch_is_computed_until_its_time_is_over(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_is_computed_until_its_time_is_over(engine, real_images, monkeypatch):
     requests = [request(real_images[i : i + 2], samples=4) for i in range(3)]
     alone = [Service("score", engine).answer([r])[0].body for r in requests]
     monkeypatch.setattr("serving.api.service.PASS_ROWS", 8)
@@ -127,12 +114,10 @@ def test_a_batch_is_computed_until_its_time_is_over(
     assert [a.status for a in Service("score", engine).answer(requests)] == [200, 200, 503]
 
 
-def test_images_are_decoded_until_the_time_is_over(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_decoded_until_the_time_is_over(engine, real_images, monkeypatch):
     now = 0.0
 
-    def prepare_slowly(*args: Any) -> Any:
+    def prepare_slowly(*args):
         nonlocal now
         now += 0.6 * MAX_DECODE_S
         return prepare_image(*args)
@@ -145,9 +130,7 @@ def test_images_are_decoded_until_the_time_is_over(
     assert now == 1.2 * MAX_DECODE_S, "the others are not decoded"
 
 
-def test_noise_counts_as_another_row(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_counts_as_another_row(engine, real_images, monkeypatch):
     calls = []
     encode = engine.encode
     monkeypatch.setattr(
@@ -162,12 +145,8 @@ def test_noise_counts_as_another_row(
 
 @pytest.mark.parametrize("operation, parameters", CASES)
 def test_a_request_by_itself_is_always_answered(
-    operation: str,
-    parameters: dict,
-    engine: InferenceEngine,
-    real_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    operation, parameters, engine, real_images, monkeypatch
+):
     for name in ("MAX_BATCH_BYTES", "MAX_BATCH_S", "PASS_ROWS"):
         monkeypatch.setattr(f"serving.api.service.{name}", 0)
     images = None if operation == "sample" else real_images[:3]
@@ -186,13 +165,8 @@ def test_a_request_by_itself_is_always_answered(
     ],
 )
 def test_an_answer_that_would_be_too_large_is_refused(
-    operation: str,
-    parameters: dict,
-    advice: str,
-    engine: InferenceEngine,
-    real_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    operation, parameters, advice, engine, real_images, monkeypatch
+):
     monkeypatch.setattr("serving.api.responses.MAX_ANSWER_BYTES", 1000)
     images = None if operation == "sample" else real_images[:2]
     (answer,) = Service(operation, engine).answer([request(images, **parameters)])
@@ -202,8 +176,8 @@ def test_an_answer_that_would_be_too_large_is_refused(
 
 
 def test_an_answer_that_would_be_too_large_leaves_its_neighbours_theirs(
-    engine: InferenceEngine, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    engine, real_images, monkeypatch
+):
     monkeypatch.setattr("serving.api.responses.MAX_ANSWER_BYTES", 1000)
     requests = [request(real_images[:2], map=map) for map in (True, False, True)]
     answers = Service("score", engine).answer(requests)
@@ -212,13 +186,13 @@ def test_an_answer_that_would_be_too_large_leaves_its_neighbours_theirs(
 
 
 @pytest.mark.slow
-def test_many_large_answers_end_no_worker(service: RunningService, real_images: np.ndarray) -> None:
+def test_many_large_answers_end_no_worker(service, real_images):
     """Twelve requests at once, with answers of 158 MB in total."""
     array = io.BytesIO()
     np.save(array, real_images[:256])
     workers = {process.pid for process in service.workers()}
 
-    def ask(_: int) -> tuple[int, int]:
+    def ask(_):
         answer = httpx.post(
             f"{service.url}/predictions/encode",
             files={"image": array.getvalue()},
@@ -237,14 +211,12 @@ def test_many_large_answers_end_no_worker(service: RunningService, real_images: 
 
 
 @pytest.mark.slow
-def test_a_full_batch_of_scores_ends_no_worker(
-    service: RunningService, real_images: np.ndarray
-) -> None:
+def test_a_full_batch_of_scores_ends_no_worker(service, real_images):
     """8,192 rows take nearly all of a worker's time: some are computed, the others get 503."""
     workers = {process.pid for process in service.workers()}
     body = request(real_images[:128], samples=8).body
 
-    def ask(_: int) -> int:
+    def ask(_):
         return httpx.post(
             f"{service.url}/predictions/score",
             content=body,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import threading
-from pathlib import Path
 
 import pytest
 from filelock import Timeout
@@ -14,7 +13,7 @@ from ade_base.files import locked
 from tests.helpers import held_by_another
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / "new" / "lock"
     with held_by_another(path), pytest.raises(Timeout), locked(path):
         pass
@@ -24,10 +23,10 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+def test_a_report_is_written_by_one_at_a_time(tmp_path):
     order: list[str] = []
 
-    def write() -> None:
+    def write():
         with locked(tmp_path / "lock", wait=True):
             order.append("written")
 
@@ -42,7 +41,7 @@ def test_a_report_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     assert order == ["let go", "written"]
 
 
-def test_a_lock_follows_no_link(tmp_path: Path) -> None:
+def test_a_lock_follows_no_link(tmp_path):
     """Somebody may have put a link in the place of the lock file."""
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
@@ -52,10 +51,8 @@ def test_a_lock_follows_no_link(tmp_path: Path) -> None:
     assert theirs.read_text() == "precious"
 
 
-def test_a_file_system_without_locks_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object) -> None:
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)

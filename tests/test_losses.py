@@ -1,7 +1,5 @@
 """The losses, and the discriminators of pixels."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -19,7 +17,7 @@ from training.losses import (
 )
 
 
-def test_free_bits_charge_only_what_exceeds_them() -> None:
+def test_free_bits_charge_only_what_exceeds_them():
     """Channel by channel, over the batch; the bound itself stays as it is."""
     kl = [
         torch.tensor([[1.0, 5.0], [2.0, 3.0]], requires_grad=True),
@@ -41,7 +39,7 @@ def test_free_bits_charge_only_what_exceeds_them() -> None:
     assert surcharge.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_losses() -> None:
+def test_losses():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0])
     d_real, d_fake = real.sigmoid(), fake.sigmoid()
     expected = -(d_real.log().mean() + (1 - d_fake).log().mean())
@@ -52,7 +50,7 @@ def test_losses() -> None:
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
-def test_gradient_penalty(target: float) -> None:
+def test_gradient_penalty(target):
     linear = torch.nn.Linear(12, 1)
     discriminator = torch.nn.Sequential(torch.nn.Flatten(), linear, torch.nn.Flatten(0))
     penalty = gradient_penalty(discriminator, torch.rand(5, 3, 2, 2), target)
@@ -62,7 +60,7 @@ def test_gradient_penalty(target: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
-def test_discriminator_shapes(kind: str) -> None:
+def test_discriminator_shapes(kind):
     for size, patch, plain in ((32, 1, 0), (48, 2, 1), (64, 2, 2)):
         discriminator = Discriminator(DiscriminatorConfig((4, 4, 4), kind, plain, patch), size, 3)
         assert discriminator(torch.rand(2, 3, size, size)).shape == (2,)

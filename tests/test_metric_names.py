@@ -27,7 +27,7 @@ RARE = {"ade_worker_failures_total": ["counter", "bundle", "code", "model_name"]
 RULES = ("grafana.json", "prometheus/gate-rules.yml", "prometheus/service-rules.yml")
 
 
-def names(text: str) -> dict[str, list[str]]:
+def names(text):
     """The type and the labels of each metric of an exposition."""
     types = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
     labels: dict[str, set[str]] = {name: set() for name in types}
@@ -37,7 +37,7 @@ def names(text: str) -> dict[str, list[str]]:
     return {name: [types[name], *sorted(labels[name])] for name in sorted(types)}
 
 
-def found_metrics(url: str, metrics: str) -> dict[str, list[str]]:
+def found_metrics(url, metrics):
     """The metrics at an address of a service that has answered, failed and refused requests."""
     url = f"{url}/predictions"
     with httpx.Client(timeout=60) as client:
@@ -47,7 +47,7 @@ def found_metrics(url: str, metrics: str) -> dict[str, list[str]]:
         assert client.post(f"{url}/other").status_code == 404
     seen: list[dict[str, list[str]]] = [{}]
 
-    def all_are_there() -> bool:  # workers report from time to time
+    def all_are_there():  # workers report from time to time
         seen[0] = names(httpx.get(metrics).text)
         drift = seen[0].get("ade_drift_images", [])
         return "calibration" in drift and "code" in seen[0].get("ade_requests_total", [])
@@ -56,14 +56,14 @@ def found_metrics(url: str, metrics: str) -> dict[str, list[str]]:
     return {name: about for name, about in seen[0].items() if name not in RARE}
 
 
-def test_metrics_are_as_recorded(service: RunningService) -> None:
+def test_metrics_are_as_recorded(service):
     metrics = f"{service.metrics}/metrics"
     assert found_metrics(service.url, metrics) == json.loads(RECORD.read_text())
     check_metrics(httpx.get(metrics).text)
 
 
 @pytest.mark.parametrize("file", RULES)
-def test_deploy_uses_recorded_metrics(file: str) -> None:
+def test_deploy_uses_recorded_metrics(file):
     text = (ROOT / "deploy" / file).read_text()
     known = json.loads(RECORD.read_text()).keys() | RARE.keys()
     alerts = set(re.findall(r"record: (\w+)", text))
@@ -71,7 +71,7 @@ def test_deploy_uses_recorded_metrics(file: str) -> None:
         assert known & {name, re.sub("_(bucket|sum|count)$", "", name)}, name
 
 
-def write_record() -> None:
+def write_record():
     service = RunningService(PRETRAINED)
     try:
         found = found_metrics(service.url, f"{service.metrics}/metrics")

@@ -1,9 +1,5 @@
 """Metrics against closed forms, reference implementations and images with a known result."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +18,7 @@ from training.metrics.gan_train import gan_train_accuracy
 from training.metrics.precision_recall import improved_precision_recall
 
 
-def test_frechet_distance_of_independent_gaussians() -> None:
+def test_frechet_distance_of_independent_gaussians():
     rng = np.random.default_rng(0)
     scales_a, scales_b, shift = (
         np.array([1.0, 2.0, 0.5]),
@@ -35,7 +31,7 @@ def test_frechet_distance_of_independent_gaussians() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_does_not_depend_on_the_basis() -> None:
+def test_frechet_distance_does_not_depend_on_the_basis():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0, 1, (500, 4)) * [1, 2, 3, 4], rng.normal(1, 2, (400, 4))
     rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
@@ -44,12 +40,12 @@ def test_frechet_distance_does_not_depend_on_the_basis() -> None:
     )
 
 
-def test_shapes_are_checked() -> None:
+def test_shapes_are_checked():
     with pytest.raises(ValueError, match="must be"):
         frechet_distance(np.zeros((5, 3)), np.zeros((5, 4)))
 
 
-def test_frechet_distance_is_the_librarys() -> None:
+def test_frechet_distance_is_the_librarys():
     rng = np.random.default_rng(2)
     a, b = rng.normal(0, 1, (600, 6)) @ rng.normal(size=(6, 6)), rng.normal(0.3, 2, (500, 6))
     library = fid_statistics_to_metric(
@@ -60,13 +56,13 @@ def test_frechet_distance_is_the_librarys() -> None:
     assert frechet_distance(a, b) == pytest.approx(library["frechet_inception_distance"], rel=1e-6)
 
 
-def test_too_few_images_make_covariances_singular() -> None:
+def test_too_few_images_make_covariances_singular():
     rows = np.zeros((9, 4))
     assert not is_rank_deficient(rows, rows[:5])
     assert is_rank_deficient(rows, rows[:4]) and is_rank_deficient(rows[:4], rows)
 
 
-def test_improved_precision_and_recall() -> None:
+def test_improved_precision_and_recall():
     rng = np.random.default_rng(4)
     both = rng.normal(size=(400, 4))
     assert improved_precision_recall(both, both) == (1, 1)
@@ -83,14 +79,14 @@ def test_improved_precision_and_recall() -> None:
 class Pixels:
     """A feature space whose distances have a closed form: the first pixel's values."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *given, **named):
         pass
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images):
         return images[:, 0, 0].astype(float)
 
 
-def panel_data(labels: bool) -> tuple[Dataset, np.ndarray]:
+def panel_data(labels):
     """Held-out and training images, equal, and as many samples, which are brighter by 5."""
     images = np.random.default_rng(0).integers(0, 200, (120, 8, 8, 3), dtype=np.uint8)
     part = ImageSet(images, np.arange(120) % 2 if labels else None)
@@ -98,7 +94,7 @@ def panel_data(labels: bool) -> tuple[Dataset, np.ndarray]:
     return Dataset("d", parts, {name: name for name in parts}), images + 5
 
 
-def test_the_panel_of_known_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_panel_of_known_samples(monkeypatch):
     """Identical sets have no excess, and a shifted Gaussian has the square of its shift."""
     dataset, shifted = panel_data(labels=True)
     drawn = {"mean": shifted, "density": shifted - 5}
@@ -132,7 +128,7 @@ def test_the_panel_of_known_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_the_panel_says_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_panel_says_what_cannot_be_measured(monkeypatch):
     dataset, _ = panel_data(labels=False)
     cpu = torch.device("cpu")
     final = training.measure.Measurer(dataset, cpu, "test").measure(make_model(), {})["figures"]
@@ -142,7 +138,7 @@ def test_the_panel_says_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch)
     }
     assert final["bpd"]["images"] == 50 and final["bpd"]["error"] > 0
 
-    def missing(**named: Any) -> None:
+    def missing(**named):
         raise FeatureError("EfficientNet's weights need the package x")
 
     monkeypatch.setattr("training.measure.EfficientNetFeatures", missing)
@@ -156,14 +152,14 @@ def test_the_panel_says_what_cannot_be_measured(monkeypatch: pytest.MonkeyPatch)
     assert found["density_random"]["note"] == "the model has no density samples"
 
 
-def test_random_convolutions_depend_on_nothing_but_the_image() -> None:
+def test_random_convolutions_depend_on_nothing_but_the_image():
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     first, again = (RandomConvolutions(torch.device("cpu"))(images) for _ in range(2))
     assert first.shape == (3, 512) and np.array_equal(first, again)
     assert np.allclose(first[1:2], RandomConvolutions(torch.device("cpu"))(images[1:2]))
 
 
-def test_gan_train_learns_what_the_samples_show() -> None:
+def test_gan_train_learns_what_the_samples_show():
     rng = np.random.default_rng(6)
     classes = rng.integers(0, 3, 600)
     images = (
@@ -178,7 +174,7 @@ def test_gan_train_learns_what_the_samples_show() -> None:
     assert gan_train_accuracy(images[:400], shuffled, images[400:], classes[400:], device) < 0.7
 
 
-def test_psnr() -> None:
+def test_psnr():
     image = np.full((2, 2, 3), 100, np.uint8)
     one_off = image.copy()
     one_off[0, 0, 0] += 1
@@ -189,7 +185,7 @@ def test_psnr() -> None:
         psnr(image, one_off[:1])
 
 
-def test_batch_normalisation_is_folded_into_convolutions() -> None:
+def test_batch_normalisation_is_folded_into_convolutions():
     torch.manual_seed(0)
     conv, norm = (
         torch.nn.Conv2d(4, 6, 3, padding=1, bias=False),
@@ -206,7 +202,7 @@ def test_batch_normalisation_is_folded_into_convolutions() -> None:
 
 
 @pytest.mark.slow
-def test_efficientnet_tells_images_from_noise(real_images: np.ndarray) -> None:
+def test_efficientnet_tells_images_from_noise(real_images):
     features = EfficientNetFeatures()
     real = features(real_images[:120])
     assert real.shape == (120, 1280)

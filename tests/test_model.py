@@ -1,7 +1,5 @@
 """The model's five verbs: shapes, noise, options and errors."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -12,18 +10,17 @@ from ade_base.errors import ConfigError
 from ade_model.checkpoint import MIN_HALF, WEIGHTS_NAME, load_model, round_to_half, save_model
 from ade_model.config import LATER_FIELDS, ModelConfig
 from ade_model.errors import ShapeError
-from ade_model.model import ADEModel
 from tests.helpers import TINY, make_model
 
 
-def noise(model: ADEModel, n: int = 2, seed: int = 0) -> list[torch.Tensor]:
+def noise(model, n=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, *shape, generator=generator) for shape in model.config.latent_shapes]
 
 
 @pytest.mark.parametrize("size", [32, 48, 64])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_sizes_and_channels(size: int, channels: int) -> None:
+def test_sizes_and_channels(size, channels):
     model = make_model(
         ModelConfig(
             image_size=size,
@@ -47,7 +44,7 @@ def test_sizes_and_channels(size: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("size", [50, 36, 31])
-def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> None:
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size):
     with pytest.raises(ConfigError, match=rf"multiple of 8 .*such as 32, 48, 64; got {size}"):
         ModelConfig(image_size=size)
 
@@ -75,7 +72,7 @@ def test_a_size_that_does_not_fit_is_refused_with_those_that_do(size: int) -> No
         ({"channels": True}, "channels"),
     ],
 )
-def test_bad_configurations_are_refused(change: dict, message: str) -> None:
+def test_bad_configurations_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**change)
 
@@ -95,7 +92,7 @@ def test_bad_configurations_are_refused(change: dict, message: str) -> None:
         {"flow_max_log_scale": 1.5},
     ],
 )
-def test_every_option_changes_the_model(change: dict) -> None:
+def test_every_option_changes_the_model(change):
     """It changes the weights or, if it has none, the answer."""
     base, other = make_model(), make_model(dataclasses.replace(TINY, **change))
     shapes, others = ([tuple(p.shape) for p in model.parameters()] for model in (base, other))
@@ -105,7 +102,7 @@ def test_every_option_changes_the_model(change: dict) -> None:
     )
 
 
-def test_groups_of_latents_are_levels_and_each_depends_on_those_before() -> None:
+def test_groups_of_latents_are_levels_and_each_depends_on_those_before():
     two = {"latent_channels": (4, 2), "latent_groups": 2}
     model = make_model(dataclasses.replace(TINY, **two))
     assert model.config.latent_shapes == [(2, 2, 2), (2, 2, 2), (1, 4, 4), (1, 4, 4)]
@@ -123,7 +120,7 @@ def test_groups_of_latents_are_levels_and_each_depends_on_those_before() -> None
     assert model.elbo_terms(x, eps).log_weight.shape == (2,)
 
 
-def test_noise_comes_in() -> None:
+def test_noise_comes_in():
     """The same noise gives the same answer, and the global generator is left alone."""
     model = make_model()
     x = torch.rand(2, 3, 8, 8)
@@ -138,7 +135,7 @@ def test_noise_comes_in() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_mean_and_density_samples() -> None:
+def test_mean_and_density_samples():
     model = make_model()
     eps = noise(model)
     mean = model.sample(eps)
@@ -146,7 +143,7 @@ def test_mean_and_density_samples() -> None:
     assert not torch.equal(mean, model.sample(eps, torch.ones(2, 3, 8, 8)))
 
 
-def test_decoding_an_encoding_is_the_reconstruction() -> None:
+def test_decoding_an_encoding_is_the_reconstruction():
     model = make_model()
     x = torch.rand(2, 3, 8, 8)
     eps = noise(model)
@@ -156,7 +153,7 @@ def test_decoding_an_encoding_is_the_reconstruction() -> None:
 
 
 @pytest.mark.parametrize("bound", [True, False])
-def test_a_posterior_is_hardly_wider_than_its_prior(bound: bool) -> None:
+def test_a_posterior_is_hardly_wider_than_its_prior(bound):
     """Whatever its network asks for; narrower ones are as asked for."""
     model = make_model(dataclasses.replace(TINY, posterior_bound=bound))
     for level in model.decoder.all_levels:
@@ -170,7 +167,7 @@ def test_a_posterior_is_hardly_wider_than_its_prior(bound: bool) -> None:
         assert wider.min() < -0.5
 
 
-def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_path) -> None:
+def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_path):
     model = make_model(
         ModelConfig(image_size=8, widths=(64, 32), latent_channels=(2, 2), decoder_blocks=(1, 1))
     )
@@ -188,7 +185,7 @@ def test_large_weights_of_the_vae_are_stored_in_half_precision_once_rounded(tmp_
         assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[name])
 
 
-def test_a_weight_beyond_half_precision_is_kept() -> None:
+def test_a_weight_beyond_half_precision_is_kept():
     model = make_model(
         ModelConfig(image_size=8, widths=(64, 32), latent_channels=(2, 2), decoder_blocks=(1, 1))
     )
@@ -200,7 +197,7 @@ def test_a_weight_beyond_half_precision_is_kept() -> None:
     assert torch.equal(weight, before)
 
 
-def test_wrong_shapes_are_named() -> None:
+def test_wrong_shapes_are_named():
     model = make_model()
     x, eps, y_eps = torch.rand(2, 3, 8, 8), noise(model), torch.randn(2, 3, 8, 8)
     with pytest.raises(ShapeError, match=r"x must have .*\(2, 3, 8, 8\), got \(2, 3, 9, 8\)"):
@@ -231,7 +228,7 @@ def test_wrong_shapes_are_named() -> None:
         model.dequantize(x[0], x[0])
 
 
-def test_a_checkpoint_is_enough(tmp_path) -> None:
+def test_a_checkpoint_is_enough(tmp_path):
     model = make_model()
     save_model(model, tmp_path, {"recipe": "v-ade"})
     again = load_model(tmp_path)
@@ -260,7 +257,7 @@ FLOW_ALONE = ModelConfig(
 )
 
 
-def test_a_flow_alone_is_exact() -> None:
+def test_a_flow_alone_is_exact():
     model = make_model(FLOW_ALONE).double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(3, 3, 8, 8, dtype=torch.float64)]
@@ -278,7 +275,7 @@ def test_a_flow_alone_is_exact() -> None:
     assert torch.allclose(model.sample(eps), model.flow.inverse(eps[0]))
 
 
-def test_levels_without_latents() -> None:
+def test_levels_without_latents():
     config = ModelConfig(
         image_size=8,
         widths=(8, 8),
@@ -296,7 +293,7 @@ def test_levels_without_latents() -> None:
     assert torch.isfinite(model.elbo_terms(x, eps).log_weight).all()
 
 
-def test_a_model_without_an_inference_network_can_only_sample() -> None:
+def test_a_model_without_an_inference_network_can_only_sample():
     model = make_model(
         ModelConfig(
             image_size=8, widths=(8,), latent_channels=(3,), decoder_blocks=(1,), encoder=False
@@ -309,7 +306,7 @@ def test_a_model_without_an_inference_network_can_only_sample() -> None:
         model.encode(torch.rand(2, 3, 8, 8), eps)
 
 
-def test_models_of_earlier_versions_are_read() -> None:
+def test_models_of_earlier_versions_are_read():
     old = {k: v for k, v in TINY.to_dict().items() if k not in LATER_FIELDS}
     assert ModelConfig.from_dict(old) == dataclasses.replace(TINY, posterior_bound=False)
     with pytest.raises(ConfigError, match="unknown or missing: \\['widths'\\]"):
@@ -329,7 +326,7 @@ def test_models_of_earlier_versions_are_read() -> None:
     ],
     ids=["av-ade", "flow alone", "autoregressive posterior", "no flow", "checkerboards"],
 )
-def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> None:
+def test_the_cost_of_pixels_is_the_cost_of_the_image(config):
     model = make_model(config).double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)
     eps = [torch.randn(3, *shape, dtype=torch.float64) for shape in config.latent_shapes]
@@ -343,7 +340,7 @@ def test_the_cost_of_pixels_is_the_cost_of_the_image(config: ModelConfig) -> Non
     )
 
 
-def test_what_is_left_unexplained() -> None:
+def test_what_is_left_unexplained():
     """The residuals are standardised by the distributions that should explain them."""
     model = make_model().double()
     x = 0.02 + 0.96 * torch.rand(3, 3, 8, 8, dtype=torch.float64)

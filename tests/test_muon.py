@@ -1,9 +1,6 @@
 """Muon: which weights it steps, and how far."""
 
-from __future__ import annotations
-
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from training.muon import Muon, orthogonalized
 from training.runs import _load_optimizer, _save_optimizer
 
 
-def network() -> nn.Sequential:
+def network():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 32, 3),
@@ -24,14 +21,14 @@ def network() -> nn.Sequential:
     )
 
 
-def step(made: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+def step(made, optimizer, seed=0):
     torch.manual_seed(seed)
     optimizer.zero_grad()
     made(torch.randn(4, 3, 8, 8)).square().mean().backward()
     optimizer.step()
 
 
-def test_a_stack_of_kernels_is_orthogonalised_as_each_of_them() -> None:
+def test_a_stack_of_kernels_is_orthogonalised_as_each_of_them():
     kernels = torch.randn(3, 16, 144)
     alone = torch.stack([orthogonalized(kernel) for kernel in kernels])
     assert torch.allclose(orthogonalized(kernels), alone, atol=1e-5)
@@ -40,7 +37,7 @@ def test_a_stack_of_kernels_is_orthogonalised_as_each_of_them() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16)])
-def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
+def test_singular_values_become_about_one(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[1]))
     made = orthogonalized(matrix)
@@ -50,7 +47,7 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     assert torch.nn.functional.cosine_similarity(made.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
-def test_wide_kernels_alone_are_orthogonalised_and_steps_are_as_large_as_adams() -> None:
+def test_wide_kernels_alone_are_orthogonalised_and_steps_are_as_large_as_adams():
     before, with_adam, with_muon = (network() for _ in range(3))
     step(with_adam, torch.optim.Adam(with_adam.parameters(), 1e-3))
     step(with_muon, Muon(with_muon.parameters(), 1e-3))
@@ -65,7 +62,7 @@ def test_wide_kernels_alone_are_orthogonalised_and_steps_are_as_large_as_adams()
     assert with_muon[1].weight.grad is not None  # for whoever measures it
 
 
-def test_its_state_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_its_state_is_saved_and_loaded(tmp_path):
     whole = network()
     optimizer = Muon(whole.parameters(), 1e-3)
     step(whole, optimizer)

@@ -1,7 +1,5 @@
 """deploy/nginx.conf with a real nginx in front of a real service."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json
@@ -11,9 +9,6 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -22,7 +17,6 @@ import pytest
 from ade_base.ports import free_ports
 from ade_client.client import AdeClient
 from tests.helpers import ROOT, npy, wait_for
-from tests.service import RunningService
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 KEY = "0123456789abcdef0123456789abcdef"
@@ -37,12 +31,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("nginx")
 
 
 @pytest.fixture(scope="module")
-def proxy(service: RunningService, folder: Path) -> Iterator[str]:
+def proxy(service, folder):
     """Run the file with other ports and a low rate; yields the address."""
     (outer,) = free_ports(1)
     text = (ROOT / "deploy" / "nginx.conf").read_text()
@@ -104,9 +98,7 @@ def proxy(service: RunningService, folder: Path) -> Iterator[str]:
     assert KEY not in log and '"client":"tests"' in log
 
 
-def ask(
-    proxy: str, path: str, key: str | None = KEY, method: str = "POST", **options
-) -> httpx.Response:
+def ask(proxy, path, key=KEY, method="POST", **options):
     headers = {
         **({} if key is None else {"Authorization": f"Bearer {key}"}),
         **options.pop("headers", {}),
@@ -114,7 +106,7 @@ def ask(
     return httpx.request(method, proxy + path, headers=headers, verify=False, timeout=60, **options)
 
 
-def raw(proxy: str, request: bytes) -> httpx.Response:
+def raw(proxy, request):
     """Send what no client library would send."""
     host, port = proxy.removeprefix("https://").split(":")
     with (
@@ -128,7 +120,7 @@ def raw(proxy: str, request: bytes) -> httpx.Response:
 
 
 @contextlib.contextmanager
-def slow_client(proxy: str, request: bytes) -> Iterator[ssl.SSLSocket]:
+def slow_client(proxy, request):
     """Sends a part of a request, or a whole one, and receives little at a time."""
     host, port = proxy.removeprefix("https://").split(":")
     with socket.socket() as plain:
@@ -140,21 +132,21 @@ def slow_client(proxy: str, request: bytes) -> Iterator[ssl.SSLSocket]:
             yield connection
 
 
-def head_of(size: int, content_type: str = "image/png") -> bytes:
+def head_of(size, content_type="image/png"):
     return (
         f"POST /v1/encode HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         f"Content-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n"
     ).encode()
 
 
-def code_of(answer: httpx.Response) -> str:
+def code_of(answer):
     body = answer.json()
     assert answer.headers["content-type"].startswith("application/json")
     assert set(body) == {"error"} and {"code", "message"} <= set(body["error"]), body
     return body["error"]["code"]
 
 
-def test_operations_under_short_paths(proxy: str, service: RunningService) -> None:
+def test_operations_under_short_paths(proxy, service):
     data = EXAMPLE.read_bytes()
     direct = httpx.post(f"{service.url}/predictions/score", content=data)
     answer = ask(proxy, "/v1/score", content=data, headers={"Content-Type": "image/png"})
@@ -181,7 +173,7 @@ def test_operations_under_short_paths(proxy: str, service: RunningService) -> No
     assert many.status_code == 200 and len(many.json()["results"]) == 256, many.text[:300]
 
 
-def test_health_and_contract_need_no_key(proxy: str) -> None:
+def test_health_and_contract_need_no_key(proxy):
     assert ask(proxy, "/healthz", key=None, method="GET").json() == {"ready": True}
     document = ask(proxy, "/v1/openapi.json", key=None, method="GET").json()
     assert document["servers"] == [{"url": proxy}]
@@ -192,13 +184,13 @@ def test_health_and_contract_need_no_key(proxy: str) -> None:
     assert document["components"]["securitySchemes"][scheme] == {"type": "http", "scheme": "bearer"}
 
 
-def test_a_host_is_not_copied_into_the_contract_as_it_is(proxy: str) -> None:
+def test_a_host_is_not_copied_into_the_contract_as_it_is(proxy):
     answer = ask(proxy, "/v1/openapi.json", key=None, method="GET", headers={"Host": 'a","x":"b'})
     assert answer.json()["servers"] == [{"url": "https://localhost"}]
 
 
 @pytest.mark.parametrize("key", [None, "wrong", KEY[:-1], KEY + "x", KEY.upper(), f"{KEY}' OR 1"])
-def test_keys(proxy: str, key: str | None) -> None:
+def test_keys(proxy, key):
     answer = ask(proxy, "/v1/sample", key=key, json={})
     assert answer.status_code == 401 and code_of(answer) == "bad_key"
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -207,27 +199,25 @@ def test_keys(proxy: str, key: str | None) -> None:
     assert "retry-after" not in (answer.headers)
 
 
-def test_the_client_behind_the_proxy(
-    proxy: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_client_behind_the_proxy(proxy, folder, monkeypatch):
     """With a certificate of one's own."""
     monkeypatch.setenv("SSL_CERT_FILE", str(folder / "secrets" / "certificate.pem"))
     with AdeClient(proxy, token=KEY) as client:
         assert len(client.sample(2, seed=1).images) == 2
 
 
-def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: Path) -> None:
+def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy, folder):
     """By the documented command; its file may be renamed over the old one."""
     page = (ROOT / "docs" / "how-to" / "open-to-a-network.md").read_text()
     (options,) = re.findall(r"^sudo nginx (.* -s reload)$", page, re.MULTILINE)
     keys, old, new = folder / "secrets" / "keys.conf", "a" * 32, "b" * 32
 
-    def is_taken(key: str) -> bool:
+    def is_taken(key):
         status = ask(proxy, "/v1/sample", key, json={"n": 500}).status_code
         assert status in (401, 422)
         return status == 422
 
-    def replace(text: str) -> None:
+    def replace(text):
         (folder / "new").write_text(text)
         (folder / "new").rename(keys)
         assert NGINX is not None
@@ -245,7 +235,7 @@ def test_a_key_that_was_replaced_is_refused_after_a_reload(proxy: str, folder: P
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER"])
-def test_the_scheme_of_a_key_has_any_case(proxy: str, scheme: str) -> None:
+def test_the_scheme_of_a_key_has_any_case(proxy, scheme):
     answer = ask(proxy, "/v1/sample", None, json={}, headers={"Authorization": f"{scheme} {KEY}"})
     assert answer.status_code == 200, answer.text
 
@@ -263,12 +253,12 @@ def test_the_scheme_of_a_key_has_any_case(proxy: str, scheme: str) -> None:
         "/v1/../models",
     ],
 )
-def test_nothing_else_is_reached(proxy: str, path: str) -> None:
+def test_nothing_else_is_reached(proxy, path):
     answer = ask(proxy, path, method="GET")
     assert answer.status_code == 404 and code_of(answer) == "not_found"
 
 
-def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
+def test_errors_of_every_origin_have_one_shape(proxy):
     ours = ask(proxy, "/v1/score", content=b"junk")
     assert ours.status_code == 415 and code_of(ours) == "not_an_image"
     empty = ask(proxy, "/v1/score", json={"images": []})
@@ -298,22 +288,20 @@ def test_errors_of_every_origin_have_one_shape(proxy: str) -> None:
         ("/v1/openapi.json", "DELETE", "GET, HEAD"),
     ],
 )
-def test_a_wrong_method_is_told_the_right_ones(
-    proxy: str, path: str, method: str, allowed: str
-) -> None:
+def test_a_wrong_method_is_told_the_right_ones(proxy, path, method, allowed):
     answer = ask(proxy, path, method=method)
     assert answer.status_code == 405 and code_of(answer) == "not_allowed"
     assert answer.headers.get_list("allow") == [allowed]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/v1/openapi.json"])
-def test_open_paths_take_no_body(proxy: str, path: str) -> None:
+def test_open_paths_take_no_body(proxy, path):
     """nginx would hold it in memory, of any address and without a key."""
     answer = ask(proxy, path, key=None, method="GET", content=bytes(2048))
     assert answer.status_code == 413 and code_of(answer) == "request_too_large"
 
 
-def test_pages_of_errors_have_no_address(proxy: str) -> None:
+def test_pages_of_errors_have_no_address(proxy):
     for path in ("/malformed", "/head_too_large", "/plain_http", "/not_implemented"):
         assert ask(proxy, path, method="GET").status_code == 404
 
@@ -326,14 +314,12 @@ def test_pages_of_errors_have_no_address(proxy: str) -> None:
         (b"POST /v1/score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip", 501, "not_implemented"),
     ],
 )
-def test_what_nginx_cannot_read_has_the_same_shape(
-    proxy: str, head: bytes, status: int, code: str
-) -> None:
+def test_what_nginx_cannot_read_has_the_same_shape(proxy, head, status, code):
     answer = raw(proxy, head + b"\r\n\r\n")
     assert answer.status_code == status and code_of(answer) == code
 
 
-def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy: str, folder: Path) -> None:
+def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy, folder):
     written = str(folder / "body")  # in a warning, or in an error if root runs the tests
     for content in (b"x" * 20_000_000, iter([b"x" * 10_000] * 2_000)):
         code_of(ask(proxy, "/v1/score", content=content))
@@ -347,9 +333,7 @@ def test_only_bodies_in_tiny_chunks_leave_the_memory(proxy: str, folder: Path) -
 @pytest.mark.parametrize(
     "request_", [b"", b"POST /v1/encode HTTP/1.1\r\nHost: x\r\n", head_of(10**6) + bytes(10**5)]
 )
-def test_a_request_that_stalls_ends_and_never_reaches_the_service(
-    proxy: str, folder: Path, request_: bytes
-) -> None:
+def test_a_request_that_stalls_ends_and_never_reaches_the_service(proxy, folder, request_):
     with slow_client(proxy, request_) as connection:
         started = time.monotonic()
         with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -360,13 +344,13 @@ def test_a_request_that_stalls_ends_and_never_reaches_the_service(
     assert not any(one["upstream"] for one in lines if one["request"] == "POST /v1/encode")
 
 
-def test_a_client_that_does_not_read_holds_nothing_of_the_service(proxy: str, folder: Path) -> None:
+def test_a_client_that_does_not_read_holds_nothing_of_the_service(proxy, folder):
     """nginx takes the whole answer from the service at once, then waits for the client alone."""
     images = npy(np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), np.uint8))
     form = httpx.Request("POST", proxy, files={"image": images}, data={"format": "npz"})
     body = form.read()
 
-    def unread() -> list[dict[str, Any]]:
+    def unread():
         lines = [json.loads(one) for one in (folder / "access.log").read_text().splitlines()]
         return [one for one in lines if one["request"] == "POST /v1/encode" and one["upstream"]]
 
@@ -378,7 +362,7 @@ def test_a_client_that_does_not_read_holds_nothing_of_the_service(proxy: str, fo
     assert float(logged["upstream"]) < logged["seconds"] - 3, logged
 
 
-def test_http_2(proxy: str) -> None:
+def test_http_2(proxy):
     done = subprocess.run(
         ["curl", "-ks", "--http2", "-w", "%{http_version}", "-T", EXAMPLE, f"{proxy}/v1/score"]
         + ["-H", f"Authorization: Bearer {KEY}"],
@@ -389,14 +373,14 @@ def test_http_2(proxy: str) -> None:
     assert '"bpd"' in done.stdout and done.stdout.endswith("}2"), done.stdout[-300:]
 
 
-def unverified() -> ssl.SSLContext:
+def unverified():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
-def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
+def test_tls_is_modern_and_plain_text_is_refused(proxy):
     old, weak = unverified(), unverified()
     old.maximum_version = ssl.TLSVersion.TLSv1_1
     weak.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -408,14 +392,14 @@ def test_tls_is_modern_and_plain_text_is_refused(proxy: str) -> None:
     assert answer.status_code == 400 and code_of(answer) == "malformed_request"
 
 
-def test_an_address_has_a_rate_without_a_key(proxy: str) -> None:
+def test_an_address_has_a_rate_without_a_key(proxy):
     with httpx.Client(verify=False, timeout=60) as client:
         answers = [client.get(f"{proxy}/v1/openapi.json") for _ in range(100)]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert "rate_limited" in {code_of(a) for a in answers if a.status_code == 429}
 
 
-def test_a_key_has_a_rate(proxy: str) -> None:
+def test_a_key_has_a_rate(proxy):
     with httpx.Client(
         verify=False, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
     ) as client:

@@ -1,7 +1,5 @@
 """Random numbers: reproducible across versions, independent, and correctly distributed."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -12,7 +10,7 @@ from ade_client.contract import MAX_SEED
 from serving.engine.noise import NoiseStream, image_digest, image_key, sample_key
 
 
-def test_the_streams_are_those_of_version_1() -> None:
+def test_the_streams_are_those_of_version_1():
     """Changing any of this changes every sample and every score that users have seen."""
     stream = NoiseStream(sample_key(7, 3))
     assert hashlib.sha256(stream.uniform((64,)).tobytes()).hexdigest()[:16] == "04e02e5801a33928"
@@ -26,7 +24,7 @@ def test_the_streams_are_those_of_version_1() -> None:
 
 @settings(max_examples=50)
 @given(st.integers(0, MAX_SEED), st.integers(0, MAX_SEED), st.integers(0, 63))
-def test_every_part_of_the_key_counts(seed: int, index: int, draw: int) -> None:
+def test_every_part_of_the_key_counts(seed, index, draw):
     of_samples = {sample_key(seed, index), sample_key(seed ^ 1, index), sample_key(seed, index ^ 1)}
     one, other = (image_digest(np.full((2, 2, 3), value, np.uint8)) for value in (0, 1))
     of_images = {
@@ -39,12 +37,12 @@ def test_every_part_of_the_key_counts(seed: int, index: int, draw: int) -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4))
-def test_a_stream_repeats_itself(counts: list[int]) -> None:
+def test_a_stream_repeats_itself(counts):
     one, two = NoiseStream(b"k" * 16), NoiseStream(b"k" * 16)
     assert all(np.array_equal(one.normal((n,)), two.normal((n,))) for n in counts)
 
 
-def test_distributions() -> None:
+def test_distributions():
     stream = NoiseStream(sample_key(0, 0))
     uniform = stream.uniform((200_000,))
     assert uniform.dtype == np.float32 and uniform.min() >= 0 and uniform.max() < 1
@@ -56,7 +54,7 @@ def test_distributions() -> None:
     assert abs(np.corrcoef(normal[:-1], normal[1:])[0, 1]) < 0.01
 
 
-def test_digest_is_of_the_pixels() -> None:
+def test_digest_is_of_the_pixels():
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     assert image_digest(pixels) == image_digest(pixels[::-1][::-1])
     assert image_digest(pixels) != image_digest(pixels[::-1])

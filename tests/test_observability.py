@@ -1,13 +1,10 @@
 """The metrics, the logs and the dashboard."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -18,17 +15,17 @@ from handlers.front.exposition import REFUSALS, START
 from handlers.launch.serve import _alone_with_logs
 from handlers.service.metrics import QUEUE_SECONDS
 from serving.api.journal import Journal, last_errors
-from serving.api.telemetry import FAMILIES, METRICS, HistogramMetric, Metric, Stopwatch
+from serving.api.telemetry import FAMILIES, METRICS, Stopwatch
 from tests.helpers import ROOT, WORKER_LABELS, held_by_another
 from tests.service import error_of_serve
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_metric_has_a_help_text(family: Metric | HistogramMetric) -> None:
+def test_every_metric_has_a_help_text(family):
     assert family.about.endswith(".")
 
 
-def test_a_stopwatch_adds_up_and_survives_errors() -> None:
+def test_a_stopwatch_adds_up_and_survives_errors():
     watch = Stopwatch()
     for _ in range(2):
         with pytest.raises(ValueError), watch("decode"):
@@ -36,7 +33,7 @@ def test_a_stopwatch_adds_up_and_survives_errors() -> None:
     assert watch.seconds["decode"] > 0 and watch.seconds["compute"] == 0
 
 
-def test_a_folder_of_logs_that_was_removed_is_made_again(tmp_path: Path) -> None:
+def test_a_folder_of_logs_that_was_removed_is_made_again(tmp_path):
     """By the worker that takes the place of one that ended."""
     folder = tmp_path / "kept" / "logs"
     Journal(folder, "score-0")
@@ -45,7 +42,7 @@ def test_a_folder_of_logs_that_was_removed_is_made_again(tmp_path: Path) -> None
     assert [entry["status"] for entry in last_errors(folder)] == [500]
 
 
-def test_a_journal_that_cannot_be_opened_keeps_no_worker_from_starting(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_opened_keeps_no_worker_from_starting(tmp_path):
     folder = tmp_path / "file" / "logs"
     folder.parent.touch()
     journal = Journal(folder, "score-0")
@@ -56,7 +53,7 @@ def test_a_journal_that_cannot_be_opened_keeps_no_worker_from_starting(tmp_path:
     assert [entry["status"] for entry in last_errors(folder)] == [500]
 
 
-def test_journals_keep_errors_findable(tmp_path: Path) -> None:
+def test_journals_keep_errors_findable(tmp_path):
     first, second = Journal(tmp_path, "score-9001"), Journal(tmp_path, "score-9002")
     for i in range(4):
         first.write([{"operation": "score", "id": f"a{i}", "status": 200}] * 2)
@@ -80,7 +77,7 @@ def test_journals_keep_errors_findable(tmp_path: Path) -> None:
     )
 
 
-def test_journals_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journals_are_rotated(tmp_path, monkeypatch):
     monkeypatch.setattr("serving.api.journal.MAX_BYTES", 1000)
     journal = Journal(tmp_path, "score-9001")
     for _ in range(100):
@@ -90,7 +87,7 @@ def test_journals_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(0 < file.stat().st_size <= 1000 for file in tmp_path.iterdir())
 
 
-def test_two_services_have_two_folders_for_logs(tmp_path: Path) -> None:
+def test_two_services_have_two_folders_for_logs(tmp_path):
     """Each would rotate and delete the files of the other."""
     ports = zip(VARIABLES.values(), free_ports(len(VARIABLES)), strict=True)
     variables = {names[0]: str(port) for names, port in ports}
@@ -99,10 +96,8 @@ def test_two_services_have_two_folders_for_logs(tmp_path: Path) -> None:
     assert f"--logs: {tmp_path} is in use by another process" in error
 
 
-def test_logs_may_be_on_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*args: object) -> None:
+def test_logs_may_be_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
@@ -110,7 +105,7 @@ def test_logs_may_be_on_a_file_system_without_locks(
         assert f"no other service may use --logs {tmp_path / 'logs'}" in capsys.readouterr().err
 
 
-def test_the_dashboard_uses_existing_metrics() -> None:
+def test_the_dashboard_uses_existing_metrics():
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
     expressions = [
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
@@ -149,7 +144,7 @@ def test_the_dashboard_uses_existing_metrics() -> None:
     ) == len(places)
 
 
-def test_the_dashboard_has_the_pages_colours() -> None:
+def test_the_dashboard_has_the_pages_colours():
     """Of the dark scheme, which Grafana has by default; the gate comes first."""
     text = (ROOT / "deploy" / "grafana.json").read_text()
     both = dict(re.findall(r"--ade-(accept|reject): light-dark\(#\w+, (#\w+)\)", STYLE))

@@ -18,7 +18,6 @@ import torch
 
 from ade_base.pictures.read import read_image
 from serving.engine.bundle import open_bundle
-from serving.engine.engine import InferenceEngine
 from serving.engine.noise import NoiseStream, sample_key
 from serving.engine.signatures import OPERATIONS, graphs_of, inputs_of, outputs_of
 from tests.helpers import PRETRAINED, ROOT, npm_install, tool
@@ -30,7 +29,7 @@ CAT = ROOT / "serving" / "examples" / "cat.png"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """The working folder for the page's code."""
     (tmp_path / "bundle").symlink_to(PRETRAINED)
     shutil.copy(CAT, tmp_path)
@@ -39,12 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(pretrained_engine: InferenceEngine) -> float:
+def expected(pretrained_engine):
     """The service's score."""
     return pretrained_engine.score(read_image(CAT.read_bytes()).pixels[None])[0].bpd
 
 
-def test_python(folder: Path, expected: float) -> None:
+def test_python(folder, expected):
     """Any noise gives nearly the service's number; the service's noise gives exactly it."""
     namespace: dict[str, Any] = {}
     plain, noise, openvino, torchscript = blocks(PAGE, "python")
@@ -57,7 +56,7 @@ def test_python(folder: Path, expected: float) -> None:
     assert '"INFERENCE_PRECISION_HINT": "f32"' in openvino
 
 
-def test_openvino(folder: Path, expected: float, capsys: pytest.CaptureFixture) -> None:
+def test_openvino(folder, expected, capsys):
     pytest.importorskip("openvino")
     plain, noise, openvino, _ = blocks(PAGE, "python")
     exec(plain + noise + openvino, {})
@@ -66,7 +65,7 @@ def test_openvino(folder: Path, expected: float, capsys: pytest.CaptureFixture) 
 
 
 @pytest.mark.slow
-def test_javascript(folder: Path, expected: float) -> None:
+def test_javascript(folder, expected):
     """In Node.js, and on a web page."""
     npm_install(folder, "onnxruntime-node@1", "pngjs@7", "onnxruntime-web@1")
     for name in ("noise.mjs", "score.mjs", "score.html"):
@@ -76,7 +75,7 @@ def test_javascript(folder: Path, expected: float) -> None:
     assert on_page(folder, "score.html") == pytest.approx(expected, abs=1e-5)
 
 
-def on_page(folder: Path, name: str) -> float:
+def on_page(folder, name):
     """The number at the end of a web page's text."""
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
@@ -96,7 +95,7 @@ def on_page(folder: Path, name: str) -> float:
     return float(text.split()[-1])
 
 
-def test_the_shapes_in_the_cpp_code() -> None:
+def test_the_shapes_in_the_cpp_code():
     (code,) = blocks(PAGE, "cpp")
     (listed,) = re.findall(r"shapes(\{\{.*\}\});", code)
     shapes = json.loads(listed.replace("{", "[").replace("}", "]"))
@@ -107,7 +106,7 @@ def test_the_shapes_in_the_cpp_code() -> None:
 
 
 @pytest.mark.slow
-def test_cpp(folder: Path) -> None:
+def test_cpp(folder):
     compiler = tool("g++")
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")  # imports setuptools
     (code,) = blocks(PAGE, "cpp")
@@ -124,7 +123,7 @@ def test_cpp(folder: Path) -> None:
     assert 0 < float(done.stdout.removeprefix("bits per dimension: ")) < 16
 
 
-def test_the_test_vector() -> None:
+def test_the_test_vector():
     text = PAGE.read_text()
     key = sample_key(7, 3)
     words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(4)
@@ -135,7 +134,7 @@ def test_the_test_vector() -> None:
         assert np.allclose([float(value) for value in row.split(", ")], values, atol=5e-8)
 
 
-def test_the_tables_are_the_signatures() -> None:
+def test_the_tables_are_the_signatures():
     rows = dict(re.findall(r"^\| (`[a-z_`, ]+`) \| (.* \| .*) \|$", PAGE.read_text(), re.MULTILINE))
     for graph in graphs_of(OPERATIONS):
         (row,) = [text for names, text in rows.items() if f"`{graph}`" in names]
@@ -143,7 +142,7 @@ def test_the_tables_are_the_signatures() -> None:
             assert f"`{name.replace('_0', '_i')}`" in row, (graph, name)
 
 
-def test_the_web_page_names_the_weights() -> None:
+def test_the_web_page_names_the_weights():
     """onnxruntime-web gets only the bytes of a graph, and reads this name from them."""
     page = (EXAMPLES / "score.html").read_text()
     assert 'externalData: [{ path: "model.safetensors"' in page

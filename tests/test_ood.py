@@ -1,9 +1,6 @@
 """The verdict: its arithmetic, and the guarantees of the calibration."""
 
-from __future__ import annotations
-
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from export.gate.density_fit import MAX_COMPONENTS, fit_calibration
-from serving.verdict.calibration import Calibration, CalibrationError
+from serving.verdict.calibration import CalibrationError
 from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.conformal import benjamini_hochberg, conformal_p_values, simes
 from serving.verdict.density import FARTHEST, NormalScores
@@ -26,9 +23,7 @@ LAWS = {
 }
 
 
-def draw(
-    rng: np.random.Generator, n: int, law: str = "normal", shift: float = 0.0
-) -> dict[str, np.ndarray]:
+def draw(rng, n, law="normal", shift=0.0):
     """Draw dependent statistics from one distribution."""
     common = rng.normal(0, 1, n)
     return {
@@ -37,12 +32,12 @@ def draw(
     }
 
 
-def calibration(seed: int = 0, n: int = 999, law: str = "normal") -> Calibration:
+def calibration(seed=0, n=999, law="normal"):
     rng = np.random.default_rng(seed)
     return fit_calibration(draw(rng, 500, law), draw(rng, n, law))
 
 
-def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarray:
+def p_values(fitted, statistics):
     return np.array([v.p_value for v in fitted.verdicts(statistics)])
 
 
@@ -50,7 +45,7 @@ def p_values(fitted: Calibration, statistics: dict[str, np.ndarray]) -> np.ndarr
     st.lists(st.integers(0, 12), min_size=1, max_size=40),
     st.lists(st.integers(-1, 13), min_size=1, max_size=10),
 )
-def test_p_values_count_the_calibration_scores(reference: list[int], scores: list[int]) -> None:
+def test_p_values_count_the_calibration_scores(reference, scores):
     """Ties count too; p-values are never 0 and never above 1."""
     found = conformal_p_values(np.sort(np.array(reference, float)), np.array(scores, float))
     for p, score in zip(found, scores, strict=True):
@@ -60,7 +55,7 @@ def test_p_values_count_the_calibration_scores(reference: list[int], scores: lis
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from(sorted(LAWS)))
-def test_false_alarms_have_the_chosen_rate(seed: int, alpha: float, law: str) -> None:
+def test_false_alarms_have_the_chosen_rate(seed, alpha, law):
     """For any distribution the realised rate of a calibration follows Beta(k, n + 1 - k).
 
     With ties it is lower.
@@ -78,7 +73,7 @@ def test_false_alarms_have_the_chosen_rate(seed: int, alpha: float, law: str) ->
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(sorted(LAWS)))
-def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
+def test_randomised_p_values_are_uniform(seed, law):
     rng = np.random.default_rng(seed)
     n, m = 2000, 1000
     fitted = fit_calibration(draw(rng, 300, law), draw(rng, n, law))
@@ -90,7 +85,7 @@ def test_randomised_p_values_are_uniform(seed: int, law: str) -> None:
     assert stats.kstwobign.sf(distance * np.sqrt(n * m / (n + m))) > 1e-6
 
 
-def test_a_picture_that_calibrates_keeps_its_rank_on_another_processor() -> None:
+def test_a_picture_that_calibrates_keeps_its_rank_on_another_processor():
     """There its score may differ in the last bits, upwards or downwards."""
     fitted, images = calibration(n=20), draw(np.random.default_rng(1), 1)
     (score,) = fitted.scores_of(images)
@@ -101,7 +96,7 @@ def test_a_picture_that_calibrates_keeps_its_rank_on_another_processor() -> None
     assert (verdict.p_value, verdict.beyond) == (21 / 101, 0)
 
 
-def test_the_band_of_a_picture_that_repeats_begins_at_zero() -> None:
+def test_the_band_of_a_picture_that_repeats_begins_at_zero():
     """At the threshold none of equal scores is rejected: the rate may be any lower one."""
     alone = dataclasses.replace(calibration(n=20), scores=np.arange(999.0))
     assert alone.false_alarm_rate(0.01) == 0.01
@@ -116,7 +111,7 @@ def test_the_band_of_a_picture_that_repeats_begins_at_zero() -> None:
     assert few.false_alarm_rate(1.0) == 1
 
 
-def test_both_tails_are_flagged_and_explained() -> None:
+def test_both_tails_are_flagged_and_explained():
     fitted = calibration()
     typical = {name: np.array([4.0], np.float32) for name in NAMES}
     for shift in (-8.0, 8.0):
@@ -134,11 +129,11 @@ def test_both_tails_are_flagged_and_explained() -> None:
     assert verdict.p_value > 0.5 and {u.statistic for u in verdict.explain} == set(NAMES)
 
 
-def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
+def test_unlikely_combinations_of_likely_statistics_are_flagged():
     """The density detects what no single statistic can."""
     rng = np.random.default_rng(1)
 
-    def twins(n: int, sign: float = 1.0) -> dict[str, np.ndarray]:
+    def twins(n, sign=1.0):
         first = rng.normal(0, 1, n)
         return {
             "bpd": first.astype(np.float32),
@@ -159,13 +154,13 @@ def test_unlikely_combinations_of_likely_statistics_are_flagged() -> None:
 
 
 @given(st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=30))
-def test_normal_scores_keep_the_order(values: list[float]) -> None:
+def test_normal_scores_keep_the_order(values):
     fitted = NormalScores.fit(np.random.default_rng(0).normal(0, 3, (400, 1)).astype(np.float32))
     scores = fitted(np.sort(np.array(values, np.float32))[:, None])[:, 0]
     assert (np.diff(scores) >= 0).all()
 
 
-def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
+def test_normal_scores_are_normal_and_equal_values_share_theirs():
     rng = np.random.default_rng(0)
     rows = np.stack(
         [rng.gamma(2, 1, 3000), np.where(rng.random(3000) < 0.6, 0.0, rng.random(3000))], axis=1
@@ -179,7 +174,7 @@ def test_normal_scores_are_normal_and_equal_values_share_theirs() -> None:
 
 
 @given(st.lists(st.floats(0.0005, 1), min_size=1, max_size=30), st.floats(0.01, 0.5))
-def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
+def test_benjamini_hochberg_and_simes(values, fdr):
     m, ordered = len(values), sorted(values)
     passing = [i for i in range(1, m + 1) if ordered[i - 1] * m <= fdr * i * (1 + 1e-9)]
     count = max(passing, default=0)
@@ -191,12 +186,12 @@ def test_benjamini_hochberg_and_simes(values: list[float], fdr: float) -> None:
     assert min(values) <= group + 1e-12
 
 
-def test_rounding_hides_no_discoveries() -> None:
+def test_rounding_hides_no_discoveries():
     """All of 29 images have the smallest p-value of 99 calibration images, which is the rate."""
     assert benjamini_hochberg([1 / 100] * 29, 0.01) == [True] * 29
 
 
-def test_the_band_of_false_alarms() -> None:
+def test_the_band_of_false_alarms():
     # The published value for n = 1000.
     assert false_alarm_band(999, 0.01) == pytest.approx((0.0048, 0.0170), abs=2e-4)
     low, high = false_alarm_band(3000, 0.01)
@@ -209,7 +204,7 @@ def test_the_band_of_false_alarms() -> None:
 
 @pytest.mark.parametrize("n", [20, 199, 3000, 12_000])
 @pytest.mark.parametrize("alpha", [0.5, 0.05, 0.01])
-def test_the_band_is_that_of_scipy(n: int, alpha: float) -> None:
+def test_the_band_is_that_of_scipy(n, alpha):
     k = flagging_rank(n, alpha)
     if k:
         tails = [0.025, 0.975]
@@ -222,7 +217,7 @@ def test_the_band_is_that_of_scipy(n: int, alpha: float) -> None:
             )
 
 
-def test_more_images_make_a_finer_density() -> None:
+def test_more_images_make_a_finer_density():
     rng = np.random.default_rng(0)
     sizes = [
         len(fit_calibration(draw(rng, n), draw(rng, 50)).mixture.means) for n in (30, 600, 4000)
@@ -230,7 +225,7 @@ def test_more_images_make_a_finer_density() -> None:
     assert sizes == [1, 2, MAX_COMPONENTS]
 
 
-def test_constant_statistics_are_left_out() -> None:
+def test_constant_statistics_are_left_out():
     rng = np.random.default_rng(0)
     constant = {**draw(rng, 100), "residual_rows": np.zeros(100, np.float32)}
     fitted = fit_calibration(
@@ -239,7 +234,7 @@ def test_constant_statistics_are_left_out() -> None:
     assert fitted.names == NAMES[:3]
 
 
-def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
+def test_a_statistic_that_is_no_longer_computed_is_named():
     fitted = calibration()
     fitted.check_statistics([*NAMES, "another"])
     with pytest.raises(
@@ -248,7 +243,7 @@ def test_a_statistic_that_is_no_longer_computed_is_named() -> None:
         fitted.check_statistics(["bpd", "pixel_mean_0"])
 
 
-def test_file_round_trip(tmp_path: Path) -> None:
+def test_file_round_trip(tmp_path):
     """For a calibration of each kind, for a single one, and for one that serves both."""
     exact, resized, either = (calibration(seed) for seed in range(3))
     either = dataclasses.replace(either, resize="fit")
@@ -271,13 +266,13 @@ def test_file_round_trip(tmp_path: Path) -> None:
         CalibrationPair.load(path)
 
 
-def test_another_estimator_is_refused() -> None:
+def test_another_estimator_is_refused():
     """Verdicts use the ELBO, with which the scores of another estimator cannot be compared."""
     with pytest.raises(CalibrationError, match="estimator must be elbo, got 'iwae-8'"):
         dataclasses.replace(calibration(), estimator="iwae-8").check_values()
 
 
-def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
+def test_a_file_of_earlier_versions(tmp_path):
     """Older files have one calibration, with a flag whether it is for resized images too."""
     path = tmp_path / "calibration.npz"
     for resize in (None, "fit"):
@@ -299,13 +294,13 @@ def test_a_file_of_earlier_versions(tmp_path: Path) -> None:
         (200, 5, "setting the false-alarm rate needs at least 20 images, got 5"),
     ],
 )
-def test_too_few_images(fit: int, cal: int, message: str) -> None:
+def test_too_few_images(fit, cal, message):
     rng = np.random.default_rng(0)
     with pytest.raises(CalibrationError, match=message):
         fit_calibration(draw(rng, fit), draw(rng, cal))
 
 
-def test_bundles_that_cannot_be_calibrated() -> None:
+def test_bundles_that_cannot_be_calibrated():
     rng = np.random.default_rng(0)
     bad = draw(rng, 100)
     bad["complexity"][3:5] = np.nan

@@ -1,7 +1,5 @@
 """The promises of docs/ood.md about the shipped bundle, checked on real images."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -17,7 +15,6 @@ from export.gate.measuring import statistics_of
 from export.gate.rejection import p_values
 from export.gate.separation import COMBINED, NO_MODEL, RAW_BPD, compare_scores, scores_of
 from serving.engine.bundle import open_bundle
-from serving.engine.engine import InferenceEngine
 from serving.ingest.picture import Picture, prepare_image
 from serving.verdict.conformal import conformal_p_values
 from tests.helpers import PRETRAINED, ROOT, large_data, needs_data
@@ -27,13 +24,11 @@ LEAST = {"chars74k": 0.95, "textures": 0.94, **dict.fromkeys(CORRUPTIONS, 0.99)}
 
 
 @pytest.fixture
-def engine(pretrained_engine: InferenceEngine) -> InferenceEngine:
+def engine(pretrained_engine):
     return pretrained_engine
 
 
-def test_corrupted_images_are_found_among_a_few(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_corrupted_images_are_found_among_a_few(engine, real_images):
     """Uses only the images of this repository, so that it always runs."""
     look_of = engine.calibrations.look_of
     typical = scores_of(
@@ -50,12 +45,10 @@ def test_corrupted_images_are_found_among_a_few(
         assert compare_scores(typical[COMBINED], unusual[COMBINED]).auroc > 0.985, name
 
 
-def test_resized_images_have_a_verdict_of_their_own(
-    engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_resized_images_have_a_verdict_of_their_own(engine, real_images):
     """On images enlarged by factors that the shipped bundle's calibration did not use."""
 
-    def p_values_of(images: np.ndarray) -> np.ndarray:
+    def p_values_of(images):
         larger = (
             np.asarray(Image.fromarray(image).resize((75, 75), Image.Resampling.HAMMING))
             for image in images
@@ -75,7 +68,7 @@ def test_resized_images_have_a_verdict_of_their_own(
 
 @pytest.mark.slow
 @needs_data("data/cifar10", "data/ood/chars74k.npz", "data/ood/textures.npz")
-def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) -> None:
+def test_false_alarms_and_detection_on_whole_data_sets(engine):
     from training.datasets import load_dataset
 
     parts = load_dataset("cifar10", str(large_data("data/cifar10"))).parts
@@ -118,7 +111,7 @@ def test_false_alarms_and_detection_on_whole_data_sets(engine: InferenceEngine) 
         assert found[COMBINED] >= least and found[COMBINED] >= found[RAW_BPD] - 0.01, (name, found)
 
 
-def test_the_documented_figures_are_those_of_the_report() -> None:
+def test_the_documented_figures_are_those_of_the_report():
     """docs/ood.md repeats figures of docs/ood/report.md, which is of the shipped bundle."""
     text, report = (Path(ROOT / "docs" / name).read_text() for name in ("ood.md", "ood/report.md"))
     assert report.startswith(f"# OOD detection by {open_bundle(PRETRAINED).model_id}\n")

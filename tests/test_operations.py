@@ -65,7 +65,7 @@ class ExtendedScore(Score):
     parameters = Extended
 
 
-def test_a_new_parameter_is_one_declaration() -> None:
+def test_a_new_parameter_is_one_declaration():
     bundle = open_bundle(PRETRAINED)
     operation = ExtendedScore()
     for request in (
@@ -87,7 +87,7 @@ def test_a_new_parameter_is_one_declaration() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_the_client_takes_the_parameters_of_the_operation(name: str) -> None:
+def test_the_client_takes_the_parameters_of_the_operation(name):
     operation = OPERATIONS[name]
     taken = inspect.signature(getattr(AdeClient, name)).parameters
     expected = {f.attribute: f.default for f in fields_of(operation.parameters).values()}
@@ -98,7 +98,7 @@ def test_the_client_takes_the_parameters_of_the_operation(name: str) -> None:
         getattr(AdeClient("http://127.0.0.1:1"), name)(*([] for _ in first[1:]), sede=1)
 
 
-def test_arguments_of_the_client_that_mean_nothing_are_refused() -> None:
+def test_arguments_of_the_client_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="retries must be at least 0, got -1"):
         AdeClient(retries=-1)
     for token in ("", "secret\n", "sécret"):  # an empty variable, the line of a file
@@ -120,7 +120,7 @@ def test_arguments_of_the_client_that_mean_nothing_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_parameters_are_read_as_they_were_written(name: str) -> None:
+def test_parameters_are_read_as_they_were_written(name):
     operation = OPERATIONS[name]
     others = {"kind": "density", "eps": True, "map": True, "resize": True, "fdr": 0.2, "n": 3}
     known = {f.name for f in dataclasses.fields(operation.parameters)}
@@ -131,7 +131,7 @@ def test_parameters_are_read_as_they_were_written(name: str) -> None:
     assert to_json(operation.parameters()) == {}
 
 
-def test_a_result_is_read_as_it_was_written() -> None:
+def test_a_result_is_read_as_it_was_written():
     answer = ScoreAnswer(
         model="m",
         estimator="elbo",
@@ -153,19 +153,19 @@ def test_a_result_is_read_as_it_was_written() -> None:
     assert to_json(RESULT, always=("discovery",))["discovery"] is None
 
 
-def test_an_infinite_psnr_is_null() -> None:
+def test_an_infinite_psnr_is_null():
     made = Reconstruction(png=b"x", psnr=math.inf)
     assert to_json(made) == {"image": "eA==", "psnr": None}
     assert from_json(Reconstruction, to_json(made)) == made
 
 
-def test_latents_of_a_request() -> None:
+def test_latents_of_a_request():
     levels = [GivenLevel(z=np.zeros((1, 1, 2)))]
     given = SampleParameters(latents=[GivenLatents(levels=levels)], seed=3)
     assert to_json(given) == {"seed": 3, "latents": [{"levels": [{"z": [[[0.0, 0.0]]]}]}]}
 
 
-def test_latents_of_an_npz_without_noise() -> None:
+def test_latents_of_an_npz_without_noise():
     arrays = [np.zeros((2, 1, 2, 2)), np.ones((2, 1, 4, 4))]
     made = Latents(arrays, arrays, arrays, []).arrays()
     assert list(made) == ["mean_0", "log_scale_0", "z_0", "mean_1", "log_scale_1", "z_1"]
@@ -173,7 +173,7 @@ def test_latents_of_an_npz_without_noise() -> None:
 
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("spellings", ["false true", "False True", "FALSE TRUE", "off on", "0 1"])
-def test_forms_may_spell_booleans_as_usual(value: bool, spellings: str) -> None:
+def test_forms_may_spell_booleans_as_usual(value, spellings):
     @dataclass(frozen=True)
     class Options:
         d: bool = False
@@ -184,7 +184,7 @@ def test_forms_may_spell_booleans_as_usual(value: bool, spellings: str) -> None:
             read("x", fields_of(Options), {"d": wrong})
 
 
-def test_a_kind_of_parameter_for_each_type() -> None:
+def test_a_kind_of_parameter_for_each_type():
     @dataclass(frozen=True)
     class Every:
         a: Annotated[int, Between(0, 5), Excludes("b", "of two")] = 1
@@ -203,9 +203,7 @@ def test_a_kind_of_parameter_for_each_type() -> None:
         read("x", fields, {"a": 1, "b": 2})
 
 
-def test_latents_of_as_many_images_as_allowed_fit_into_a_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_latents_of_as_many_images_as_allowed_fit_into_a_request(monkeypatch):
     rng = np.random.default_rng(0)
     z = [
         rng.standard_normal((MAX_IMAGES // 16, *shape), np.float32)
@@ -214,7 +212,7 @@ def test_latents_of_as_many_images_as_allowed_fit_into_a_request(
     z[0].flat[:5] = [0, -1e-30, 1e-45, 123456.789, 3.4e38]
     sent: list[dict[str, Any]] = []
 
-    def send(self: AdeClient, operation: str, values: dict[str, Any]) -> httpx.Response:
+    def send(self, operation, values):
         sent.append(values)
         return httpx.Response(400)
 

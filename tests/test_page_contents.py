@@ -1,14 +1,10 @@
 """Zips, pictures and batches that the page reads are bounded."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import struct
 import threading
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -26,7 +22,6 @@ from serving.page.reproduce import read_text
 from tests.bomb_files import chunk
 from tests.running_page import (
     MODEL,
-    RunningPage,
     call,
     function_of,
     lying_zip,
@@ -37,13 +32,13 @@ from tests.running_page import (
 
 
 @pytest.fixture
-def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inbox(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     return tmp_path
 
 
-def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
-    def refused(path: Path) -> str:
+def test_a_zip_is_unpacked_within_bounds(inbox):
+    def refused(path):
         with pytest.raises(gr.Error) as error:
             list(contents([str(path)]))
         return str(error.value.message)
@@ -96,13 +91,11 @@ def test_a_zip_is_unpacked_within_bounds(inbox: Path) -> None:
     assert list(contents([str(inbox / "nest.zip")] * 9)) == [("own.png", b"y")]
 
 
-def test_the_history_takes_only_what_was_made_here(
-    inbox: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_history_takes_only_what_was_made_here(inbox, monkeypatch):
     """Its function can be called with any uploaded file."""
     made = {"model": "m@0123456789ab", "n": "1", "seed": "7", "temperature": "1.0", "kind": "mean"}
 
-    def remembered(**changed: str) -> Any:
+    def remembered(**changed):
         text = {f"ade:{key}": value for key, value in (made | changed).items()}
         (inbox / "a.png").write_bytes(write_png(np.zeros((8, 8, 3), np.uint8), text))
         return remember([], str(inbox / "a.png"))[0]
@@ -116,7 +109,7 @@ def test_the_history_takes_only_what_was_made_here(
     assert remember([], str(inbox / "b.png"))[0] == gr.skip()
 
 
-def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_many_files_are_bounded(monkeypatch):
     monkeypatch.setattr(page_contents, "BATCH_BYTES", 10)
     sizes = [
         [len(data) for _, data in batch]
@@ -130,7 +123,7 @@ def test_requests_of_many_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert [len(batch) for batch in batches([("a", photograph)] * 6)] == [5, 1]
 
 
-def test_a_png_with_two_sizes_is_not_decoded(inbox: Path) -> None:
+def test_a_png_with_two_sizes_is_not_decoded(inbox):
     """The first header is small; the second, which Pillow uses, is not."""
     values = {"seed": "1", "index": "0", "n": "1", "kind": "mean", "temperature": "1"}
     text = {f"ade:{name}": value for name, value in values.items()}
@@ -146,14 +139,14 @@ def test_a_png_with_two_sizes_is_not_decoded(inbox: Path) -> None:
             assert np.array_equal(read_text(str(file))[0], pixels)
 
 
-def test_a_bomb_leaves_memory_flat(page: RunningPage, tmp_path: Path) -> None:
+def test_a_bomb_leaves_memory_flat(page, tmp_path):
     client = page.client()
     function = function_of(client, "score_many")
     call(client, *score_of(client))
     process, peak, done = psutil.Process(page.process.pid), [0], threading.Event()
     before = process.memory_info().rss
 
-    def watch() -> None:
+    def watch():
         while not done.wait(0.005):
             peak[0] = max(peak[0], process.memory_info().rss)
 

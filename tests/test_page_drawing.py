@@ -1,13 +1,10 @@
 """The page in a browser: the main paths of the other tabs."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from ade_base.pictures.show import untile
 from ade_client.client import AdeClient
@@ -18,14 +15,13 @@ from serving.page.tab_about import PAPER
 from serving.page.tab_explore import VARIATIONS
 from tests import browsing as ui
 from tests.helpers import PRETRAINED
-from tests.service import RunningService
 
 
-def cat() -> np.ndarray:
+def cat():
     return np.asarray(Image.open(ui.EXAMPLE).convert("RGB"))
 
 
-def test_sample(page: Page, tmp_path: Path) -> None:
+def test_sample(page, tmp_path):
     """The tab opens with samples, whose files say how to reproduce them; the npz has the same."""
     panel = ui.show(page, "Sample")
     samples = panel.locator(".ade-grid img").filter(visible=True)
@@ -49,7 +45,7 @@ def test_sample(page: Page, tmp_path: Path) -> None:
     assert chosen.info["ade:index"] == "2" and np.array_equal(chosen, third)
 
 
-def test_new_samples_and_history(page: Page) -> None:
+def test_new_samples_and_history(page):
     """Each click draws another seed; the field, the button beside it and the history repeat one."""
     panel = ui.show(page, "Sample")
     first = panel.locator(".ade-grid img").first
@@ -57,7 +53,7 @@ def test_new_samples_and_history(page: Page) -> None:
     expect(first).to_be_visible()
     before, seeds = ui.pixels(first), []
 
-    def is_as_before() -> bool:
+    def is_as_before():
         return np.array_equal(ui.pixels(first), before)
 
     for _ in range(2):
@@ -87,7 +83,7 @@ def test_new_samples_and_history(page: Page) -> None:
     seed.fill("7")
 
 
-def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
+def test_a_sample_is_sent_to_another_tab(page):
     """Uses only the keyboard. The other tab gets the sample itself, not an encoding of it."""
     panel = ui.show(page, "Sample")
     chosen = panel.locator(".ade-grid button:has(img)").nth(5)
@@ -104,7 +100,7 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
     expect(ui.shown(panel, "sample-7-5")).to_have_count(2)
     strip = ui.shown(panel, "strip.png")
 
-    def is_of_the_sample() -> bool:
+    def is_of_the_sample():
         ends = ui.pixels(strip) if strip.count() else np.zeros((32, 64, 3))
         return np.array_equal(ends[:, :32], sample) and np.array_equal(ends[:, -32:], sample)
 
@@ -113,7 +109,7 @@ def test_a_sample_is_sent_to_another_tab(page: Page) -> None:
         ui.remover(panel).click()
 
 
-def test_reconstruct(page: Page) -> None:
+def test_reconstruct(page):
     panel = ui.show(page, "Reconstruct")
     go = ui.button(panel, "Reconstruct")
     expect(go).to_be_disabled()
@@ -126,7 +122,7 @@ def test_reconstruct(page: Page) -> None:
     ui.unfold(panel, "Technical details")
     expect(panel.locator("svg[aria-label^='bits by latent level: level 0']")).to_be_visible()
 
-    def decibels() -> float:
+    def decibels():
         return float((panel.get_by_text("PSNR").text_content() or "").split()[1])
 
     before = decibels()
@@ -135,7 +131,7 @@ def test_reconstruct(page: Page) -> None:
     ui.wait_for(page, lambda: decibels() < before - 0.5)
 
 
-def test_explore(page: Page) -> None:
+def test_explore(page):
     panel = ui.show(page, "Explore")
     go, strip = ui.button(panel, "Explore"), ui.shown(panel, "strip.png")
     expect(ui.shown(panel, "seed-")).to_have_count(2)
@@ -162,7 +158,7 @@ def test_explore(page: Page) -> None:
     assert ui.image_of(ui.shown(panel, "interpolation.webp")).n_frames == 16
 
 
-def test_levels(page: Page, service: RunningService) -> None:
+def test_levels(page, service):
     panel = ui.show(page, "Explore")
     ui.unfold(panel, "The first image, level by level")
     panel.get_by_role("radio", name="2", exact=True).check()
@@ -174,7 +170,7 @@ def test_levels(page: Page, service: RunningService) -> None:
     pieces = coarse.reshape(32, 3, 32, 3).swapaxes(0, 1)
     assert np.array_equal(pieces[2], first)
 
-    def noise(seed: int, indices: range) -> list[np.ndarray]:
+    def noise(seed, indices):
         streams = [NoiseStream(sample_key(seed, i)) for i in indices]
         shapes = open_bundle(PRETRAINED).latent_shapes
         return [np.stack([s.normal(shape) for s in streams]) for shape in shapes]
@@ -191,7 +187,7 @@ def test_levels(page: Page, service: RunningService) -> None:
     assert not any(np.array_equal(piece, first) for piece in expected)
 
 
-def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
+def test_reproduce(page, service, tmp_path):
     with AdeClient(service.url) as client:
         data, _ = client.sample_png(4, seed=11, kind="density")
     (tmp_path / "made.png").write_bytes(data)
@@ -219,7 +215,7 @@ def test_reproduce(page: Page, service: RunningService, tmp_path: Path) -> None:
             expect(panel.locator("[aria-live]").filter(has_text=words)).to_have_count(1)
 
 
-def test_about(page: Page, service: RunningService) -> None:
+def test_about(page, service):
     """A card with figures and samples, and the API's reference, folded."""
     panel = ui.show(page, "About")
     about = open_bundle(PRETRAINED).manifest

@@ -1,32 +1,24 @@
 """Examples of the images that calibrated a gate, in its bundle and on its page."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import gradio as gr
-import numpy as np
-import pytest
 from PIL import Image
 
 from ade_base.pictures.show import write_png
 from export.gate.calibrate import calibrate_bundle
-from serving.engine.bundle import Bundle, open_bundle
+from serving.engine.bundle import open_bundle
 from serving.page.app import build_page
 from serving.page.models import OWN, PHOTOGRAPHS, Models
 from tests.helpers import PRETRAINED
 
 
-def labels(*bundles: Bundle) -> set[str]:
+def labels(*bundles):
     """Of the examples that the page of some bundles has."""
     page = build_page(Models("http://127.0.0.1:1", [*bundles], None))
     shown = {str(one.label) for one in page.blocks.values() if isinstance(one, gr.Dataset)}
     return shown - {"From, for example", "To, for example"}
 
 
-def test_a_gate_shows_examples_of_its_own_images(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gate_shows_examples_of_its_own_images(tiny_bundle, small_images, tmp_path, monkeypatch):
     """If their owner agreed; CIFAR-10's photographs only if those calibrated the gate."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
     mine, again = tmp_path / "mine", tmp_path / "again"

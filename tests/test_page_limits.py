@@ -1,13 +1,10 @@
 """What a client can make the page keep, read or write is bounded."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import secrets
 import socket
 import time
-from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -23,7 +20,6 @@ from serving.page.uploads import CLIENT_FILES, TOO_MANY
 from tests.helpers import PRETRAINED, wait_for
 from tests.running_page import (
     MODEL,
-    RunningPage,
     call,
     event_of,
     open_or_login,
@@ -32,14 +28,12 @@ from tests.running_page import (
 
 
 @pytest.fixture
-def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inbox(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     return tmp_path
 
 
-def test_sessions_that_are_remembered_are_bounded(
-    inbox: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sessions_that_are_remembered_are_bounded(inbox, monkeypatch):
     """Each takes 0.2 MB even when it is empty."""
     monkeypatch.setattr(page_app, "MAX_SESSIONS", 5)
     app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
@@ -59,7 +53,7 @@ def test_sessions_that_are_remembered_are_bounded(
     assert set(times) == {KEPT_S, math.inf} and times.count(math.inf) == 1
 
 
-def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
+def test_answers_that_nobody_reads_do_not_pile_up(page):
     """Gradio keeps them without a limit, 35 kB per event."""
     client = page.client()
     body = event_of(client, "about", secrets.token_hex(8))
@@ -70,9 +64,7 @@ def test_answers_that_nobody_reads_do_not_pile_up(page: RunningPage) -> None:
     assert call(client, body["fn_index"], [MODEL])[0], "another session is not affected"
 
 
-def test_what_all_sessions_leave_unread_is_bounded(
-    inbox: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_all_sessions_leave_unread_is_bounded(inbox, monkeypatch):
     """A client may name as many sessions as it likes, or none."""
     monkeypatch.setattr(page_app, "MAX_MESSAGES", 40)
     app = make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None)
@@ -81,7 +73,7 @@ def test_what_all_sessions_leave_unread_is_bounded(
     config.load()
     with TestClient(config.loaded_app, "http://127.0.0.1") as client:
 
-        def join(session: str | None) -> None:
+        def join(session):
             body = event_of(client, "about", session)
             path = "call/about" if session is None else "queue/join"
             assert client.post(f"/gradio_api/{path}", json=body).status_code == 200
@@ -95,7 +87,7 @@ def test_what_all_sessions_leave_unread_is_bounded(
             assert "used" in kept and "first" not in kept and len(kept) <= 21
 
 
-def test_no_client_skips_the_queue(page: RunningPage) -> None:
+def test_no_client_skips_the_queue(page):
     client = page.client()
     about = {"data": [MODEL]}
     assert client.post("/gradio_api/run/about", json=about).status_code == 404
@@ -107,7 +99,7 @@ def test_no_client_skips_the_queue(page: RunningPage) -> None:
     assert client.post("/gradio_api/run/predict", json=event).status_code == 200
 
 
-def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
+def test_names_of_sessions_are_bounded(page):
     client = page.client()
     for route in ("queue/join", "call/about", "run/about", "cancel"):
         for name in ("a" * 100_000, 7, ["a"]):
@@ -118,7 +110,7 @@ def test_names_of_sessions_are_bounded(page: RunningPage) -> None:
 
 
 @open_or_login
-def test_the_form_of_a_login_is_small_and_plain(page: RunningPage) -> None:
+def test_the_form_of_a_login_is_small_and_plain(page):
     """Gradio reads it in the event loop, by the codec that the client names: in minutes."""
     client = page.client()
     for size, status, reason in ((2**16, 413, "at most 8 KiB"), (100, 400, "must be utf-8")):
@@ -133,7 +125,7 @@ def test_the_form_of_a_login_is_small_and_plain(page: RunningPage) -> None:
         assert client.post("/login", files=fields).status_code == 200
 
 
-def test_bodies_are_bounded(page: RunningPage) -> None:
+def test_bodies_are_bounded(page):
     client = page.client()
     for path in (
         "/gradio_api/queue/join",
@@ -173,7 +165,7 @@ def test_bodies_are_bounded(page: RunningPage) -> None:
     assert set((page.inbox / "uploads").iterdir()) == before, "what its sender gave up is gone"
 
 
-def test_requests_ahead_of_answers_end_their_connection(page: RunningPage) -> None:
+def test_requests_ahead_of_answers_end_their_connection(page):
     """uvicorn keeps each of them, with a hundred times the memory of its text."""
     port, answers = int(page.url.rpartition(":")[2]), 0
     sender = socket.create_connection(("127.0.0.1", port))
@@ -186,7 +178,7 @@ def test_requests_ahead_of_answers_end_their_connection(page: RunningPage) -> No
 
 
 @pytest.mark.parametrize("line", [b"a:\r\n", b"a" * 1000])
-def test_a_head_without_an_end_ends_its_connection(page: RunningPage, line: bytes) -> None:
+def test_a_head_without_an_end_ends_its_connection(page, line):
     """Before the login: uvicorn keeps it, with thirty times the memory of its text."""
     sender = socket.create_connection(("127.0.0.1", int(page.url.rpartition(":")[2])))
     sent = 0
@@ -199,7 +191,7 @@ def test_a_head_without_an_end_ends_its_connection(page: RunningPage, line: byte
     assert page.client().get("/").status_code == 200
 
 
-def test_a_client_does_not_fill_the_log(page: RunningPage) -> None:
+def test_a_client_does_not_fill_the_log(page):
     client = page.client()
     before = len(page.output.read_text().splitlines())
     for i in range(20):

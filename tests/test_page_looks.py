@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, Page, Request, expect
+from playwright.sync_api import expect
 
 from ade_client.client import AdeClient
 from serving.page.models import NOT_AN_IMAGE, RESIZE
@@ -21,7 +19,7 @@ from tests.service import RunningService
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 
 
-def wider_than_window(page: Page) -> list[str]:
+def wider_than_window(page):
     """What one would have to scroll sideways for."""
     found: list[str] = page.evaluate(
         """() => [document.documentElement, ...document.querySelectorAll("[role=tabpanel] *")]
@@ -34,7 +32,7 @@ def wider_than_window(page: Page) -> list[str]:
     return found
 
 
-def covered_labels(page: Page) -> list[str]:
+def covered_labels(page):
     """Labels of charts that a bar of the same chart touches."""
     found: list[str] = page.evaluate(
         """() => [...document.querySelectorAll(".ade-chart")].flatMap((chart) =>
@@ -57,7 +55,7 @@ GRADIOS_OWN = (
 )
 
 
-def serious_findings(page: Page) -> list[Any]:
+def serious_findings(page):
     """What axe-core, which the page has loaded, reports."""
     # Results are pale until they are updated, and then become dark.
     expect(page.locator(".pending").filter(visible=True)).to_have_count(0)
@@ -71,7 +69,7 @@ def serious_findings(page: Page) -> list[Any]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_filled_tabs(browser: Browser, service: RunningService, scheme: str) -> None:
+def test_filled_tabs(browser, service, scheme):
     """Every tab can be reached in a narrow window, and nothing in it is wider than the window.
 
     axe-core has no serious finding in any. The page follows the reader's colour scheme.
@@ -98,23 +96,23 @@ def test_filled_tabs(browser: Browser, service: RunningService, scheme: str) -> 
 
 
 @pytest.fixture(scope="module")
-def two_models(tiny_bundle: Path) -> Iterator[RunningService]:
+def two_models(tiny_bundle):
     options = ("--engine", "process", "--workers", "1")
     running = RunningService(PRETRAINED, tiny_bundle, options=options)
     yield running
     running.stop()
 
 
-def choose_model(page: Page, name: str) -> None:
+def choose_model(page, name):
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name=name).click()
 
 
-def test_two_models(browser: Browser, two_models: RunningService, tmp_path: Path) -> None:
+def test_two_models(browser, two_models, tmp_path):
     """One image under both; a tab that is hidden runs for another model when it is shown."""
     calls: list[int] = []  # the functions that the page calls
 
-    def note(request: Request) -> None:
+    def note(request):
         if "/queue/join" in request.url:
             calls.append(json.loads(request.post_data or "")["fn_index"])
 

@@ -8,7 +8,7 @@ import html
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -26,7 +26,7 @@ from PIL import Image
 from ade_base.pictures.show import write_png
 from ade_client.client import SERVER_ERROR, AdeError, Reconstruction, ScoreResult
 from ade_client.contract import Unusual
-from serving.engine.bundle import CALIBRATION_NAME, Bundle, open_bundle
+from serving.engine.bundle import CALIBRATION_NAME, open_bundle
 from serving.page import charts
 from serving.page.app import build_page
 from serving.page.files import write_file
@@ -39,34 +39,33 @@ from serving.page.tab_sample import hand_on
 from serving.page.verdict import Scored, explained
 from tests.browsing import EXAMPLE
 from tests.in_process import answered_here, judged, page_function
-from tests.service import RunningService
 
 SKIP = gr.skip()
 
 
 @pytest.fixture(autouse=True)
-def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def inbox(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "page-files"))
 
 
 @pytest.fixture
-def tiny(tiny_bundle: Path) -> Models:
+def tiny(tiny_bundle):
     return Models("http://127.0.0.1:1", [open_bundle(tiny_bundle)], None)
 
 
-def functions(models: Models) -> list[Any]:
+def functions(models):
     return list(build_page(models).fns.values())
 
 
-def blocks(models: Models, kind: type) -> list[Any]:
+def blocks(models, kind):
     return [block for block in build_page(models).blocks.values() if isinstance(block, kind)]
 
 
-def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
+def test_a_run_that_a_later_one_overtook_shows_nothing():
     """It shows neither results nor an error."""
     runs = Runs()
 
-    def run(name: str) -> str:
+    def run(name):
         assert not is_outdated()
         if name.startswith("slow"):
             # Begins while the slow one runs, which may end then.
@@ -86,7 +85,7 @@ def test_a_run_that_a_later_one_overtook_shows_nothing() -> None:
     assert runs.failed == runs.latest and "fails" not in runs.error
 
 
-def test_a_run_whose_tab_was_closed_may_end(tiny: Models) -> None:
+def test_a_run_whose_tab_was_closed_may_end(tiny):
     """Otherwise thousands of files would keep one of four places."""
     page = build_page(tiny).queue()
     scoring = next(fn for fn in page.fns.values() if fn.api_name == "score_many")
@@ -112,9 +111,7 @@ def test_a_run_whose_tab_was_closed_may_end(tiny: Models) -> None:
         ("sample", ("former",), (1, 7, 1.0, "mean"), None),
     ],
 )
-def test_a_run_that_waited_is_of_what_is_chosen(
-    name: str, former: tuple[Any, ...], others: tuple[Any, ...], button: str | None, tiny: Models
-) -> None:
+def test_a_run_that_waited_is_of_what_is_chosen(name, former, others, button, tiny):
     """It does not start, and so does not replace the newer run of the present choice.
 
     Where the present choice starts no run by itself, the page says what to do: the button may have
@@ -129,11 +126,11 @@ def test_a_run_that_waited_is_of_what_is_chosen(
     assert runs.latest == 0
 
 
-def test_the_events_of_an_image() -> None:
+def test_the_events_of_an_image():
     """One run for each choice, and no former results or errors beside another one."""
     ran: list[str] = []
 
-    def run(model: str, image: str) -> str:
+    def run(model, image):
         ran.append(f"{image} of {model}")
         if image == "broken":
             raise gr.Error("Too small.")
@@ -141,7 +138,7 @@ def test_the_events_of_an_image() -> None:
 
     own, runs = _ImageRuns("Score", run, [0, 1], 1, ("nothing",), 0, 1), Runs()
 
-    def starts(model: str, image: str | None, tab: str = "Score") -> bool:
+    def starts(model, image, tab="Score"):
         """Choose an image: whether a run of it starts."""
         *shown, turn = own.clear_if_other(model, image, tab, runs)
         assert shown in (["nothing", None], [SKIP, SKIP])
@@ -170,7 +167,7 @@ def test_the_events_of_an_image() -> None:
     assert NOT_STARTED in own.clear_if_failed(Runs())  # of a session that the server does not know
 
 
-def test_clearing_remembers_the_choice(tiny: Models) -> None:
+def test_clearing_remembers_the_choice(tiny):
     """Of *Score many* and of *Reproduce*: what still runs is of another choice."""
     clearing = [one.fn for one in functions(tiny) if getattr(one.fn, "__name__", "") == "clear"]
     own = [clear for clear in clearing if not hasattr(clear, "__self__")]
@@ -192,7 +189,7 @@ def test_clearing_remembers_the_choice(tiny: Models) -> None:
     assert reproduce("tiny", picture, runs) == (SKIP, SKIP)
 
 
-def test_a_score_that_the_server_has_lost(tiny: Models) -> None:
+def test_a_score_that_the_server_has_lost(tiny):
     """Of a tab that was open when the page was started again: it does not stay unexplained."""
     judge = page_function(tiny, "judge_again")
     lost, *others = judge("tiny", None, 0.2, "a.png", Runs())
@@ -208,9 +205,7 @@ def test_a_score_that_the_server_has_lost(tiny: Models) -> None:
         assert shown == (SKIP,) * 5
 
 
-def test_only_the_last_look_at_levels_is_shown(
-    tiny: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_last_look_at_levels_is_shown(tiny, monkeypatch):
     bundle, looks = tiny.bundles["tiny"], Runs()
     eps = [np.zeros((1, *one), np.float32) for one in bundle.latent_shapes]
     tiny.clients["tiny"] = SimpleNamespace(  # type: ignore[assignment]
@@ -224,16 +219,16 @@ def test_only_the_last_look_at_levels_is_shown(
     assert levels(*given, Runs(), looks) == (SKIP, SKIP)
 
 
-def test_an_emptied_number_beside_a_slider_is_the_minimum(tiny: Models) -> None:
+def test_an_emptied_number_beside_a_slider_is_the_minimum(tiny):
     emptied = [one for one in blocks(tiny, gr.Slider) if one.label != "Position"]
     assert emptied and all(one.preprocess(None) == one.minimum for one in emptied)
 
 
-def with_manifest(bundle: Bundle, **changes: Any) -> Bundle:
+def with_manifest(bundle, **changes):
     return dataclasses.replace(bundle, manifest={**bundle.manifest, **changes})
 
 
-def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
+def test_a_page_of_models_of_one_level(tiny_bundle):
     bundle = open_bundle(tiny_bundle)
     files = {n: its for n, its in bundle.manifest["files"].items() if n != CALIBRATION_NAME}
     flat = with_manifest(bundle, name="flat", latent_shapes=[[3, 8, 8]], files=files)
@@ -249,11 +244,11 @@ def test_a_page_of_models_of_one_level(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
+def test_a_failure_of_the_service_is_none_of_a_file(count):
     """A file's own error becomes its row; the service's ends the run, also at the last file."""
 
-    def scored(status: int, code: str) -> list[Any]:
-        def score(*args: object, **options: object) -> None:
+    def scored(status, code):
+        def score(*args, **options):
             raise AdeError(status, code, "it failed")
 
         models: Any = SimpleNamespace(clients={"model": SimpleNamespace(score=score)})
@@ -269,7 +264,7 @@ def test_a_failure_of_the_service_is_none_of_a_file(count: int) -> None:
             scored(status, code)
 
 
-def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach() -> None:
+def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach():
     """With few calibration images alpha is below the smallest two-sided p-value."""
     few: Any = SimpleNamespace(reference=np.zeros((120, 4)))
     most = [Unusual(name, 9.0, round(2 / 121, 6)) for name in ("bpd", "kl_0")]  # as answered
@@ -283,7 +278,7 @@ def test_reasons_are_counted_at_a_level_that_their_p_values_can_reach() -> None:
     assert "about 2.0 would be" in charts.reasons(many, rest * 10, 0.1)
 
 
-def test_numbers_that_are_large_or_small(tiny: Models) -> None:
+def test_numbers_that_are_large_or_small(tiny):
     unread = AdeError(415, "x", "x")
     assert "about 200 of 1000 images" in summary(1000 * [judged()], 0.2, 0.1, [3000])
     assert "No verdict on the file: its notes" in summary([unread], 0.01, 0.1, [3000])
@@ -305,13 +300,13 @@ def test_numbers_that_are_large_or_small(tiny: Models) -> None:
     assert "exact reconstruction" in compared and "inf" not in compared
 
 
-def drew(path: str) -> str:
+def drew(path):
     with Image.open(path) as picture:
         return str(picture.info["ade:model"]).partition("@")[0]
 
 
 @pytest.fixture
-def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Models]:
+def two(tiny_bundle, tmp_path):
     """Two models that sample."""
     other = Path(shutil.copytree(tiny_bundle, tmp_path / "other"))
     about = json.loads((other / "manifest.json").read_text())
@@ -320,7 +315,7 @@ def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Models]:
         yield Models(url, [open_bundle(tiny_bundle), open_bundle(other)], None)
 
 
-def test_samples_are_of_the_chosen_model(two: Models) -> None:
+def test_samples_are_of_the_chosen_model(two):
     """Those of another model are cleared; new ones are drawn when the tab is shown."""
     names = ("sample", "draw_once", "clear_other_samples", "draw_if_shown", "first_ends")
     calls: dict[str, Callable[..., Any]] = {name: page_function(two, name) for name in names}
@@ -344,7 +339,7 @@ def test_samples_are_of_the_chosen_model(two: Models) -> None:
     assert [drew(path) for path in ends] == ["other", "other"]
 
 
-def test_files_are_not_remembered_for_ever(two: Models) -> None:
+def test_files_are_not_remembered_for_ever(two):
     page = build_page(two)
     sample = next(fn for fn in page.fns.values() if fn.api_name == "sample")
     state = SessionState(page)
@@ -357,7 +352,7 @@ def test_files_are_not_remembered_for_ever(two: Models) -> None:
     assert not any("value" in config.get("props", {}) for config in state.config_values.values())
 
 
-def test_what_is_no_longer_kept(tiny: Models) -> None:
+def test_what_is_no_longer_kept(tiny):
     """After an hour: the page still shows samples and steps."""
     for call, words in (
         (lambda: page_function(tiny, "again")([], SimpleNamespace(index=0)), "Draw their seed"),
@@ -368,7 +363,7 @@ def test_what_is_no_longer_kept(tiny: Models) -> None:
             call()
 
 
-def test_every_function_has_a_stable_name(service: RunningService) -> None:
+def test_every_function_has_a_stable_name(service):
     """Calls of one client may overlap; the page itself shows only the latest run of a session."""
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError

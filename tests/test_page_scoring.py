@@ -1,27 +1,24 @@
 """The page in a browser: the main paths of *Score* and *Score many*."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import expect
 
 from serving.page.models import NOT_AN_IMAGE
 from serving.page.tab_score import REASONS
 from tests import browsing as ui
 
 
-def cat() -> np.ndarray:
+def cat():
     return np.asarray(Image.open(ui.EXAMPLE).convert("RGB"))
 
 
-def test_score(page: Page, tmp_path: Path) -> None:
+def test_score(page, tmp_path):
     """A new image is scored without a click: decision, place, map of its pixels, reasons."""
     panel = ui.show(page, "Score")
     ui.drop(panel, ui.EXAMPLE)
@@ -43,7 +40,7 @@ def test_score(page: Page, tmp_path: Path) -> None:
     expect(place).to_have_accessible_name(re.compile("; this image is beyond the level of rej"))
 
 
-def test_a_resized_image_has_no_map_of_its_pixels(page: Page) -> None:
+def test_a_resized_image_has_no_map_of_its_pixels(page):
     """The map would show the resizing. The image is shown as the model sees it."""
     panel = ui.empty_score(page)
     expect(ui.examples(panel)).to_have_count(12)
@@ -58,7 +55,7 @@ def test_a_resized_image_has_no_map_of_its_pixels(page: Page) -> None:
     expect(ui.shown(panel, "seen.png")).to_have_count(0)
 
 
-def test_another_alpha_is_another_verdict_of_the_same_score(page: Page) -> None:
+def test_another_alpha_is_another_verdict_of_the_same_score(page):
     panel = ui.empty_score(page)
     ui.drop(panel, ui.FROG)
     ui.expect_verdict(panel, "Accepted")
@@ -68,7 +65,7 @@ def test_another_alpha_is_another_verdict_of_the_same_score(page: Page) -> None:
     ui.number(panel, "False-alarm rate (alpha)").fill("0.01")
 
 
-def test_what_if(page: Page) -> None:
+def test_what_if(page):
     """Moves the level by keyboard alone; what it would mean for a day follows."""
     panel = ui.show(page, "Score")
     ui.unfold(panel, "What if: alarms per day")
@@ -89,7 +86,7 @@ def test_what_if(page: Page) -> None:
     expect(outlook).to_contain_text("About 10 false alarms per day among 1,000")
 
 
-def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None:
+def test_score_many(page, tmp_path, real_images):
     noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     for i, image in enumerate([*real_images[:6], *noise]):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
@@ -125,7 +122,7 @@ def test_score_many(page: Page, tmp_path: Path, real_images: np.ndarray) -> None
     expect(heading).to_have_count(0)
 
 
-def check_table(panel: Locator) -> None:
+def check_table(panel):
     """Sort and filter it, also as cards on a phone."""
     table = panel.locator(".ade-results")
     rows = table.locator("tbody tr")
@@ -151,7 +148,7 @@ def check_table(panel: Locator) -> None:
     panel.page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def test_a_long_table_shows_a_part(page: Page, tmp_path: Path, real_images: np.ndarray) -> None:
+def test_a_long_table_shows_a_part(page, tmp_path, real_images):
     """A thousand rows would take the browser seconds."""
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
         for i in range(60):
@@ -169,7 +166,7 @@ def test_a_long_table_shows_a_part(page: Page, tmp_path: Path, real_images: np.n
     ui.clear_files(panel)
 
 
-def test_errors_are_sentences(page: Page, tmp_path: Path) -> None:
+def test_errors_are_sentences(page, tmp_path):
     Image.new("RGB", (100, 80)).save(tmp_path / "large.png")
     panel = ui.empty_score(page)
     go, resize = ui.button(panel, "Score"), panel.get_by_label("Resize other sizes to fit")

@@ -1,17 +1,13 @@
 """Attacks on the page: they are rejected, and the page still answers afterwards."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
 import stat
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +17,6 @@ from serving.engine.bundle import open_bundle
 from serving.page import app as page_app
 from serving.page.app import make_app
 from serving.page.files import FileRefused, read_file, write_file
-from serving.page.inputs import TabContext
 from serving.page.routes import LOGGED_OUT, route_of
 from tests.helpers import PRETRAINED, ROOT
 from tests.running_page import (
@@ -42,7 +37,7 @@ from tests.running_page import (
 login = pytest.mark.parametrize("page", [TOKEN], ids=["login"], indirect=True)
 
 
-def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path: Path) -> None:
+def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path):
     running = RunningPage("http://127.0.0.1:1", tmp_path, None)
     try:
         with running.client().stream("GET", "/gradio_api/heartbeat/a-tab") as tab:
@@ -54,7 +49,7 @@ def test_an_open_tab_does_not_keep_a_stopping_page(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def inner() -> Iterator[str]:
+def inner():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/secret.png"
@@ -62,7 +57,7 @@ def inner() -> Iterator[str]:
     server.server_close()
 
 
-def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path: Path) -> None:
+def test_no_file_of_the_machine_is_read(page, inner, tmp_path):
     """Tries every file input. The answer does not reveal whether a path exists."""
     client = page.client()
     paths = outside(page.inbox, tmp_path, inner)
@@ -94,9 +89,7 @@ def test_no_file_of_the_machine_is_read(page: RunningPage, inner: str, tmp_path:
     assert call(client, *score_of(client))[0], "the page still answers"
 
 
-def test_gradio_by_itself_checks_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
-) -> None:
+def test_gradio_by_itself_checks_paths(tmp_path, monkeypatch, inner):
     """Fails if a new version of Gradio no longer checks ``has_launched``."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
     outer = tmp_path / "outer"
@@ -120,9 +113,7 @@ def test_gradio_by_itself_checks_paths(
             assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), name
 
 
-def test_our_own_code_reads_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str
-) -> None:
+def test_our_own_code_reads_no_other_file(tmp_path, monkeypatch, inner):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "inbox"))
     outer = tmp_path / "outer"
     outer.mkdir()
@@ -157,7 +148,7 @@ def test_our_own_code_reads_no_other_file(
         {"Host": "evil.example:80"},
     ],
 )
-def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> None:
+def test_other_sites_are_refused(page, headers):
     before = sorted(path.name for path in (page.inbox / "uploads").iterdir())
     client = page.client()
     requests = [
@@ -182,7 +173,7 @@ def test_other_sites_are_refused(page: RunningPage, headers: dict[str, str]) -> 
 
 
 @login
-def test_without_login_nothing_is_kept(page: RunningPage) -> None:
+def test_without_login_nothing_is_kept(page):
     """And an answer reveals only that there is a login."""
     for cookies in ({}, {"access-token-unsecure": "x"}):
         with httpx.Client(base_url=page.url, cookies=cookies) as client:
@@ -222,7 +213,7 @@ CLOSED = """
 
 
 @open_or_login
-def test_only_what_the_page_uses_is_open(page: RunningPage) -> None:
+def test_only_what_the_page_uses_is_open(page):
     """New routes of a new version of Gradio stay closed, because open ones are listed."""
     client = page.client()
     for path in CLOSED_API.split():
@@ -240,7 +231,7 @@ READABLE = "/ /config /readyz /gradio_api/info /gradio_api/queue/data?session_ha
 @pytest.mark.parametrize(
     "origin", ["http://localhost:3000", "http://127.0.0.1:3000", "null", "https://evil.example"]
 )
-def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> None:
+def test_pages_of_other_origins_cannot_read(page, origin):
     for path in READABLE.split():
         answer = page.client().get(path, headers={"Origin": origin})
         assert not [name for name in answer.headers if name.startswith("access-control-")], (
@@ -250,7 +241,7 @@ def test_pages_of_other_origins_cannot_read(page: RunningPage, origin: str) -> N
 
 
 @open_or_login
-def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
+def test_no_answer_names_a_path_of_the_machine(page):
     """Except for the folder of uploads, which is part of Gradio's URLs of files."""
     client = page.client()
     places = (str(ROOT), sys.prefix, f"{Path.home()}/", str(page.inbox.parent), "site-packages")
@@ -263,7 +254,7 @@ def test_no_answer_names_a_path_of_the_machine(page: RunningPage) -> None:
 
 
 @open_or_login
-def test_errors_reveal_nothing(page: RunningPage) -> None:
+def test_errors_reveal_nothing(page):
     """Neither answer nor log of an unexpected error has the request or the page's path."""
     client, mark = page.client(), "a-mark-of-the-payload"
     function, data = score_of(client)
@@ -296,18 +287,13 @@ def test_errors_reveal_nothing(page: RunningPage) -> None:
     assert "an event failed: " in said, "the operator reads where"
 
 
-def test_an_internal_error_reveals_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_internal_error_reveals_nothing(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
 
-    def broken(*args: Any) -> str:
+    def broken(*args):
         raise RuntimeError(f"{SECRET} at {tmp_path}")
 
-    def about(context: TabContext) -> None:
+    def about(context):
         context.model.change(broken, None, context.model, api_name="about")
 
     monkeypatch.setitem(page_app.TABS, "About", about)

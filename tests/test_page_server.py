@@ -7,9 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pytest
 from fastapi.testclient import TestClient
 
 from serving.engine.bundle import open_bundle
@@ -20,16 +18,14 @@ from serving.page.sweep import start_sweeping, sweep
 from tests.helpers import wait_for
 
 
-def client_of(bundle: Path, url: str = "http://127.0.0.1:1") -> TestClient:
+def client_of(bundle, url="http://127.0.0.1:1"):
     return TestClient(make_app(url, [open_bundle(bundle)], None))
 
 
-def test_readiness_is_asked_once_for_all_who_wait(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readiness_is_asked_once_for_all_who_wait(tiny_bundle, monkeypatch):
     asked: list[float] = []
 
-    def is_ready(models: Models) -> bool:
+    def is_ready(models):
         asked.append(time.monotonic())
         time.sleep(0.3)
         return len(asked) > 1
@@ -43,16 +39,14 @@ def test_readiness_is_asked_once_for_all_who_wait(
     assert client.get("/readyz").json() == {"ready": True} and len(asked) == 2
 
 
-def test_readiness_under_load_is_what_it_was(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readiness_under_load_is_what_it_was(tiny_bundle, monkeypatch):
     """A second caller does not find a service unready because its answers take some seconds."""
     monkeypatch.setattr("serving.page.app.READY_FOR_S", 0.0)
     monkeypatch.setattr("serving.page.app.READY_WAIT_S", 0.0)
     asked, answered = threading.Semaphore(0), threading.Event()
     answered.set()
 
-    def is_ready(models: Models) -> bool:
+    def is_ready(models):
         asked.release()
         return answered.wait(60)
 
@@ -68,9 +62,7 @@ def test_readiness_under_load_is_what_it_was(
         assert second.json() == first.result().json() == {"ready": True}
 
 
-def test_readiness_of_a_service_that_hangs(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readiness_of_a_service_that_hangs(tiny_bundle, monkeypatch):
     """Neither the caller nor others wait for long, and no thread waits with them."""
     monkeypatch.setattr("serving.page.models.PROBE_TIMEOUT_S", 3.0)
     monkeypatch.setattr("serving.page.app.READY_WAIT_S", 0.2)
@@ -78,7 +70,7 @@ def test_readiness_of_a_service_that_hangs(
         client = client_of(tiny_bundle, f"http://127.0.0.1:{hanging.getsockname()[1]}")
         started = time.monotonic()
 
-        def ask(_: int) -> tuple[float, int]:
+        def ask(_):
             status = client.get("/readyz").status_code
             return time.monotonic() - started, status
 
@@ -88,17 +80,17 @@ def test_readiness_of_a_service_that_hangs(
     assert soon < 2.9 < last < 10
 
 
-def make(folder: Path, age: float = 0, size: int = 9) -> None:
+def make(folder, age=0, size=9):
     folder.mkdir(parents=True)
     (folder / "picture.png").write_bytes(bytes(size))
     os.utime(folder, (time.time() - age,) * 2)
 
 
-def names(folder: Path) -> set[str]:
+def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_old_files_go_and_the_oldest_of_too_many(tmp_path: Path) -> None:
+def test_old_files_go_and_the_oldest_of_too_many(tmp_path):
     for name in ("example", "old"):
         make(tmp_path / name, age=10_000)
     for i in range(4):
@@ -107,7 +99,7 @@ def test_old_files_go_and_the_oldest_of_too_many(tmp_path: Path) -> None:
     assert names(tmp_path) == {"example", "0", "2", "3"}
 
 
-def test_sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeping(tmp_path, monkeypatch):
     """What a former page left goes; examples stay, and so does a quota that is full of small files.
 
     An error, here of a folder that is missing, does not end it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from tests.helpers import PRETRAINED
 from tests.running_page import (
     EXAMPLE,
     MODEL,
-    RunningPage,
     call,
     function_of,
     page_process,  # noqa: F401
@@ -33,7 +31,7 @@ from tests.running_page import (
 )
 
 
-def test_uploads(page: RunningPage) -> None:
+def test_uploads(page):
     client = page.client()
     image = EXAMPLE.read_bytes()
     for name in ("evil.war", "evil.html", "evil.svg", "evil.py", "noname", "a.png.exe", ""):
@@ -85,7 +83,7 @@ def test_uploads(page: RunningPage) -> None:
     assert left == [], "what was refused is gone"
 
 
-def test_scoring_uploads_leaves_no_file_for_each(page: RunningPage) -> None:
+def test_scoring_uploads_leaves_no_file_for_each(page):
     client = page.client()
     function = function_of(client, "score_many")
     paths = upload(client, *[(f"{i}.png", EXAMPLE.read_bytes()) for i in range(3)]).json()
@@ -96,7 +94,7 @@ def test_scoring_uploads_leaves_no_file_for_each(page: RunningPage) -> None:
     assert {path for path in page.inbox.iterdir() if path.is_file()} == before
 
 
-def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningPage) -> None:
+def test_an_upload_above_the_quota_is_refused_and_others_continue(page):
     client = page.client()
     files = [("files", (f"{i}.png", bytes(15 * 2**20))) for i in range(18)]
     answer = client.post("/gradio_api/upload", files=files)
@@ -104,16 +102,16 @@ def test_an_upload_above_the_quota_is_refused_and_others_continue(page: RunningP
     assert call(client, *score_of(client))[0]
 
 
-def test_an_upload_may_say_its_length_with_many_zeros() -> None:
+def test_an_upload_may_say_its_length_with_many_zeros():
     length = (b"content-length", b"0" * 5000 + b"7")
     assert uploads._length(Request({"type": "http", "headers": [length]})) == 7
 
 
-def test_an_announced_length_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_announced_length_is_no_reason_to_wait(monkeypatch):
     """Its room is reserved meanwhile, so that nobody else could upload for an hour."""
     monkeypatch.setattr(uploads, "STALL_S", 0.2)
 
-    async def crumbs() -> AsyncIterator[bytes]:
+    async def crumbs():
         yield b'--B\r\nContent-Disposition: form-data; name="files"\r\n\r\n'
         while True:
             await asyncio.sleep(0.05)
@@ -123,7 +121,7 @@ def test_an_announced_length_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatc
     request: Any = SimpleNamespace(headers=headers, stream=crumbs)
     receiver: Any = SimpleNamespace(callbacks=dict)
 
-    async def upload() -> None:
+    async def upload():
         async with asyncio.timeout(20):
             await uploads._parse(request, receiver)
 
@@ -132,9 +130,7 @@ def test_an_announced_length_is_no_reason_to_wait(monkeypatch: pytest.MonkeyPatc
     assert refused.value.status == 408
 
 
-def test_clients_lose_their_own_oldest_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_lose_their_own_oldest_files_only(tmp_path, monkeypatch):
     """The page says which quota a file that is no longer there may have exceeded."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(uploads, "CLIENT_BYTES", 100)
@@ -143,7 +139,7 @@ def test_clients_lose_their_own_oldest_files_only(
     monkeypatch.setattr(uploads, "ALL_FILES", 5)
     quota = Quota()
 
-    def send(client: str, name: str, size: int) -> Path:
+    def send(client, name, size):
         with quota.sending(client, size) as add_file:
             add_file()
             path = tmp_path / name / "a.png"
@@ -182,7 +178,7 @@ def test_clients_lose_their_own_oldest_files_only(
     assert not (tmp_path / "9").exists(), "it expired"
 
 
-def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_arrive_have_a_quota(tmp_path, monkeypatch):
     """A thousand of them take 75 KB, and their sender may withhold the end."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(uploads, "CLIENT_FILES", 3)
@@ -191,11 +187,11 @@ def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.Monk
     headers = {"content-type": "multipart/form-data; boundary=b", "content-length": "1000"}
     quota = Quota()
 
-    def files() -> int:
+    def files():
         return len(list((tmp_path / "uploads").iterdir()))
 
-    async def send(client: str, count: int, *, ends: bool = True) -> int:
-        async def body() -> AsyncIterator[bytes]:
+    async def send(client, count, *, ends=True):
+        async def body():
             yield part * count
             yield b"--b--" if ends else await asyncio.Future()
             yield b""
@@ -204,7 +200,7 @@ def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.Monk
         request: Any = SimpleNamespace(headers=headers, stream=body, client=sender)
         return (await uploads.receive(request, quota)).status_code
 
-    async def check() -> None:
+    async def check():
         assert await send("a", 2) == 200
         unfinished = [asyncio.create_task(send(name, 2, ends=False)) for name in ("a", "b")]
         async with asyncio.timeout(20):
@@ -220,16 +216,14 @@ def test_files_that_arrive_have_a_quota(tmp_path: Path, monkeypatch: pytest.Monk
     asyncio.run(check())
 
 
-def test_a_proxy_on_this_machine_names_the_clients_that_have_a_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_on_this_machine_names_the_clients_that_have_a_quota(tmp_path, monkeypatch):
     """Nobody else does: one client could take the quotas of many."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(uploads, "CLIENT_BYTES", 1500)  # one upload and its headers
     config = PageServer(make_app("http://127.0.0.1:1", [open_bundle(PRETRAINED)], None), []).config
     config.load()
 
-    def send(sender: str, forwarded_for: str) -> Path:
+    def send(sender, forwarded_for):
         page = TestClient(config.loaded_app, "http://127.0.0.1", client=(sender, 50000))
         page.headers["X-Forwarded-For"] = forwarded_for
         (path,) = upload(page, ("a.png", bytes(1000))).json()
@@ -256,6 +250,6 @@ def test_a_proxy_on_this_machine_names_the_clients_that_have_a_quota(
         ("漢" * 200 + ".png", "漢" * 65 + ".png"),
     ],
 )
-def test_names_of_uploads(name: str, kept: str) -> None:
+def test_names_of_uploads(name, kept):
     assert safe_name(name) == kept
     assert name.endswith(own_name(f"folder/{kept}")) or not name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import expect
 
 from ade_base.pictures.read import MAX_FILE_BYTES
 from ade_client.client import AdeClient
@@ -17,12 +17,11 @@ from serving.page.models import NOT_AN_IMAGE
 from serving.page.routes import LOGGED_OUT
 from serving.page.uploads import TOO_MANY
 from tests import browsing as ui
-from tests.service import RunningService
 
 HOSTILE = "<img src=x onerror=window.ran=1>"
 
 
-def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
+def test_a_new_image_clears_the_old_verdict(page, tmp_path):
     """So does a removed image, and one that cannot be scored, with a single message."""
     panel = ui.show(page, "Score")
     verdict, waiting = panel.locator(".ade-verdict"), panel.get_by_text("The verdict appears here")
@@ -50,7 +49,7 @@ def test_a_new_image_clears_the_old_verdict(page: Page, tmp_path: Path) -> None:
     expect(panel.locator(".ade-unshown")).to_have_count(1)
 
 
-def test_only_the_last_of_several_images_is_shown(page: Page) -> None:
+def test_only_the_last_of_several_images_is_shown(page):
     panel = ui.empty_score(page)
     for i in (6, 7, 0, 8, 1, 6):
         ui.examples(panel).nth(i).click()
@@ -68,7 +67,7 @@ def test_only_the_last_of_several_images_is_shown(page: Page) -> None:
     ui.expect_source(panel.get_by_alt_text("the chosen image"), "/automobile.png")
 
 
-def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_path: Path) -> None:
+def test_files_are_judged_as_they_are(page, service, tmp_path):
     """Nothing is converted before the API's own decoder sees it."""
     picture = Image.open(ui.EXAMPLE).convert("RGBA")
     picture.putalpha(Image.linear_gradient("L").resize((32, 32)))
@@ -81,7 +80,7 @@ def test_files_are_judged_as_they_are(page: Page, service: RunningService, tmp_p
     expect(panel.get_by_text("alpha composited on white")).to_be_visible()
 
 
-def test_an_alpha_that_is_moved_while_an_image_is_scored(page: Page) -> None:
+def test_an_alpha_that_is_moved_while_an_image_is_scored(page):
     """The verdict is at the level that the page shows."""
     panel = ui.empty_score(page)
     ui.drop(panel, ui.FROG)
@@ -98,7 +97,7 @@ def test_an_alpha_that_is_moved_while_an_image_is_scored(page: Page) -> None:
     ui.number(panel, "False-alarm rate (alpha)").fill("0.01")
 
 
-def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: RunningService) -> None:
+def test_a_number_beside_a_slider_can_be_typed(browser, service):
     """Key by key it is empty, 0 or out of range meanwhile, which is no error."""
     with ui.opened(browser, service.page) as page:
         panel = ui.show(page, "Score")
@@ -119,7 +118,7 @@ def test_a_number_beside_a_slider_can_be_typed(browser: Browser, service: Runnin
         expect(ui.toast(page)).to_have_count(0)
 
 
-def test_a_refused_event_leaves_no_former_results(page: Page) -> None:
+def test_a_refused_event_leaves_no_former_results(page):
     """A full queue, too many files, and a login that has ended."""
     ui.empty_score(page)
     panel = ui.filled(page, "Score")
@@ -146,7 +145,7 @@ def test_a_refused_event_leaves_no_former_results(page: Page) -> None:
     expect(ui.toast(page).get_by_text(LOGGED_OUT)).to_have_count(1)
 
 
-def test_what_is_done_with_a_sample(page: Page) -> None:
+def test_what_is_done_with_a_sample(page):
     """It is in view, possible only while a sample is chosen, and that survives another tab."""
     panel = ui.show(page, "Sample")
     sample = panel.locator(".ade-grid button:has(img)").nth(5)
@@ -173,9 +172,7 @@ def test_what_is_done_with_a_sample(page: Page) -> None:
         ui.empty_score(page)
 
 
-def test_a_sample_that_comes_while_explore_fills_itself_stays(
-    browser: Browser, service: RunningService
-) -> None:
+def test_a_sample_that_comes_while_explore_fills_itself_stays(browser, service):
     """Images that the tab draws when it is opened replace no other image."""
     with ui.opened(browser, service.page) as page:
         panel = ui.show(page, "Sample")
@@ -201,7 +198,7 @@ def test_a_sample_that_comes_while_explore_fills_itself_stays(
         expect(ui.shown(panel, "cat.png")).to_have_count(1)
 
 
-def test_two_images_under_a_divider(page: Page) -> None:
+def test_two_images_under_a_divider(page):
     """It has a name, a value and keys. One finger and the wheel scroll the page; two zoom."""
     panel = ui.filled(page, "Score")
     divider = panel.get_by_role("slider", name="Divider: Image and unlikely pixels")
@@ -231,7 +228,7 @@ def test_two_images_under_a_divider(page: Page) -> None:
     ui.button(panel, "Undo").click()
 
 
-def test_a_folder_with_other_files_and_hostile_names(page: Page, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_and_hostile_names(page, tmp_path):
     """Other files of a folder are left out; names stay apart and are never interpreted as HTML."""
     folder = tmp_path / "folder"
     (folder / "inside").mkdir(parents=True)

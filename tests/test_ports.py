@@ -1,7 +1,5 @@
 """Free ports."""
 
-from __future__ import annotations
-
 import socket
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from ade_base import ports
 
 
-def test_free_ports_are_free_and_different(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_ports_are_free_and_different(monkeypatch):
     with socket.socket() as taken:
         (first, *others) = ports.free_ports(4)
         assert len({first, *others}) == 4
@@ -20,7 +18,7 @@ def test_free_ports_are_free_and_different(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
-def test_metrics_need_a_free_port_on_loopback_wherever_else_they_are(host: str) -> None:
+def test_metrics_need_a_free_port_on_loopback_wherever_else_they_are(host):
     found = ports.Ports(*ports.free_ports(3))
     with socket.create_server(("127.0.0.1", found.metrics)):
         for exposes_metrics in (False, True):
@@ -28,7 +26,7 @@ def test_metrics_need_a_free_port_on_loopback_wherever_else_they_are(host: str) 
                 found.check_free(host, exposes_metrics)
 
 
-def test_an_empty_host_is_refused() -> None:
+def test_an_empty_host_is_refused():
     """As of a variable that is not set; it would be every address."""
     with pytest.raises(ports.PortError, match="--host takes an address .*, got an empty text"):
         ports.Ports(*ports.free_ports(3)).check_free("")

@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from handlers.service.control import DESCRIBE
 from handlers.service.metrics import Metrics
 from handlers.service.options import ServingOptions
 from handlers.service.pool import PooledModel, WorkerError
-from handlers.service.release import CurrentRelease, Release
+from handlers.service.release import CurrentRelease
 from handlers.service.worker import WorkerSettings
 from serving.api.journal import last_errors
 from serving.engine.bundle import BundleError, open_bundle
@@ -63,11 +62,11 @@ LIMITS = {"in_flight": (1, 40, 40), "waiting": 2}
 IMAGE = npy(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def release_of(*folders: Path, number: int = 1) -> Release:
+def release_of(*folders, number=1):
     return launcher.release_of(number, [open_bundle(folder) for folder in folders])
 
 
-def one_model(metrics: Metrics | None = None, folder: Path = Path("folder")) -> PooledModel:
+def one_model(metrics=None, folder=Path("folder")):
     """A model with one worker, which nobody has started."""
     options = ServingOptions(device="cpu")
     settings = WorkerSettings(
@@ -76,7 +75,7 @@ def one_model(metrics: Metrics | None = None, folder: Path = Path("folder")) -> 
     return PooledModel("score", [settings], metrics or Metrics(Counter()), 60.0, {})
 
 
-def pool_of(process: Any, model: PooledModel) -> Pool:
+def pool_of(process, model):
     """A pool whose only worker has a stand-in for its process."""
     pool = Pool([model], Path("unused"))
     (place,) = pool._workers
@@ -94,34 +93,29 @@ class StandIn:
         follows: called for what it sends after the answer; its message, or an error.
     """
 
-    def __init__(
-        self,
-        seconds: float = 0.0,
-        error: type[BaseException] | None = None,
-        follows: Callable[[], Awaitable[dict[str, Any]]] | None = None,
-    ) -> None:
+    def __init__(self, seconds=0.0, error=None, follows=None):
         self.gone = asyncio.get_running_loop().create_future()
         self.is_asked, self.is_ended = asyncio.Event(), False
         self._seconds, self._error, self._follows = seconds, error, follows
 
-    async def ask(self, parts: Any, seconds: float) -> Any:
+    async def ask(self, parts, seconds):
         self.is_asked.set()
         await asyncio.sleep(self._seconds)
         if self._error is not None:
             raise self._error
         return {"answers": [{"status": 200, "content_type": "a/b", "headers": {}}]}, [b"x"]
 
-    async def next(self, seconds: float) -> Any:
+    async def next(self, seconds):
         if self._follows is not None:
             return await self._follows(), []
         return {"measurements": [], "leaving": False}, []
 
-    async def end(self) -> int:
+    async def end(self):
         self.is_ended = True
         return 70
 
 
-def request_of(operation: str = "score", is_probe: bool = False) -> Request:
+def request_of(operation="score", is_probe=False):
     path = f"/predictions/{operation}"
     return Request("POST", path, {}, "image/png", bytearray(IMAGE), is_probe)
 
@@ -141,13 +135,8 @@ class RunningApplication:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        limits: dict[str, Any] | None = None,
-        constants: dict[str, Any] | None = None,
-        pool: str = ENGINES["process"].code,
-        **settings: Any,
-    ) -> None:
+        self, folder, limits=None, constants=None, pool=ENGINES["process"].code, **settings
+    ):
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.metrics = f"http://127.0.0.1:{self.metrics_port}/metrics"
@@ -181,26 +170,26 @@ class RunningApplication:
                 stderr=out,
             )
 
-    def __enter__(self) -> RunningApplication:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         family = psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
         wait_for(lambda: not any(map(is_running, family)))
 
-    def wait(self) -> None:
+    def wait(self):
         wait_for(self.is_ready, 120)
 
-    def is_ready(self) -> bool:
+    def is_ready(self):
         assert self.process.poll() is None, self.output.read_text()
         try:
             return httpx.get(self.url + READY, timeout=120).status_code == 200
         except httpx.TransportError:
             return False
 
-    def worker(self, name: str) -> psutil.Process:
+    def worker(self, name):
         """The only worker process of a model."""
         for line in self.output.read_text().splitlines():
             assert "Traceback" not in line, self.output.read_text()
@@ -212,37 +201,37 @@ class RunningApplication:
         )
         return found
 
-    def logged(self, name: str) -> list[str]:
+    def logged(self, name):
         """The ids in a model's journal."""
         lines = self._journal(name).read_text().splitlines()
         return [json.loads(line)["id"] for line in lines]
 
-    def _journal(self, name: str) -> Path:
+    def _journal(self, name):
         return self.logs / f"{name}-0.requests.jsonl"
 
-    def post(self, name: str, content: bytes = IMAGE, **headers: str) -> httpx.Response:
+    def post(self, name, content=IMAGE, **headers):
         return httpx.post(
             f"{self.url}/predictions/{name}", content=content, headers=headers, timeout=60
         )
 
-    def begin(self, pool: ThreadPoolExecutor, name: str, **headers: str) -> Future[httpx.Response]:
+    def begin(self, pool, name, **headers):
         """Post a request, and wait until it is on its way to a worker."""
         before = self._queue_seconds(name)
         posted = pool.submit(self.post, name, **headers)
         wait_for(lambda: self._queue_seconds(name) > before)
         return posted
 
-    def _queue_seconds(self, name: str) -> float:
+    def _queue_seconds(self, name):
         """The time that requests waited for a worker, which is added when it gets them."""
         series = rf'^ade_queue_seconds_total\{{.*model_name="{name}".*\}} (.*)$'
         return sum(map(float, re.findall(series, httpx.get(self.metrics).text, re.MULTILINE)))
 
-    def queued(self, name: str) -> int:
+    def queued(self, name):
         """Number of requests that wait for a worker of a model."""
         running = ask(self.control, {"do": DESCRIBE})
         return int(running["workers"][name]["queued"])
 
-    def in_flight(self) -> int:
+    def in_flight(self):
         """Number of requests that the front has taken and not answered."""
         return sum(
             c.status == psutil.CONN_ESTABLISHED and c.laddr.port == self.port
@@ -251,7 +240,7 @@ class RunningApplication:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
+def app(tmp_path_factory):
     with RunningApplication(tmp_path_factory.mktemp("process"), LIMITS) as made:
         made.wait()
         yield made
@@ -260,7 +249,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
 
 
-def error_of(answer: httpx.Response) -> str:
+def error_of(answer):
     assert set(answer.json()) == {"error"} and answer.headers["content-type"] == "application/json"
     return str(answer.json()["error"]["code"])
 
@@ -268,7 +257,7 @@ def error_of(answer: httpx.Response) -> str:
 # Paths
 
 
-def test_both_paths_of_an_operation(app: RunningApplication) -> None:
+def test_both_paths_of_an_operation(app):
     first, second = (
         httpx.post(f"{app.url}/{prefix}/score", content=IMAGE) for prefix in ("predictions", "v1")
     )
@@ -278,7 +267,7 @@ def test_both_paths_of_an_operation(app: RunningApplication) -> None:
     wait_for(lambda: app.logged("score")[-2:] == expected)
 
 
-def test_what_can_be_read(app: RunningApplication) -> None:
+def test_what_can_be_read(app):
     assert httpx.get(f"{app.url}/readyz").json() == {"ready": True}
     assert httpx.get(f"{app.url}/ping").json() == {"status": "Healthy"}
     document = httpx.get(f"{app.url}/openapi.json").json()
@@ -290,7 +279,7 @@ def test_what_can_be_read(app: RunningApplication) -> None:
 # Workers
 
 
-def test_requests_that_wait_are_computed_together(app: RunningApplication) -> None:
+def test_requests_that_wait_are_computed_together(app):
     with ThreadPoolExecutor(7) as pool:
         with suspended(app.worker("score")):
             first = app.begin(pool, "score")
@@ -302,9 +291,7 @@ def test_requests_that_wait_are_computed_together(app: RunningApplication) -> No
 
 
 @pytest.mark.parametrize("body", [IMAGE, IMAGE.ljust(300_000)], ids=["small", "large"])
-def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
-    app: RunningApplication, body: bytes
-) -> None:
+def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(app, body):
     length = f"Host: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
         with suspended(app.worker("score")):
@@ -320,7 +307,7 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
     wait_for(lambda: app.logged("score")[-2:] == answered[::-1])
 
 
-def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningApplication) -> None:
+def test_a_worker_that_crashes_takes_only_its_requests_with_it(app):
     worker = app.worker("score")
     with ThreadPoolExecutor(1) as pool, suspended(worker):
         lost = app.begin(pool, "score")
@@ -334,15 +321,15 @@ def test_a_worker_that_crashes_takes_only_its_requests_with_it(app: RunningAppli
 
 
 def test_a_request_that_fails_or_cannot_be_read_leaves_its_neighbours_their_answers(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_bundle, tmp_path, monkeypatch
+):
     settings = WorkerSettings(
         *(str(tiny_bundle), "tiny@1", open_bundle(tiny_bundle).digest, "sample", "tiny-sample"),
         *("1", str(tmp_path), ServingOptions(device="cpu")),
     )
     real = worker.raw_request
 
-    def fail_on_junk(content_type: str, body: bytes, *rest: Any) -> Any:
+    def fail_on_junk(content_type, body, *rest):
         if body == b"junk":
             raise ZeroDivisionError
         return real(content_type, body, *rest)
@@ -364,7 +351,7 @@ def test_a_request_that_fails_or_cannot_be_read_leaves_its_neighbours_their_answ
     assert logged == {"1": 500, "form": 400}
 
 
-def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
+def test_an_idle_worker_that_ends_is_replaced(app):
     worker = app.worker("sample")
     worker.kill()
     wait_for(lambda: httpx.get(f"{app.url}/readyz").status_code == 503)
@@ -382,7 +369,7 @@ def test_an_idle_worker_that_ends_is_replaced(app: RunningApplication) -> None:
     ]
 
 
-def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningApplication) -> None:
+def test_a_worker_is_one_process_with_one_thread_for_the_model(app):
     assert len(psutil.Process(app.process.pid).children()) == len(OPERATIONS)
     assert app.worker("score").environ()["OMP_NUM_THREADS"] == "1"
 
@@ -390,11 +377,11 @@ def test_a_worker_is_one_process_with_one_thread_for_the_model(app: RunningAppli
 # Metrics
 
 
-def test_metrics(app: RunningApplication) -> None:
+def test_metrics(app):
     """Counts of requests and images; those with the secret of probes are in none."""
     assert found_metrics(app.url, app.metrics) == json.loads(RECORD.read_text())
 
-    def value(name: str) -> float:
+    def value(name):
         text = httpx.get(app.metrics).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
@@ -424,23 +411,23 @@ def test_metrics(app: RunningApplication) -> None:
     assert whole > queued > 0
 
 
-def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
+def test_time_in_the_queue_counts_from_the_arrival_of_a_request():
     """A request waits for its turn before a pool has it."""
 
-    async def text() -> str:
+    async def text():
         metrics, limits = Metrics(Counter()), Limits(in_flight=(1, 1, 1))
         pool = pool_of(StandIn(0.2), one_model(metrics))
         front = Front(
             Application(pool.models, {}, limits).api, limits, Memory(limits), "", Counter()
         )
 
-        async def post() -> None:
+        async def post():
             messages = [{"type": "http.request", "body": IMAGE}]
 
-            async def receive() -> Any:
+            async def receive():
                 return messages.pop() if messages else await asyncio.sleep(60)
 
-            async def send(message: Any) -> None:
+            async def send(message):
                 assert message.get("status", 200) == 200
 
             scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": []}
@@ -456,7 +443,7 @@ def test_time_in_the_queue_counts_from_the_arrival_of_a_request() -> None:
     assert float(seconds["queue"]) > 0.5 and float(seconds["answer"]) > 1.1
 
 
-def test_status_of_an_engine_that_reports_no_workers() -> None:
+def test_status_of_an_engine_that_reports_no_workers():
     ports = Ports(*free_ports(3))
     found = read_status(ports, host="127.0.0.2")
     assert not found["is_own"] and "no service of this user" in _text(found)
@@ -468,9 +455,7 @@ def test_status_of_an_engine_that_reports_no_workers() -> None:
     assert "workers     unknown: the service does not answer" in _text(own)
 
 
-def test_status_asks_the_users_service_at_its_host(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_asks_the_users_service_at_its_host(short_path, monkeypatch):
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
     ports = Ports(*free_ports(3))
     with run_folder() as folder:
@@ -479,7 +464,7 @@ def test_status_asks_the_users_service_at_its_host(
         assert read_status(ports, host="127.0.0.3")["silent"][0].startswith("http://127.0.0.3:")
 
 
-def test_metrics_add_up() -> None:
+def test_metrics_add_up():
     metrics = Metrics({"overloaded": 2})
     for value in (1, 2):
         metrics.update("ade_images_total", {"model_name": 'a"\\\n'}, value)
@@ -503,10 +488,10 @@ def test_metrics_add_up() -> None:
     assert metrics.text().splitlines()[-4:] == lines[-4:]
 
 
-def test_requests_that_a_worker_fails_are_counted_by_bundle() -> None:
+def test_requests_that_a_worker_fails_are_counted_by_bundle():
     """A release whose workers end over each request must not look healthy."""
 
-    async def fail() -> str:
+    async def fail():
         model = one_model(metrics := Metrics(Counter()))
         for is_probe in (False, True):
             asked = asyncio.create_task(model.answer(request_of(is_probe=is_probe)))
@@ -521,7 +506,7 @@ def test_requests_that_a_worker_fails_are_counted_by_bundle() -> None:
     assert line in text.splitlines()
 
 
-def test_metrics_of_a_model_stay_while_one_of_its_releases_runs() -> None:
+def test_metrics_of_a_model_stay_while_one_of_its_releases_runs():
     metrics = Metrics({})
     with metrics.of_models(["a"]):
         with metrics.of_models(["a"]):
@@ -533,7 +518,7 @@ def test_metrics_of_a_model_stay_while_one_of_its_releases_runs() -> None:
 # Overload, start and stop
 
 
-def test_bundles_of_one_name_do_not_take_each_other_s_place() -> None:
+def test_bundles_of_one_name_do_not_take_each_other_s_place():
     """On a cluster, whose configuration `ade serve` does not check."""
     first = open_bundle(PRETRAINED)
     copies = [dataclasses.replace(first, folder=Path(name)) for name in ("a", "b")]
@@ -541,13 +526,11 @@ def test_bundles_of_one_name_do_not_take_each_other_s_place() -> None:
         served_models([first, *copies])
 
 
-def test_whatever_fails_at_a_worker_it_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_fails_at_a_worker_it_is_replaced(tmp_path, monkeypatch):
     """Even if the front has no memory for its answer, or for the next process."""
     started = 0
 
-    async def start(place: Any) -> Any:
+    async def start(place):
         nonlocal started
         started += 1
         if started == 1:
@@ -555,7 +538,7 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
         place.is_ready = True
         return StandIn(error=MemoryError)
 
-    async def answer() -> None:
+    async def answer():
         pool = pool_of(StandIn(error=MemoryError), model := one_model())
         async with asyncio.timeout(20):
             for _ in range(2):
@@ -569,10 +552,10 @@ def test_whatever_fails_at_a_worker_it_is_replaced(
 
 
 @pytest.mark.parametrize("rest", ["none", "late", "leaving"])
-def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None:
+def test_an_answer_stands_whatever_follows_it(rest, tmp_path):
     """A worker sends what it measured after its answers: it may die first, hang, or then leave."""
 
-    async def follows() -> dict[str, Any]:
+    async def follows():
         if rest == "none":
             raise WorkerError("its connection ended")
         if rest == "late":
@@ -580,7 +563,7 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
         missing = ["ade_gate_calibration_version", {"calibration": "cam"}, 1.0]
         return {"measurements": [missing], "leaving": True}
 
-    async def answer() -> None:
+    async def answer():
         process = StandIn(follows=follows)
         pool = pool_of(process, model := one_model(metrics := Metrics(Counter())))
         (place,) = pool._workers
@@ -609,8 +592,8 @@ def test_an_answer_stands_whatever_follows_it(rest: str, tmp_path: Path) -> None
         b"\0\0\0\x18" + b'{"sizes":[999999999999]}',
     ],
 )
-def test_messages_that_no_worker_sends_are_refused_at_once(start: bytes) -> None:
-    async def receive() -> None:
+def test_messages_that_no_worker_sends_are_refused_at_once(start):
+    async def receive():
         stream = asyncio.StreamReader()
         stream.feed_data(start)
         async with asyncio.timeout(5):
@@ -621,9 +604,7 @@ def test_messages_that_no_worker_sends_are_refused_at_once(start: bytes) -> None
 
 
 @pytest.mark.parametrize("head", [{}, {"measurements": [["ade_other", {}, 1.0]]}], ids=str)
-def test_a_worker_whose_first_message_is_invalid_did_not_start(
-    head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_whose_first_message_is_invalid_did_not_start(head, tmp_path, monkeypatch):
     (tmp_path / "invalid_worker.py").write_text(
         "import socket, time\nfrom handlers.service import wire\n"
         f"socket.socket(fileno=0).sendall(b''.join(wire.pack({head!r})))\ntime.sleep(1000)"
@@ -633,7 +614,7 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
 
     others = psutil.Process().children()
 
-    async def start() -> None:
+    async def start():
         pool = Pool([one_model(folder=tmp_path)], tmp_path)
         with pytest.raises(WorkerError, match="did not start: its measurements are invalid"):
             await pool.start()
@@ -642,10 +623,10 @@ def test_a_worker_whose_first_message_is_invalid_did_not_start(
     asyncio.run(start())
 
 
-def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
+def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path):
     """The batch that a worker computes, and the requests that wait for one."""
 
-    async def stop_busy() -> list[Any]:
+    async def stop_busy():
         pool = pool_of(process := StandIn(60), model := one_model())
         requests = [asyncio.create_task(model.answer(request_of()))]
         await process.is_asked.wait()
@@ -661,8 +642,8 @@ def test_a_pool_that_is_stopped_answers_what_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_steps", range(8))
-def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps: int) -> None:
-    async def check() -> None:
+def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps):
+    async def check():
         model, gone = one_model(), asyncio.get_running_loop().create_future()
         taking = asyncio.create_task(model.next_batch(gone))
         await asyncio.sleep(0)
@@ -679,14 +660,14 @@ def test_no_request_is_lost_if_a_worker_ends_as_it_arrives(num_steps: int) -> No
     asyncio.run(check())
 
 
-def test_a_removed_release_has_time_for_what_it_accepted() -> None:
+def test_a_removed_release_has_time_for_what_it_accepted():
     """Its requests may wait for their turn, and then for the answer."""
 
     @contextlib.asynccontextmanager
-    async def build(release: Release) -> AsyncIterator[Any]:
+    async def build(release):
         yield None
 
-    async def seconds(limits: Limits) -> float:
+    async def seconds(limits):
         current = CurrentRelease[Any](build, lambda _: None, limits)
         async with current.run(release_of(PRETRAINED)):
             running = current._running
@@ -696,7 +677,7 @@ def test_a_removed_release_has_time_for_what_it_accepted() -> None:
         assert asyncio.run(seconds(limits)) > limits.waiting_s + limits.upstream_s
 
 
-def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
+def test_a_full_queue_is_refused_at_once(app):
     room = LIMITS["in_flight"][1] + LIMITS["waiting"]
     with ThreadPoolExecutor(room + 1) as pool:
         with suspended(app.worker("reconstruct")):
@@ -708,13 +689,13 @@ def test_a_full_queue_is_refused_at_once(app: RunningApplication) -> None:
         assert {one.result().status_code for one in posted if one is not first} == {200}
 
 
-def test_a_stop_refuses_what_is_not_done_in_time(tmp_path: Path) -> None:
+def test_a_stop_refuses_what_is_not_done_in_time(tmp_path):
     """First what waits for a worker, then what a worker computes. It ends in any case.
 
     What is done in time is answered, although the workers are signalled as well.
     """
 
-    def check(refused: httpx.Response) -> None:
+    def check(refused):
         assert (refused.status_code, error_of(refused)) == (503, "stopping")
         assert refused.headers["retry-after"] == "1"
 
@@ -740,7 +721,7 @@ def test_a_stop_refuses_what_is_not_done_in_time(tmp_path: Path) -> None:
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
 
 
-def is_running(process: psutil.Process) -> bool:
+def is_running(process):
     """Whether a process runs; an orphan that has ended may not be reaped yet."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
@@ -748,7 +729,7 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_is_reported(tmp_path):
     options = dataclasses.asdict(ServingOptions(backend="none"))
     with RunningApplication(tmp_path, options=options) as made:
         assert made.process.wait(120) != 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ CONFIG = dataclasses.replace(narrow("av-ade-pd", image_size=32), batch_size=8)
 
 
 @pytest.mark.parametrize("size", [8, 32, 48, 64, 96])
-def test_every_level_has_the_same_weight_whatever_the_size(size: int) -> None:
+def test_every_level_has_the_same_weight_whatever_the_size(size):
     torch.manual_seed(0)
     discriminator = ProjectedDiscriminator((8, 8, 8, 8), size, 3)
     x = torch.rand(2, 3, size, size, requires_grad=True)
@@ -37,7 +36,7 @@ def test_every_level_has_the_same_weight_whatever_the_size(size: int) -> None:
         assert logits[:, 16 * level : 16 * (level + 1)].std() > 0
 
 
-def test_a_batch_that_repeats_itself_is_noticed() -> None:
+def test_a_batch_that_repeats_itself_is_noticed():
     """The comparison alone tells a batch of copies from different images, and learns to."""
     torch.manual_seed(0)
     compare = ProjectedDiscriminator((8, 8, 8, 8), 32, 3).compare
@@ -55,7 +54,7 @@ def test_a_batch_that_repeats_itself_is_noticed() -> None:
     assert compare(different[:1]).shape == (1, 1)
 
 
-def test_the_heads_largest_singular_values_are_1() -> None:
+def test_the_heads_largest_singular_values_are_1():
     torch.manual_seed(0)
     discriminator = ProjectedDiscriminator((8, 8, 8, 8), 32, 3)
     with torch.no_grad():
@@ -70,7 +69,7 @@ def test_the_heads_largest_singular_values_are_1() -> None:
         assert norm.item() == pytest.approx(1, rel=0.05)
 
 
-def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
+def test_the_trainer_uses_the_hinge_loss(real_images):
     trained = trainer(CONFIG)
     logits: list[torch.Tensor] = []
     network = trained.adversaries[0].network
@@ -82,7 +81,7 @@ def test_the_trainer_uses_the_hinge_loss(real_images: np.ndarray) -> None:
     assert losses["d_loss"] != pytest.approx(discriminator_loss(real, fake).item(), rel=0.01)
 
 
-def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) -> None:
+def test_only_the_heads_are_trained_counted_and_kept(real_images):
     trained = trainer(CONFIG)
     heads_alone = ("heads.", "compare.")
     buffers = trained.adversaries[0].network.named_buffers()
@@ -105,16 +104,14 @@ def test_only_the_heads_are_trained_counted_and_kept(real_images: np.ndarray) ->
     assert counted == sum(p.numel() for p in full.parameters()) == 906_949
 
 
-def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
-    real_images: np.ndarray,
-) -> None:
+def test_the_discriminator_learns_and_the_generator_gets_its_gradient(real_images):
     """Its loss falls, and only the generator's path gets a gradient, not the flow."""
     alone = {"coverage": False, "free_bits": 0.0, "reconstruction_weight": 0.0, "noisy_share": 0.0}
     trained = trainer(dataclasses.replace(CONFIG, d_learning_rate=2e-3, warmup_steps=1, **alone))
     seen: set[str] = set()
     step = trained.optimizer.step
 
-    def look() -> None:
+    def look():
         parameters = trained.model.named_parameters()
         seen.update(n for n, p in parameters if p.grad is not None and p.grad.any())
         step()
@@ -125,7 +122,7 @@ def test_the_discriminator_learns_and_the_generator_gets_its_gradient(
     assert any("to_mean" in n for n in seen) and not any(n.startswith("flow.") for n in seen)
 
 
-def test_a_run_that_compares_images_resumes_with_as_many_processes(tmp_path: Path) -> None:
+def test_a_run_that_compares_images_resumes_with_as_many_processes(tmp_path):
     """Another number of them would give each comparison another number of images."""
     folder = save_checkpoint(tmp_path, trainer(CONFIG), Progress(), {"recipe": "av-ade-pd"})
     load_checkpoint(folder, trainer(CONFIG))
@@ -135,17 +132,17 @@ def test_a_run_that_compares_images_resumes_with_as_many_processes(tmp_path: Pat
         load_checkpoint(folder, after)
 
 
-def test_hinge_loss() -> None:
+def test_hinge_loss():
     real, fake = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 0.0]])
     assert hinge_discriminator_loss(real, fake).item() == pytest.approx((0 + 0.5) / 2 + (0 + 1) / 2)
 
 
-def test_augmentation_changes_colours_and_place(real_images: np.ndarray) -> None:
+def test_augmentation_changes_colours_and_place(real_images):
     x = torch.from_numpy(real_images[:4].copy()).permute(0, 3, 1, 2).float() / 255
     centre = torch.full((4, NUMBERS), 0.5)  # no change at 0.5
     assert torch.allclose(augment(x, centre), x, atol=1e-6)
 
-    def at(place: int, value: float) -> torch.Tensor:
+    def at(place, value):
         numbers = centre.clone()
         numbers[:, place] = value
         return augment(x, numbers)
@@ -170,14 +167,14 @@ def test_augmentation_changes_colours_and_place(real_images: np.ndarray) -> None
     "change, message",
     [({"widths": (8, 8)}, "needs 4 d_widths"), ({"plain_stages": 1}, "0 d_plain_stages")],
 )
-def test_a_projected_discriminator_has_four_levels(change: dict, message: str) -> None:
+def test_a_projected_discriminator_has_four_levels(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(recipe("av-ade-pd", 32, 3).discriminator, **change)
     with pytest.raises(ConfigError, match="images of 3 channels, got 1"):
         make_discriminator(DiscriminatorConfig((8, 8, 8, 8), "projected"), 32, 1)
 
 
-def test_a_model_that_learnt_from_efficientnet_is_known_by_its_ancestors() -> None:
+def test_a_model_that_learnt_from_efficientnet_is_known_by_its_ancestors():
     about = {"recipe": "av-ade-pd"}
     assert saw_efficientnet(about) and saw_efficientnet({"recipe": "av-ade", "started_from": about})
     assert saw_efficientnet({"recipe": "v-ade", "started_from": None, "flow_from": about})

@@ -1,7 +1,5 @@
 """The words of code, docs and templates: some that this project once used are replaced for good."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -29,7 +27,7 @@ REPLACED = {
 }
 
 
-def texts() -> list[Path]:
+def texts():
     found = [ROOT / name for name in FILES]
     for folder in FOLDERS:
         found += (path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
@@ -37,7 +35,7 @@ def texts() -> list[Path]:
     return [path for path in found if path.stat().st_size < RECORDS and path.resolve() != own]
 
 
-def test_replaced_words_are_not_used() -> None:
+def test_replaced_words_are_not_used():
     patterns = {re.compile(rf"\b({p})\b"): use for p, use in REPLACED.items()}
     wrong = []
     for path in texts():

@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     asynccontextmanager,
@@ -67,7 +66,7 @@ CLIENTS = 3
 CAT = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
 
 
-def changed_copy(target: Path, change: Callable[[Path], object]) -> Path:
+def changed_copy(target, change):
     """The shipped bundle with changed files, and a manifest that matches them."""
     shutil.copytree(PRETRAINED, target)
     change(target)
@@ -76,13 +75,13 @@ def changed_copy(target: Path, change: Callable[[Path], object]) -> Path:
     return target
 
 
-def disturb(folder: Path) -> None:
+def disturb(folder):
     """Another model: its answers differ."""
     weights = load_file(folder / WEIGHTS_NAME)
     save_file({name: value * 1.001 for name, value in weights.items()}, folder / WEIGHTS_NAME)
 
 
-def calibrate_otherwise(folder: Path) -> None:
+def calibrate_otherwise(folder):
     """The same model with another calibration: its verdicts differ."""
     made = CalibrationPair.load(folder / CALIBRATION_NAME)
     stricter = dataclasses.replace(made.exact, scores=made.exact.scores - 1)
@@ -91,15 +90,15 @@ def calibrate_otherwise(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def second(tmp_path_factory):
     return changed_copy(tmp_path_factory.mktemp("second") / "bundle", disturb)
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged(tmp_path_factory):
     """It matches its manifest, and cannot be loaded."""
 
-    def damage(folder: Path) -> None:
+    def damage(folder):
         disturb(folder)
         (folder / "score.onnx").write_bytes(b"not a graph")
 
@@ -114,7 +113,7 @@ class Load:
         failures: whatever was no answer of status 200.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url):
         self._url = url
         self._stop = threading.Event()
         self.answers: dict[str, set[bytes]] = defaultdict(set)
@@ -122,7 +121,7 @@ class Load:
         self.count = 0
         self._threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
 
-    def _ask(self) -> None:
+    def _ask(self):
         with httpx.Client(timeout=120) as http:
             while not self._stop.is_set():
                 try:
@@ -137,7 +136,7 @@ class Load:
                 self.count += 1
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self):
         for thread in self._threads:
             thread.start()
         try:
@@ -148,7 +147,7 @@ class Load:
             for thread in self._threads:
                 thread.join(120)
 
-    def check(self, *models: str) -> None:
+    def check(self, *models):
         assert not self.failures, self.failures[:3]
         assert set(self.answers) == set(models)
         for model, found in self.answers.items():
@@ -159,14 +158,14 @@ class Load:
         ) == len(models)
 
 
-def model_of(url: str) -> str:
+def model_of(url):
     answer = httpx.post(f"{url}/predictions/score", content=CAT, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.headers["X-Ade-Model"]
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Iterator[RunningApplication]:
+def app(tmp_path):
     with RunningApplication(tmp_path) as made:
         made.wait()
         yield made
@@ -174,12 +173,12 @@ def app(tmp_path: Path) -> Iterator[RunningApplication]:
         made.process.wait(60)
 
 
-def publish(app: RunningApplication, release: Release) -> None:
+def publish(app, release):
     found = ask(app.control, {"do": PUBLISH, "release": dataclasses.asdict(release)})
     assert found["number"] == release.number
 
 
-def test_releases_change_under_load(app: RunningApplication, second: Path, damaged: Path) -> None:
+def test_releases_change_under_load(app, second, damaged):
     old, new = release_of(PRETRAINED), release_of(second, number=2)
     (a,), (b,) = old.models, new.models
     load = Load(app.url)
@@ -230,7 +229,7 @@ def test_releases_change_under_load(app: RunningApplication, second: Path, damag
     }
 
 
-def test_a_release_returns_while_it_still_answers(app: RunningApplication, second: Path) -> None:
+def test_a_release_returns_while_it_still_answers(app, second):
     """Going back starts workers of its own; those that answer yet are left alone.
 
     A stop ends a release that still drains, when it has answered.
@@ -261,20 +260,20 @@ def test_a_release_returns_while_it_still_answers(app: RunningApplication, secon
     wait_for(lambda: not any(is_running(one) for one in workers))
 
 
-def test_a_release_that_cannot_be_saved_does_not_answer() -> None:
+def test_a_release_that_cannot_be_saved_does_not_answer():
     """It would be gone after a restart of the front."""
     built = list[int]()
 
     @asynccontextmanager
-    async def build(release: Release) -> AsyncIterator[Any]:
+    async def build(release):
         built.append(release.number)
         yield SimpleNamespace()
         built.remove(release.number)
 
-    def save(release: Release) -> None:
+    def save(release):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async def check() -> None:
+    async def check():
         made = CurrentRelease[Any](build, save, Limits())
         async with made.run(release_of(PRETRAINED)):
             with pytest.raises(OSError, match="No space left"):
@@ -284,7 +283,7 @@ def test_a_release_that_cannot_be_saved_does_not_answer() -> None:
     asyncio.run(check())
 
 
-def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path: Path) -> None:
+def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path):
     """A release is of one model and one calibration, also when a worker is replaced.
 
     Starts that fail are counted: waiting clients may leave before they are answered, so that
@@ -309,7 +308,7 @@ def test_a_worker_does_not_take_what_was_put_into_its_folder(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("changed", [disturb, calibrate_otherwise])
-def test_a_front_does_not_take_it_either(tmp_path: Path, changed: Callable[[Path], None]) -> None:
+def test_a_front_does_not_take_it_either(tmp_path, changed):
     """It reads the folders again when it is restarted, and would serve it under the old name."""
     folder = Path(shutil.copytree(PRETRAINED, tmp_path / "bundle"))
     release = release_of(folder)
@@ -317,7 +316,7 @@ def test_a_front_does_not_take_it_either(tmp_path: Path, changed: Callable[[Path
     changed_copy(folder, changed)
     unused: Any = None
 
-    async def start() -> None:
+    async def start():
         async with build_release(unused, unused, Limits(), release):
             pytest.fail("it was served")
 
@@ -325,11 +324,11 @@ def test_a_front_does_not_take_it_either(tmp_path: Path, changed: Callable[[Path
         asyncio.run(start())
 
 
-def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
+def with_manifest(bundle, **fields):
     return Bundle(bundle.folder, {**bundle.manifest, **fields})
 
 
-def with_calibration(target: Path, name: str | None, made: CalibrationPair) -> Bundle:
+def with_calibration(target, name, made):
     """The shipped bundle with a calibration, its own if it has no name."""
     shutil.copytree(PRETRAINED, target)
     (target / ("calibration.npz" if name is None else f"calibration-{name}.npz")).write_bytes(
@@ -339,7 +338,7 @@ def with_calibration(target: Path, name: str | None, made: CalibrationPair) -> B
     return open_bundle(target)
 
 
-def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
+def test_the_contract_of_a_new_bundle(tmp_path):
     old = open_bundle(PRETRAINED)
     check_contract(old, with_manifest(old, name="other"))
     without = {k: v for k, v in old.manifest["files"].items() if k != CALIBRATION_NAME}
@@ -359,7 +358,7 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="lacks the calibrations night"):
         check_contract(night, old)
 
-    def of_images(count: int) -> CalibrationPair:
+    def of_images(count):
         few = dataclasses.replace(
             exact,
             scores=exact.scores[:count],
@@ -397,17 +396,17 @@ def test_the_contract_of_a_new_bundle(tmp_path: Path) -> None:
 class SwitchingEngine:
     """An engine that switches at once; ``published`` collects the releases."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.published: list[Release] = []
 
-    def publish(self, release: Release) -> None:
+    def publish(self, release):
         self.published.append(release)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self):
         return {"workers": {}}
 
 
-def publisher_of(engine: Any, *folders: Path) -> Publisher:
+def publisher_of(engine, *folders):
     """The publisher of a service of these bundles."""
     plan: Any = SimpleNamespace(
         bundles=[open_bundle(folder) for folder in folders], release=release_of(*folders)
@@ -416,12 +415,12 @@ def publisher_of(engine: Any, *folders: Path) -> Publisher:
     return Publisher(plan, engine, page, lambda: None)
 
 
-def publishing(publisher: Publisher, folder: Path, said: list[str] | None = None) -> dict[str, Any]:
+def publishing(publisher, folder, said=None):
     say = (said if said is not None else []).append
     return publisher.handle({"do": "publish", "bundle": str(folder)}, say)
 
 
-def test_a_link_is_followed_once(second: Path, tmp_path: Path) -> None:
+def test_a_link_is_followed_once(second, tmp_path):
     """It may be moved before the next bundle is published."""
     engine = SwitchingEngine()
     publisher = publisher_of(engine, PRETRAINED)
@@ -437,7 +436,7 @@ def test_a_link_is_followed_once(second: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_going_back_warns_of_what_clients_lose(tmp_path: Path) -> None:
+def test_going_back_warns_of_what_clients_lose(tmp_path):
     """It is urgent; another bundle is refused for the same reason."""
     made = CalibrationPair.load(PRETRAINED / CALIBRATION_NAME)
     night = with_calibration(tmp_path / "night", "night", made)
@@ -453,9 +452,7 @@ def test_going_back_warns_of_what_clients_lose(tmp_path: Path) -> None:
     assert [release.number for release in engine.published] == [2, 3]
 
 
-def test_of_several_bundles_the_one_of_the_same_name_is_replaced(
-    second: Path, tmp_path: Path
-) -> None:
+def test_of_several_bundles_the_one_of_the_same_name_is_replaced(second, tmp_path):
     other, third = (
         with_calibrations(PRETRAINED, tmp_path / name, lambda its: its, name)
         for name in ("other", "third")
@@ -472,7 +469,7 @@ def test_of_several_bundles_the_one_of_the_same_name_is_replaced(
     assert found["models"] == release.models == release_of(other, second).models
 
 
-def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path: Path) -> None:
+def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path):
     changed = Path(shutil.copytree(PRETRAINED, tmp_path / "changed"))
     with open(changed / WEIGHTS_NAME, "ab") as file:
         file.write(b"\0")
@@ -482,14 +479,12 @@ def test_a_bundle_that_does_not_match_its_manifest_starts_nothing(tmp_path: Path
     assert engine.published == []
 
 
-def test_a_failure_is_known_although_the_client_has_left(
-    second: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_known_although_the_client_has_left(second, tmp_path, capfd):
     """Such as after Ctrl-C, or after a lost connection of SSH."""
     has_left = threading.Event()
 
     class FailingEngine(SwitchingEngine):
-        def publish(self, release: Release) -> None:
+        def publish(self, release):
             assert has_left.wait(60)
             raise ChannelError("the worker did not start:\nno memory")
 
@@ -519,13 +514,11 @@ def test_a_failure_is_known_although_the_client_has_left(
 @pytest.mark.parametrize(
     ("kept", "is_refusal", "is_done"), [(2, True, False), (2, False, True), (1, False, False)]
 )
-def test_a_front_that_ends_while_it_publishes(
-    kept: int, is_refusal: bool, is_done: bool, tmp_path: Path
-) -> None:
+def test_a_front_that_ends_while_it_publishes(kept, is_refusal, is_done, tmp_path):
     """It is started again, with the new release if its settings have it. A refusal is final."""
     release = release_of(PRETRAINED, number=2)
 
-    def refuse(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    def refuse(message, say):
         raise BundleError("an error after the settings were written")
 
     engine: Any = Launcher.__new__(Launcher)
@@ -546,14 +539,14 @@ def test_a_front_that_ends_while_it_publishes(
         listener.close()
 
 
-def connect(path: Path) -> socket.socket:
+def connect(path):
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(path))
     return connection
 
 
-def test_the_private_channel(tmp_path: Path) -> None:
-    def handle(message: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def test_the_private_channel(tmp_path):
+    def handle(message, say):
         if message["do"] == "fail":
             raise BundleError("the reason")
         if message["do"] == "break":
@@ -573,7 +566,7 @@ def test_the_private_channel(tmp_path: Path) -> None:
     with pytest.raises(ChannelError, match=r"^the reason$"):
         ask(path, {"do": "fail"})
 
-    def closed(line: str) -> None:
+    def closed(line):
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):  # of standard output, not of the socket
@@ -589,7 +582,7 @@ def test_the_private_channel(tmp_path: Path) -> None:
         ask(path, {"do": "it"})
 
 
-def test_a_process_without_free_file_descriptors_answers_later(tmp_path: Path) -> None:
+def test_a_process_without_free_file_descriptors_answers_later(tmp_path):
     path = tmp_path / "control.sock"
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     listener = Listener(path, lambda message, say: {}, ())
@@ -608,14 +601,12 @@ def test_a_process_without_free_file_descriptors_answers_later(tmp_path: Path) -
 @pytest.mark.parametrize(
     "line, seconds, message", [(b"", 0.2, "within 0.2 s"), (b"{\n", 30, "cannot be read")]
 )
-def test_a_process_that_hangs_or_babbles_gives_no_answer(
-    line: bytes, seconds: float, message: str, tmp_path: Path
-) -> None:
+def test_a_process_that_hangs_or_babbles_gives_no_answer(line, seconds, message, tmp_path):
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "control.sock"))
         listening.listen()
 
-        def answer() -> None:
+        def answer():
             accepted, _ = listening.accept()
             with accepted:
                 accepted.sendall(line)
@@ -631,21 +622,21 @@ def test_a_process_that_hangs_or_babbles_gives_no_answer(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_gets_no_answer() -> None:
+def test_another_user_gets_no_answer():
     """Neither where the files' modes would let it."""
     handled: list[object] = []
     folder = Path(tempfile.mkdtemp())
     path = folder / "control.sock"
     listener = Listener(path, lambda message, say: handled.append(message) or {}, ())
 
-    def attack() -> str:
+    def attack():
         try:
             ask(path, {"do": "upgrade"})
         except ChannelError as error:
             return str(error)
         return "answered"
 
-    def attack_without_check() -> str:
+    def attack_without_check():
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
             connection.connect(str(path))
             connection.sendall(b'{"do": "upgrade"}\n')
@@ -674,14 +665,12 @@ class Ended:
 
 
 @pytest.fixture
-def ade(
-    served: RunningService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+def ade(served, monkeypatch, capsys):
     """Runs the command line for that service, in this process."""
     for name, value in served.variables.items():
         monkeypatch.setenv(name, value)
 
-    def run(*words: str) -> Ended:
+    def run(*words):
         capsys.readouterr()
         status = main([*words])
         return Ended(status, *capsys.readouterr())
@@ -690,7 +679,7 @@ def ade(
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[RunningService]:
+def served(tmp_path):
     options = ("--engine", "process", "--workers", "1", "--logs", str(tmp_path / "logs"))
     running = RunningService(PRETRAINED, options=options, timeout=500)
     yield running
@@ -698,13 +687,7 @@ def served(tmp_path: Path) -> Iterator[RunningService]:
 
 
 @pytest.mark.slow
-def test_publish_and_back_and_a_kill_meanwhile(
-    served: RunningService,
-    ade: Callable[..., Ended],
-    second: Path,
-    damaged: Path,
-    tmp_path: Path,
-) -> None:
+def test_publish_and_back_and_a_kill_meanwhile(served, ade, second, damaged, tmp_path):
     a, b = open_bundle(PRETRAINED).model_id, open_bundle(second).model_id
     page = served.pids["page"]
     load = Load(served.url)
@@ -736,7 +719,7 @@ def test_publish_and_back_and_a_kill_meanwhile(
     kill_while_it_publishes(served, second)
 
 
-def kill_while_it_publishes(running: RunningService, second: Path) -> None:
+def kill_while_it_publishes(running, second):
     """Kill a service; no process may be left, and no folder."""
     few = len(running.workers())
     folder = running.folder.path

@@ -1,13 +1,9 @@
 """Regions: where a picture is unusual, and the promise on how often a good one gets a mark."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from PIL import Image
 from ade_base.brand import percent
 from ade_base.pictures.show import write_png
 from ade_base.pictures.view import LARGE, STRIDE, Look
-from ade_client.contract import Regions, ScoreAnswer
+from ade_client.contract import ScoreAnswer
 from ade_client.model import from_json
 from ade_client.outlines import outlined
 from export.gate.calibrate import calibrate_bundle
@@ -33,7 +29,7 @@ from tests.test_operations import RESULT
 SIZE = 96, 64  # width, height of the larger pictures
 
 
-def large(image: np.ndarray, seed: int) -> np.ndarray:
+def large(image, seed):
     """An image, enlarged with noise, uint8 ``(64, 96, 3)``."""
     enlarged = np.asarray(Image.fromarray(image).resize(SIZE, Image.Resampling.BICUBIC))
     noise = np.random.default_rng(seed).normal(0, 4, enlarged.shape)
@@ -41,25 +37,23 @@ def large(image: np.ndarray, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def engine(
-    tiny_bundle: Path, small_images: np.ndarray, made_once: Callable[..., Path]
-) -> InferenceEngine:
+def engine(tiny_bundle, small_images, made_once):
     """Calibrated on larger pictures."""
     pictures = [write_png(large(image, i)) for i, image in enumerate(small_images[:110])]
 
-    def make(out: Path) -> None:
+    def make(out):
         calibrate_bundle(tiny_bundle, out, pictures[:40], pictures[40:], "large")
 
     return InferenceEngine(made_once("large", make), device="cpu", operations=["score"])
 
 
-def asked(*pictures: np.ndarray, **parameters: object) -> RawRequest:
+def asked(*pictures, **parameters):
     files = [base64.b64encode(write_png(picture)).decode() for picture in pictures]
     body = {"images": files, "resize": "fit", **parameters}
     return RawRequest("application/json", json.dumps(body).encode())
 
 
-def of_one(p_value: float, height: int, width: int) -> tuple[Regions, tuple[int, int]]:
+def of_one(p_value, height, width):
     """The regions of a grey picture of which one part is unusual, and the number of that part."""
     view = Look().of(np.full((height, width, 1), 90, np.uint8))
     p_values = np.ones(view.inside.size, np.float32)
@@ -69,7 +63,7 @@ def of_one(p_value: float, height: int, width: int) -> tuple[Regions, tuple[int,
 
 
 @pytest.mark.parametrize("images", [19, 99, 150])
-def test_at_most_a_share_alpha_of_good_pictures_gets_any_mark(images: int) -> None:
+def test_at_most_a_share_alpha_of_good_pictures_gets_any_mark(images):
     """Of distances that are not alike within a picture, in many draws of the calibration."""
     rng, p = np.random.default_rng(images), np.ones(1, np.float32)
     marked = {0.01: 0.0, 0.05: 0.0, 0.2: 0.0}
@@ -93,7 +87,7 @@ def test_at_most_a_share_alpha_of_good_pictures_gets_any_mark(images: int) -> No
 
 
 @pytest.mark.parametrize("height, width", [(290, 120), (64, 96), (32, 32), (3000, 40), (7, 2000)])
-def test_an_outline_is_around_its_part_of_the_original(height: int, width: int) -> None:
+def test_an_outline_is_around_its_part_of_the_original(height, width):
     regions, (row, column) = of_one(0.05, height, width)
     assert (regions.image_height, regions.image_width) == (height, width)
     picture = np.full((height, width, 3), 90, np.uint8)
@@ -115,12 +109,12 @@ def test_an_outline_is_around_its_part_of_the_original(height: int, width: int) 
 @pytest.mark.parametrize(
     "p_value, written", [(1 / 20, 0.05), (1 / 100, 0.01), (1 / 651, 0.0016), (1 / 30_001, 0.0001)]
 )
-def test_p_values_are_rounded_up(p_value: float, written: float) -> None:
+def test_p_values_are_rounded_up(p_value, written):
     """A mark at alpha must have at most alpha, and 0.05 in float32 is more than 0.05."""
     assert of_one(p_value, 64, 96)[0].p_values.min() == written
 
 
-def test_regions_of_larger_pictures(engine: InferenceEngine, small_images: np.ndarray) -> None:
+def test_regions_of_larger_pictures(engine, small_images):
     good = [large(image, 1000 + i) for i, image in enumerate(small_images[110:190])]
     bad = np.array(good[0])
     bad[32:48, 60:76] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
@@ -147,7 +141,7 @@ def test_regions_of_larger_pictures(engine: InferenceEngine, small_images: np.nd
     assert "regions" not in json.loads(without.body)["results"][0]
 
 
-def test_a_picture_of_them(engine: InferenceEngine, small_images: np.ndarray) -> None:
+def test_a_picture_of_them(engine, small_images):
     bad = np.array(large(small_images[0], 0))
     bad[32:48, 60:76] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
     service = Service("score", engine)
@@ -165,21 +159,14 @@ def test_a_picture_of_them(engine: InferenceEngine, small_images: np.ndarray) ->
 @pytest.mark.parametrize(
     "of, pictures, code", [("large", 2, "too_many_images"), ("tiny", 1, "no_regions")]
 )
-def test_no_picture(
-    engine: InferenceEngine,
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    of: str,
-    pictures: int,
-    code: str,
-) -> None:
+def test_no_picture(engine, tiny_bundle, small_images, of, pictures, code):
     own = engine if of == "large" else InferenceEngine(tiny_bundle, operations=["score"])
     images = [large(image, i) for i, image in enumerate(small_images[:pictures])]
     (answer,) = Service("score", own).answer([asked(*images, format="png")])
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (422, code)
 
 
-def test_the_page_outlines_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_outlines_the_original(tmp_path, monkeypatch):
     """A large original is shown at most 1024 pixels per side, and outlined again at each alpha."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     regions, _ = of_one(0.05, 1500, 2000)
@@ -195,9 +182,7 @@ def test_the_page_outlines_the_original(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("parameters", [{"map": True}, {"format": "png"}])
-def test_the_longest_answer_is_known_before(
-    engine: InferenceEngine, small_images: np.ndarray, parameters: dict[str, object]
-) -> None:
+def test_the_longest_answer_is_known_before(engine, small_images, parameters):
     noise = np.random.default_rng(1).integers(0, 256, (300, 300, 3), np.uint8)
     (answer,) = Service("score", engine).answer([asked(noise, **parameters)])
     parsed = OPERATIONS["score"].parse(asked(noise, **parameters), engine.bundle)

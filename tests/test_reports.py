@@ -1,7 +1,5 @@
 """The frame of all reports: complete in itself, the verdict first, every text escaped."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -12,13 +10,13 @@ from serving.verdict.summary import summarize
 from tests.helpers import ROOT
 
 
-def is_complete(page: str) -> bool:
+def is_complete(page):
     """It loads nothing."""
     loaded = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
     return all(address.startswith("data:") for address in loaded) and "<script" not in page
 
 
-def test_a_report_needs_no_other_file() -> None:
+def test_a_report_needs_no_other_file():
     folder = ROOT / "docs" / "ood"
     title, *lines = (folder / "report.md").read_text().splitlines()
     files = {path.name: path for path in folder.glob("*.png")}
@@ -30,7 +28,7 @@ def test_a_report_needs_no_other_file() -> None:
     assert page.count("<table") == page.count("<thead") >= 3 and "|---" not in page
 
 
-def test_markdown_is_escaped() -> None:
+def test_markdown_is_escaped():
     lines = ["## A & B", "", "| set | at *0.1* |", "|---|---|", "| <script> | 0.5 |"]
     lines += ["", "- **bold** `<b>`", "- a_b", "", "![gone](nowhere.png)"]
     found = from_markdown(lines, {"nowhere.png": Path("nowhere.png")})
@@ -43,7 +41,7 @@ def test_markdown_is_escaped() -> None:
     assert page.count("&lt;script&gt;") == 4 and "<img" not in page and "<script" not in page
 
 
-def test_a_cell_holds_any_text() -> None:
+def test_a_cell_holds_any_text():
     lines = markdown_table(["set", "share"], [["a | b\nc", "0.5"], ["|", ""]])
     assert lines == ["| set | share |", "|---|---|", r"| a \| b c | 0.5 |", r"| \| |  |"]
     found = from_markdown(lines)
@@ -51,7 +49,7 @@ def test_a_cell_holds_any_text() -> None:
     assert "<td>|</td><td class=ade-number></td>" in found
 
 
-def test_the_summary_says_what_is_caught_and_what_more_images_bring() -> None:
+def test_the_summary_says_what_is_caught_and_what_more_images_bring():
     found = summarize(
         {"noise": 1.0, "blur, σ = 2": 0.95, "JPEG, quality 10": 0.34, "dark": None}, 500, 0.01
     )

@@ -1,13 +1,10 @@
 """Parsing requests: accepted forms, and the status and message of every error."""
 
-from __future__ import annotations
-
 import io
 import json
 import time
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +14,12 @@ from PIL import Image
 
 from ade_client.contract import ScoreParameters
 from serving.api.operations.registry import OPERATIONS
-from serving.api.operations.sample import Sample, SampleRequest
+from serving.api.operations.sample import Sample
 from serving.api.responses import error_response
 from serving.engine.bundle import Bundle
 from serving.ingest.errors import ApiError
 from serving.ingest.picture import Picture
-from serving.ingest.requests import FilesRequest, ImagesRequest, RawRequest, array_of, decode_images
+from serving.ingest.requests import ImagesRequest, RawRequest, array_of, decode_images
 from tests.helpers import b64, npy
 
 SHAPE = (8, 8, 3)
@@ -31,39 +28,39 @@ BUNDLE = Bundle(Path(), {"name": "b", "image_shape": SHAPE, "latent_shapes": LAT
 PIXELS = (np.arange(192) % 251).astype(np.uint8).reshape(SHAPE)
 
 
-def png(pixels: np.ndarray = PIXELS) -> bytes:
+def png(pixels=PIXELS):
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
-def as_json(**values: Any) -> RawRequest:
+def as_json(**values):
     return RawRequest("application/json", values)
 
 
-def body(data: bytes, content_type: str = "application/octet-stream") -> RawRequest:
+def body(data, content_type="application/octet-stream"):
     return RawRequest(content_type, bytearray(data))
 
 
-def form(**fields: Any) -> RawRequest:
+def form(**fields):
     return RawRequest("multipart/form-data; boundary=x", None, fields)
 
 
-def refused(call: Any, *args: Any) -> ApiError:
+def refused(call, *args):
     with pytest.raises(ApiError) as caught:
         call(*args)
     return caught.value
 
 
-def parse_sample(request: RawRequest, latent_shapes: list) -> SampleRequest:
+def parse_sample(request, latent_shapes):
     return Sample().parse(request, Bundle(Path(), {"latent_shapes": latent_shapes}))
 
 
-def parse_images(operation: str, request: RawRequest) -> FilesRequest:
+def parse_images(operation, request):
     return OPERATIONS[operation].parse(request, BUNDLE)
 
 
-def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]) -> ImagesRequest:
+def read_images(operation, request, shape):
     return decode_images([parse_images(operation, request)], shape)[0]
 
 
@@ -92,7 +89,7 @@ def read_images(operation: str, request: RawRequest, shape: tuple[int, int, int]
         "npy by columns",
     ],
 )
-def test_every_way_to_send_an_image(request_: RawRequest) -> None:
+def test_every_way_to_send_an_image(request_):
     parsed = read_images("score", request_, SHAPE)
     (image,) = parsed.images
     assert isinstance(image, Picture) and np.array_equal(image.pixels, PIXELS)
@@ -109,7 +106,7 @@ def test_every_way_to_send_an_image(request_: RawRequest) -> None:
     assert parsed.format == "json"
 
 
-def test_images_of_a_form_come_in_the_order_of_their_numbers() -> None:
+def test_images_of_a_form_come_in_the_order_of_their_numbers():
     fields = {f"image{i}": png(np.full(SHAPE, i, np.uint8)) for i in (10, 2, 1)} | {"image": png()}
     parsed = read_images("score", form(**fields, samples=b"2", alpha="0.5"), SHAPE)
     assert [int(i.pixels[0, 0, 0]) for i in parsed.images[1:]] == [1, 2, 10]
@@ -165,7 +162,7 @@ BAD_IMAGE_REQUESTS = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGE_REQUESTS)
-def test_bad_requests(name: str) -> None:
+def test_bad_requests(name):
     request_, status, message = BAD_IMAGE_REQUESTS[name]
     with pytest.raises(ApiError, match=message) as caught:
         read_images("score", request_, SHAPE)
@@ -225,25 +222,25 @@ BAD_PARAMETERS = [
 
 
 @pytest.mark.parametrize("cut", [50, 29])
-def test_a_damaged_image_is_described_without_addresses(cut: int) -> None:
+def test_a_damaged_image_is_described_without_addresses(cut):
     (image,) = read_images("encode", body(png()[:cut].ljust(cut + 9, b"\0")), SHAPE).images
     assert isinstance(image, ApiError) and (image.status, image.index) == (415, 0)
     assert "damaged" in image.message and "0x" not in image.message
 
 
-def test_a_colour_picture_becomes_grey_for_a_grey_model() -> None:
+def test_a_colour_picture_becomes_grey_for_a_grey_model():
     (grey,) = read_images("score", body(png()), (8, 8, 1)).images
     assert isinstance(grey, Picture) and grey.pixels.shape == (8, 8, 1)
 
 
 @pytest.mark.parametrize("values, message", BAD_PARAMETERS)
-def test_bad_parameters(values: dict, message: str) -> None:
+def test_bad_parameters(values, message):
     with pytest.raises(ApiError, match=message) as caught:
         parse_sample(as_json(**values), LATENTS)
     assert caught.value.status == 422 and len(caught.value.message) < 250
 
 
-def test_sample_defaults_and_forms() -> None:
+def test_sample_defaults_and_forms():
     assert parse_sample(as_json(), LATENTS) == parse_sample(
         RawRequest("application/json", b"{}"), LATENTS
     )
@@ -257,7 +254,7 @@ def test_sample_defaults_and_forms() -> None:
     assert "as JSON" in refused(parse_sample, body(b"n=3", "text/plain"), LATENTS).message
 
 
-def test_json_that_came_as_a_form() -> None:
+def test_json_that_came_as_a_form():
     """curl sends ``-d '{...}'`` as a form, and the server finds no field in it."""
     with pytest.raises(ApiError, match="needs the header Content-Type: application/json"):
         parse_sample(RawRequest("application/x-www-form-urlencoded", None, {}), LATENTS)
@@ -269,8 +266,8 @@ def test_json_that_came_as_a_form() -> None:
     )
 
 
-def test_noise_may_be_larger_than_latents() -> None:
-    def levels(name: str) -> list[dict]:
+def test_noise_may_be_larger_than_latents():
+    def levels(name):
         return [{name: np.full(shape, 5000.0).tolist()} for shape in LATENTS]
 
     assert parse_sample(as_json(latents=[{"levels": levels("eps")}]), LATENTS).latents_are == "eps"
@@ -283,7 +280,7 @@ def test_noise_may_be_larger_than_latents() -> None:
     )
 
 
-def test_latents_in_the_structure_of_encode() -> None:
+def test_latents_in_the_structure_of_encode():
     levels = [
         {"shape": list(s), "mean": 0, "log_scale": 0, "z": np.ones(s).tolist()} for s in LATENTS
     ]
@@ -312,7 +309,7 @@ NAMES = sorted({name for known in OPERATIONS.values() for name in known.fields} 
     st.sampled_from(sorted(OPERATIONS)),
     st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), JSON_VALUES, max_size=5),
 )
-def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) -> None:
+def test_any_json_is_parsed_or_refused_in_shape(operation, values):
     check(operation, RawRequest("application/json", values))
 
 
@@ -323,13 +320,11 @@ def test_any_json_is_parsed_or_refused_in_shape(operation: str, values: dict) ->
     st.sampled_from([b"", b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF", b"{"]),
     st.sampled_from(["", "application/json", "application/x-npy", "image/png", "text/plain"]),
 )
-def test_any_bytes_are_parsed_or_refused_in_shape(
-    operation: str, data: bytes, start: bytes, content_type: str
-) -> None:
+def test_any_bytes_are_parsed_or_refused_in_shape(operation, data, start, content_type):
     check(operation, RawRequest(content_type, bytearray(start + data)))
 
 
-def check(operation: str, request_: RawRequest) -> None:
+def check(operation, request_):
     try:
         parsed = (
             parse_sample(request_, LATENTS)
@@ -346,9 +341,7 @@ def check(operation: str, request_: RawRequest) -> None:
             assert parsed.images
 
 
-def test_large_pictures_are_refused_together_before_they_are_decoded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_large_pictures_are_refused_together_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr("serving.ingest.requests.MAX_REQUEST_PIXELS", 2_000)
     one = b64(png(np.zeros((40, 40, 3), np.uint8)))
     assert isinstance(
@@ -363,7 +356,7 @@ def test_large_pictures_are_refused_together_before_they_are_decoded(
     assert [image.code for image in parsed.images] == ["wrong_size", "wrong_size", "not_an_image"]
 
 
-def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_json_is_refused_before_it_is_parsed(monkeypatch):
     monkeypatch.setattr("serving.ingest.requests.MAX_JSON_BYTES", 1000)
     with pytest.raises(
         ApiError, match="JSON may have at most 1000 bytes here, the body has 2000"
@@ -372,7 +365,7 @@ def test_large_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPat
     assert caught.value.status == 413
 
 
-def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_may_be_as_many_as_images(monkeypatch):
     """Longer text is not parsed, neither in a body nor in a form."""
     monkeypatch.setattr("serving.ingest.requests.MAX_JSON_BYTES", 1000)
     shapes = [(8, 8, 8)]
@@ -384,7 +377,7 @@ def test_latents_may_be_as_many_as_images(monkeypatch: pytest.MonkeyPatch) -> No
         assert refused(parse_sample, request, shapes).status == 413
 
 
-def test_messages_that_are_not_utf8_are_answered() -> None:
+def test_messages_that_are_not_utf8_are_answered():
     answer = error_response(ApiError(422, "bad_parameter", "kind is '\ud800'"))
     assert json.loads(answer.body)["error"]["message"] == "kind is '\ud800'"
 
@@ -399,9 +392,7 @@ def test_messages_that_are_not_utf8_are_answered() -> None:
         ("sample", '{"latents":[' + "0," * 300_000 + "0]}", "245056 values"),
     ],
 )
-def test_json_of_too_many_values_is_refused_before_it_is_parsed(
-    operation: str, text: str, what: str
-) -> None:
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(operation, text, what):
     """Below the limit of bytes there is room for 8 million lists: 450 MB and many seconds."""
     raw = RawRequest("application/json", text.encode())
     started = time.process_time()
@@ -412,7 +403,7 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     assert time.process_time() - started < 4
 
 
-def test_booleans_among_numbers_are_no_numbers() -> None:
+def test_booleans_among_numbers_are_no_numbers():
     levels = [{"z": np.zeros(shape).tolist()} for shape in LATENTS]
     levels[0]["z"][0][0][0] = True
     error = refused(parse_sample, as_json(latents=[{"levels": levels}]), LATENTS)
@@ -422,7 +413,7 @@ def test_booleans_among_numbers_are_no_numbers() -> None:
     assert array_of([True, False], of_booleans=True).dtype == bool
 
 
-def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
+def test_whole_numbers_may_have_a_fraction_of_zero():
     """JSON has one type of numbers, and some languages write 4 as 4.0."""
     assert parse_sample(as_json(n=4.0, seed=7.0), LATENTS) == parse_sample(
         as_json(n=4, seed=7), LATENTS
@@ -431,7 +422,7 @@ def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
         assert refused(parse_sample, as_json(n=value), LATENTS).code == "bad_parameter"
 
 
-def test_values_that_json_can_just_nest_are_refused() -> None:
+def test_values_that_json_can_just_nest_are_refused():
     """Python's limit of recursion is reached by the text of the error first."""
     for depth in range(900, 1000):
         nested = f'{{"images": ["AA=="], "seed": {"[" * depth}1{"]" * depth}}}'
@@ -439,7 +430,7 @@ def test_values_that_json_can_just_nest_are_refused() -> None:
         assert refused(parse_images, "score", raw).status in (400, 422)
 
 
-def test_text_among_numbers_takes_no_memory() -> None:
+def test_text_among_numbers_takes_no_memory():
     """NumPy makes each value as long as the longest text: here 400 MB of 700 kB."""
     values = ["a" * 1000, *range(100_000)]
     levels = [{"z": [[values]]}, {"z": np.zeros(LATENTS[1]).tolist()}]
@@ -456,7 +447,7 @@ def test_text_among_numbers_takes_no_memory() -> None:
 @pytest.mark.parametrize(
     "shapes", [LATENTS, [(32, 4, 4), (16, 8, 8), (8, 16, 16)], [(3, 1, 1)], [(1, 1, 512)]]
 )
-def test_every_answer_of_encode_can_be_sent_back(shapes: list) -> None:
+def test_every_answer_of_encode_can_be_sent_back(shapes):
     levels = [
         {
             "shape": shape,
@@ -472,7 +463,7 @@ def test_every_answer_of_encode_can_be_sent_back(shapes: list) -> None:
     assert request.count == 256
 
 
-def test_an_array_whose_shape_has_a_truth_value() -> None:
+def test_an_array_whose_shape_has_a_truth_value():
     data = npy(PIXELS[None]).replace(b"(1, 8, 8, 3), }   ", b"(True, 8, 8, 3), }")
     (image,) = parse_images(
         "score", RawRequest("application/x-npy", data[: len(npy(PIXELS[None]))])
@@ -494,7 +485,7 @@ def test_an_array_whose_shape_has_a_truth_value() -> None:
     ],
     ids=range(7),
 )
-def test_arrays_of_impossible_shapes_are_refused(shape: tuple[int, ...], dtype: str) -> None:
+def test_arrays_of_impossible_shapes_are_refused(shape, dtype):
     out = io.BytesIO()
     np.lib.format.write_array_header_2_0(
         out, {"descr": dtype, "fortran_order": False, "shape": shape}

@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -49,19 +47,17 @@ from training.runs import (
 from training.step import LAST_RATE, Trainer
 
 
-def test_rates_fall_in_the_last_part_of_a_budget(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rates_fall_in_the_last_part_of_a_budget(folder, tmp_path, monkeypatch):
     """For budgets of images and of minutes; a larger budget restores them until its last part."""
     shares: list[float] = []
     run = Trainer.run
 
-    def look(self: Trainer, drawn: list[torch.Tensor], spent: float = 0.0) -> dict[str, float]:
+    def look(self, drawn, spent=0.0):
         losses = run(self, drawn, spent)
         shares.append(round(self.optimizer.param_groups[0]["lr"] / self.config.learning_rate, 3))
         return losses
 
-    def shares_of(name: str, out: str, images: int, **more: Any) -> list[float]:
+    def shares_of(name, out, images, **more):
         shares.clear()
         options = RunOptions(images, device="cpu", precision="float32", **more)
         config = dataclasses.replace(narrow(name), warmup_steps=0, cooldown=0.4)
@@ -85,14 +81,12 @@ def test_rates_fall_in_the_last_part_of_a_budget(
 PHASES = {"likelihood_share": 0.5, "likelihood_batch_size": 8, "likelihood_learning_rate": 2e-3}
 
 
-def test_the_likelihood_alone_then_both_then_lower_rates(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_likelihood_alone_then_both_then_lower_rates(folder, tmp_path, monkeypatch):
     """In one run, whose budget in images decides each step; minutes become images at its start."""
     seen: list[tuple[int, bool, float, float]] = []
     run = Trainer.run
 
-    def look(self: Trainer, drawn: list[torch.Tensor], spent: float = 0.0) -> dict[str, float]:
+    def look(self, drawn, spent=0.0):
         losses = run(self, drawn, spent)
         rate, share = self.optimizer.param_groups[1]["lr"], self._quality_share
         seen.append((len(drawn[-1]), "d_loss" in losses, round(rate, 6), share))
@@ -120,9 +114,7 @@ def test_the_likelihood_alone_then_both_then_lower_rates(
     assert state["joint_since"] == round(resolved["images"] / 2 / 8)
 
 
-def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(folder, tmp_path, capsys):
     """In each phase: all that a step depends on is in the checkpoint.
 
     The recipe's own settings, with narrow networks: 10 steps of likelihood alone, then 10 joint
@@ -163,9 +155,7 @@ def test_a_flagship_that_is_killed_and_resumed_ends_with_the_same_bytes(
         assert path.read_bytes() == (latest_checkpoint(cut) / path.name).read_bytes(), path.name
 
 
-def test_a_lost_checkpoint_is_replaced_by_the_warm_start(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lost_checkpoint_is_replaced_by_the_warm_start(folder, tmp_path, caplog):
     """In each phase; the curve continues where it was."""
     config = dataclasses.replace(narrow("flagship"), alone_steps=2, warmup_steps=2)
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
@@ -191,14 +181,12 @@ def test_a_lost_checkpoint_is_replaced_by_the_warm_start(
         train(config, dataset, run, options, resume=True)
 
 
-def test_an_interruption_waits_for_its_step_and_saves_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_waits_for_its_step_and_saves_it(folder, tmp_path, monkeypatch):
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
     options = RunOptions(images=16 * 10, device="cpu", precision="float32")
     whole_step, fails = Trainer.run, False
 
-    def interrupted(self: Trainer, *given: Any) -> dict[str, float]:
+    def interrupted(self, *given):
         if fails or self.step % 3 == 2:
             signal.raise_signal(signal.SIGINT)
         losses = whole_step(self, *given)
@@ -220,11 +208,11 @@ def test_an_interruption_waits_for_its_step_and_saves_it(
     assert latest_checkpoint(run).name == "step-000000006" and latest_checkpoint(kept) == kept
 
 
-def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_gan_can_only_sample(folder, tmp_path):
     """Until its inference network is trained; when it resumes, its past time counts."""
     dataset = load_dataset(str(folder), None, 8)
 
-    def operations(out: str, images: int, resume: bool = False, **changes: Any) -> list[str]:
+    def operations(out, images, resume=False, **changes):
         options = RunOptions(images, device="cpu", precision="float32")
         if out == "late":
             options = dataclasses.replace(options, minutes=1e-6)
@@ -242,12 +230,12 @@ def test_an_interrupted_gan_can_only_sample(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_smaller_budget_leaves_a_gan_its_inference_network(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_frozen: bool
-) -> None:
+    folder, tmp_path, monkeypatch, is_frozen
+):
     """Whose training counts from the generator's last step, even if that was beyond the budget."""
     dataset, config, run = load_dataset(str(folder), None, 8), narrow("gan"), tmp_path / "run"
 
-    def options(steps: int) -> RunOptions:
+    def options(steps):
         return RunOptions(16 * steps, device="cpu", precision="float32", checkpoint_minutes=99.0)
 
     with monkeypatch.context() as patched:
@@ -261,9 +249,7 @@ def test_a_smaller_budget_leaves_a_gan_its_inference_network(
     assert "score" in read_config(latest_checkpoint(run))["operations"]
 
 
-def test_what_is_refused_leaves_a_run_as_it_was(
-    folder: Path, tmp_path: Path, small_images: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_refused_leaves_a_run_as_it_was(folder, tmp_path, small_images, caplog):
     dataset, run = load_dataset(str(folder), None, 8), tmp_path / "run"
     options = RunOptions(images=16 * 2, device="cpu", precision="float32")
     train(narrow("vae"), dataset, run, options, resume=False, source={"data": "here"})
@@ -287,7 +273,7 @@ def test_what_is_refused_leaves_a_run_as_it_was(
     assert "and resumes with 9 files (part select)" in caplog.text
 
 
-def test_a_start_that_failed_can_be_repeated(tmp_path: Path) -> None:
+def test_a_start_that_failed_can_be_repeated(tmp_path):
     """Such as on a full disk, before run.json was written."""
     run = tmp_path / "run"
     run.mkdir()
@@ -298,7 +284,7 @@ def test_a_start_that_failed_can_be_repeated(tmp_path: Path) -> None:
         check_folder(run, False)
 
 
-def test_pytorch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_gets_no_more_threads_than_cores(monkeypatch):
     """It does not know the CPU limit of a container."""
     before = torch.get_num_threads()
     try:
@@ -312,9 +298,7 @@ def test_pytorch_gets_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("traced_before")
-def test_an_export_leaves_the_number_of_threads_as_it_was(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_an_export_leaves_the_number_of_threads_as_it_was(tiny_checkpoint, small_images, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -324,7 +308,7 @@ def test_an_export_leaves_the_number_of_threads_as_it_was(
         torch.set_num_threads(before)
 
 
-def test_batches_do_not_depend_on_where_they_start(small_images: np.ndarray) -> None:
+def test_batches_do_not_depend_on_where_they_start(small_images):
     images = ImageSet(small_images)
     whole = images.batches(32, seed=1)
     first = [next(whole) for _ in range(25)]
@@ -340,14 +324,12 @@ def test_batches_do_not_depend_on_where_they_start(small_images: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("name, value", [("device", "gpu"), ("precision", "bf16")])
-def test_misspelt_options_are_errors(name: str, value: str) -> None:
+def test_misspelt_options_are_errors(name, value):
     with pytest.raises(RunError, match=f"{name} must be one of auto, .*, got '{value}'"):
         RunOptions(images=1, **{name: value})
 
 
-def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(folder, tmp_path):
     dataset = load_dataset(str(folder), None, 8)
     options = RunOptions(images=16, device="cpu", precision="float32", evaluate_steps=1)
     for name, has_density in (("v-ade", True), ("gan", False), ("real-nvp", False)):
@@ -363,7 +345,7 @@ def test_a_report_shows_density_samples_only_of_a_sigma_that_was_trained(
 
 
 @pytest.mark.parametrize("name", ["model", "raw", "optimizer", "discriminator", "d_optimizer"])
-def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path, name):
     folder = save_checkpoint(tmp_path, trainer(), Progress(), {"recipe": "av-ade"})
     path = folder / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[:10])
@@ -377,7 +359,7 @@ def test_a_damaged_or_incomplete_checkpoint_is_named(tmp_path: Path, name: str) 
         load_checkpoint(folder, trainer())
 
 
-def test_damaged_json_is_named(tmp_path: Path) -> None:
+def test_damaged_json_is_named(tmp_path):
     nothing = argparse.Namespace(data=None, root=None)
     for name, error, read in (
         ("run.json", RunError, last_options),

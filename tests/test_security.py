@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +31,11 @@ from tests.service import CANARIES, RunningService, error_of_serve
 NOBODY = 65534
 
 
-def family(service: RunningService) -> list[psutil.Process]:
+def family(service):
     return [psutil.Process(service.process.pid), *service.descendants()]
 
 
-def listening(service: RunningService) -> set[tuple[str, int]]:
+def listening(service):
     return {
         tuple(c.laddr)
         for p in family(service)
@@ -45,7 +44,7 @@ def listening(service: RunningService) -> set[tuple[str, int]]:
     }
 
 
-def connects(address: tuple[str, int]) -> bool:
+def connects(address):
     try:
         socket.create_connection(address, timeout=3).close()
         return True
@@ -54,7 +53,7 @@ def connects(address: tuple[str, int]) -> bool:
 
 
 @pytest.fixture
-def management(service: RunningService) -> Iterator[httpx.Client]:
+def management(service):
     """TorchServe's management API, which only the serving user can reach."""
     key = service.torchserve.key("management")
     transport = httpx.HTTPTransport(uds=str(service.torchserve.management_socket))
@@ -68,7 +67,7 @@ def management(service: RunningService) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def planted(service, tmp_path):
     """A hostile archive in every folder of the service, as if it had been uploaded; its marker."""
     marker, archive = tmp_path / "marker", workflow_archive(tmp_path / "marker")
     places = [
@@ -85,9 +84,7 @@ def planted(service: RunningService, tmp_path: Path) -> Iterator[tuple[Path, Pat
     shutil.rmtree(places[-1])
 
 
-def test_no_archive_is_fetched_registered_or_run(
-    service: RunningService, management: httpx.Client, planted: tuple[Path, Path]
-) -> None:
+def test_no_archive_is_fetched_registered_or_run(service, management, planted):
     """A visited web site uploads an archive and tries to register it at every open port.
 
     Then someone with the key to the management socket tries the same, and the names of archives
@@ -116,21 +113,21 @@ def test_no_archive_is_fetched_registered_or_run(
     assert management.get("/workflows").json()["workflows"] == []
 
 
-def test_the_workflow_store_cannot_be_written_by_root() -> None:
+def test_the_workflow_store_cannot_be_written_by_root():
     with pytest.raises(NotADirectoryError):
         Path(NO_FOLDER, "evil.war").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
         Path(NO_FOLDER).mkdir(parents=True)
 
 
-def test_nothing_can_be_unregistered(management: httpx.Client) -> None:
+def test_nothing_can_be_unregistered(management):
     for path in ("/models/sample", "/models/sample/1.0", "/workflows/evil"):
         assert management.delete(path).status_code in (404, 405)
     assert len(management.get("/models").json()["models"]) == 4
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
-def test_torchserve_answers_nothing_without_its_key(service: RunningService, method: str) -> None:
+def test_torchserve_answers_nothing_without_its_key(service, method):
     """Tested on its sockets, which only the serving user can reach. Its metrics have no key."""
     folder = service.torchserve
     for path, key in (
@@ -157,7 +154,7 @@ def test_torchserve_answers_nothing_without_its_key(service: RunningService, met
                     ), (url, answer.text)
 
 
-def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
+def test_only_our_ports_can_be_connected_to(service):
     """TorchServe's gRPC cannot be turned off, so it listens on an unreachable address."""
     found = listening(service)
     assert {host for host, _ in found} <= {"127.0.0.1", f"::ffff:{BROADCAST}"}
@@ -181,7 +178,7 @@ def test_only_our_ports_can_be_connected_to(service: RunningService) -> None:
             assert not connects((address, port)), address
 
 
-def test_secrets_of_the_environment_reach_no_child(service: RunningService) -> None:
+def test_secrets_of_the_environment_reach_no_child(service):
     workers = service.workers()
     assert len(workers) >= 4
     for process in service.descendants():
@@ -191,7 +188,7 @@ def test_secrets_of_the_environment_reach_no_child(service: RunningService) -> N
     assert workers[0].environ()[REPORTS_VARIABLE] == str(service.torchserve.reports_socket)
 
 
-def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_childs_environment_is_a_list_of_names(monkeypatch):
     for name in ("GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN", "LC_ALL", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "x")
     found = child_environment(ADE_STOP_FOLDER="y")
@@ -199,7 +196,7 @@ def test_a_childs_environment_is_a_list_of_names(monkeypatch: pytest.MonkeyPatch
     assert not {"GITHUB_TOKEN", "DATABASE_URL", "ADE_TOKEN"} & set(found)
 
 
-def test_the_working_folder_is_private(service: RunningService) -> None:
+def test_the_working_folder_is_private(service):
     folder = service.folder
     assert folder.path.stat().st_mode & 0o777 == 0o700 and folder.path.stat().st_uid == os.getuid()
     assert Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) in folder.path.parents
@@ -215,7 +212,7 @@ def test_the_working_folder_is_private(service: RunningService) -> None:
     assert page_files.stat().st_mode & 0o777 == 0o700 and page_files.parent == folder.path
 
 
-def test_short_tokens_and_bad_names_are_refused() -> None:
+def test_short_tokens_and_bad_names_are_refused():
     short = error_of_serve("--host", "0.0.0.0", ADE_TOKEN="x" * 31)
     assert "at least 32 characters" in short and "xxx" not in short
     spaced = error_of_serve("--host", "0.0.0.0", ADE_TOKEN="secret " * 6)
@@ -225,9 +222,7 @@ def test_short_tokens_and_bad_names_are_refused() -> None:
         assert "takes host names without scheme or port" in named
 
 
-def test_a_token_that_would_protect_nothing_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_token_that_would_protect_nothing_is_warned_of(monkeypatch, capsys):
     monkeypatch.setenv("ADE_TOKEN", "x" * 32)
     assert _token("127.0.0.1") is None
     said = capsys.readouterr().err
@@ -235,7 +230,7 @@ def test_a_token_that_would_protect_nothing_is_warned_of(
     assert _token("127.0.0.2") == "x" * 32 and not capsys.readouterr().err
 
 
-def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
+def test_a_host_that_is_not_of_this_machine_is_refused():
     """192.0.2.1 is reserved for documentation, and a..b cannot be a name."""
     error = error_of_serve("--host", "192.0.2.1")
     assert "cannot listen on 192.0.2.1 (" in error
@@ -246,7 +241,7 @@ def test_a_host_that_is_not_of_this_machine_is_refused() -> None:
         assert f"cannot listen on {host} (" in error_of_serve("--host", host)
 
 
-def test_a_page_port_that_is_taken_after_the_check_is_named() -> None:
+def test_a_page_port_that_is_taken_after_the_check_is_named():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -258,7 +253,7 @@ def test_a_page_port_that_is_taken_after_the_check_is_named() -> None:
             Page(plan, parts, parts)
 
 
-def as_nobody(attack: Callable[[], object]) -> object:
+def as_nobody(attack):
     """Call a function in a child process of another user; returns its result."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -279,7 +274,7 @@ def as_nobody(attack: Callable[[], object]) -> object:
 
 
 @pytest.fixture(scope="module")
-def exposed() -> Iterator[RunningService]:
+def exposed():
     """A service beyond loopback, with the operator's token and host name."""
     running = RunningService(
         PRETRAINED,
@@ -294,7 +289,7 @@ def exposed() -> Iterator[RunningService]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) -> None:
+def test_another_user_of_the_machine(exposed, tmp_path):
     """Tries every port, socket and file: nothing changes, and no secret is revealed."""
     folder, marker = exposed.folder, tmp_path / "marker"
     secrets = [
@@ -327,7 +322,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
         "/gradio_api/file=/etc/passwd",
     )
 
-    def attack() -> dict[str, object]:
+    def attack():
         opened, answers = [], []
         for file in [folder.path, *files]:
             for way in (
@@ -403,9 +398,7 @@ def test_another_user_of_the_machine(exposed: RunningService, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_off_loopback_a_token_is_required_and_never_printed(
-    exposed: RunningService, tmp_path: Path
-) -> None:
+def test_off_loopback_a_token_is_required_and_never_printed(exposed, tmp_path):
     token, output = exposed.folder.token_file.read_text(), "".join(exposed.output)
     assert len(token) == 43 and exposed.folder.token_file.stat().st_mode & 0o777 == 0o600
     for wrong in (None, "0", token[:-1], token + "x", token.swapcase()):

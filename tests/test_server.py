@@ -1,7 +1,5 @@
 """The contract over HTTP, on a real TorchServe with the shipped bundle."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -12,7 +10,6 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,7 +32,7 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 OPERATIONS = ("sample", "encode", "reconstruct", "score")
 
 
-def test_java_reads_folders_of_any_name(tmp_path: Path) -> None:
+def test_java_reads_folders_of_any_name(tmp_path):
     """Java reads properties as Latin-1, and log4j2 its file as XML, at an address that is a URI."""
     folder = ServerFolder(tmp_path / "José & #1")
     folder.path.mkdir()
@@ -55,18 +52,12 @@ def test_java_reads_folders_of_any_name(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(service: RunningService) -> Iterator[AdeClient]:
+def client(service):
     with AdeClient(service.url) as made:
         yield made
 
 
-def post(
-    service: RunningService,
-    operation: str,
-    data: bytes | None = None,
-    content_type: str = "image/png",
-    **options,
-) -> httpx.Response:
+def post(service, operation, data=None, content_type="image/png", **options):
     headers = {"Content-Type": content_type} if data is not None else {}
     return httpx.post(
         f"{service.url}/predictions/{operation}",
@@ -77,7 +68,7 @@ def post(
     )
 
 
-def error_of(answer: httpx.Response) -> dict:
+def error_of(answer):
     body = answer.json()
     assert set(body) == {"error"} and set(body["error"]) <= {"code", "message", "index"}, body
     assert answer.headers["content-type"] == "application/json"
@@ -85,7 +76,7 @@ def error_of(answer: httpx.Response) -> dict:
     return body["error"]
 
 
-def test_a_picture_reproduces_itself(service: RunningService) -> None:
+def test_a_picture_reproduces_itself(service):
     first = post(
         service,
         "sample",
@@ -105,7 +96,7 @@ def test_a_picture_reproduces_itself(service: RunningService) -> None:
     assert text["ade:model"] == first.headers["x-ade-model"]
 
 
-def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
+def test_image_i_depends_on_seed_and_index_alone(client):
     whole = client.sample(40, seed=3).images
     assert np.array_equal(client.sample(3, seed=3, index=17).images, whole[17:20])
     answer = client.sample(2, seed=3, index=5)
@@ -113,9 +104,7 @@ def test_image_i_depends_on_seed_and_index_alone(client: AdeClient) -> None:
     assert client.sample().seed != client.sample().seed
 
 
-def test_the_score_does_not_depend_on_worker_or_batch(
-    service: RunningService, client: AdeClient, real_images: np.ndarray
-) -> None:
+def test_the_score_does_not_depend_on_worker_or_batch(service, client, real_images):
     """Sixty-four requests at once reach all workers, in batches of all sizes."""
     data = encode(Image.fromarray(real_images[0]), "PNG")
     others = [encode(Image.fromarray(image), "PNG") for image in real_images[1:33]]
@@ -131,7 +120,7 @@ def test_the_score_does_not_depend_on_worker_or_batch(
         assert a.json()["results"][0]["bpd"] == b.bpd
 
 
-def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarray) -> None:
+def test_a_broken_image_among_good_ones(client, real_images):
     images = [real_images[0], b"junk", real_images[1]]
     scores = client.score(images)
     assert isinstance(scores[1], AdeError) and scores[1].index == 1
@@ -144,7 +133,7 @@ def test_a_broken_image_among_good_ones(client: AdeClient, real_images: np.ndarr
     assert caught.value.status == 415 and caught.value.index == 1
 
 
-def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
+def test_encode_then_decode(client, real_images):
     latents = client.encode(real_images[:2])
     assert latents.model == client.sample(1).model
     made = client.decode(latents.z)
@@ -152,9 +141,7 @@ def test_encode_then_decode(client: AdeClient, real_images: np.ndarray) -> None:
     assert np.abs(made.astype(int) - again).max() <= 1
 
 
-def test_files_arrays_pillow_images_and_paths_score_alike(
-    client: AdeClient, tmp_path: Path, real_images: np.ndarray
-) -> None:
+def test_files_arrays_pillow_images_and_paths_score_alike(client, tmp_path, real_images):
     path = tmp_path / "image.webp"
     Image.fromarray(real_images[0]).save(path, lossless=True)
     results = client.score(
@@ -165,11 +152,11 @@ def test_files_arrays_pillow_images_and_paths_score_alike(
     assert len({r.bpd for r in results if isinstance(r, ScoreResult)}) == 1 and len(results) == 8
 
 
-def as_json(**values) -> tuple[bytes, str]:
+def as_json(**values):
     return json.dumps(values).encode(), "application/json"
 
 
-def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
+def test_clients_that_call_every_body_a_form(service):
     """curl, and urllib, whose default content type is that of a URL-encoded form."""
     url, path = f"{service.url}/predictions/score", ROOT / "serving" / "examples" / "cat.png"
     expected = httpx.post(url, content=path.read_bytes()).json()
@@ -181,19 +168,14 @@ def test_clients_that_call_every_body_a_form(service: RunningService) -> None:
         assert json.load(answer) == expected
 
 
-def test_head_works_on_the_page_where_get_does(service: RunningService) -> None:
+def test_head_works_on_the_page_where_get_does(service):
     for path in ("/readyz", "/openapi.json"):
         got, head = (ask(service.page + path, timeout=60) for ask in (httpx.get, httpx.head))
         assert head.status_code == got.status_code == 200 and head.content == b""
         assert head.headers["content-length"] == got.headers["content-length"]
 
 
-def test_status(
-    service: RunningService,
-    client: AdeClient,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_status(service, client, monkeypatch, capsys):
     client.sample(seed=1)
     with pytest.raises(AdeError):
         client.sample(n=0)
@@ -230,7 +212,7 @@ def test_status(
     assert "workers     unknown: no service of this user is on these ports\n" in away
 
 
-def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
+def test_reasons_and_groups(client, real_images):
     noise = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     (result,) = client.score(noise)
     assert result.ood and result.explain[0].p_value < 0.001
@@ -244,9 +226,7 @@ def test_reasons_and_groups(client: AdeClient, real_images: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_backend_and_a_further_bundle(
-    real_images: np.ndarray, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_the_other_backend_and_a_further_bundle(real_images, small_images, tmp_path):
     """TorchScript agrees with ONNX; the further bundle answers under its own name."""
     from export.write import export_bundle
 
@@ -286,9 +266,7 @@ def test_the_other_backend_and_a_further_bundle(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_make_serve_gives_the_same_bytes_and_leaves_no_process_behind(
-    service: RunningService, real_images: np.ndarray, sign: signal.Signals
-) -> None:
+def test_make_serve_gives_the_same_bytes_and_leaves_no_process_behind(service, real_images, sign):
     """Ctrl-C reaches make and its child, SIGTERM only make."""
     import psutil
 
@@ -330,13 +308,13 @@ def test_make_serve_gives_the_same_bytes_and_leaves_no_process_behind(
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-def test_make_fit_requires_a_folder_of_images() -> None:
+def test_make_fit_requires_a_folder_of_images():
     command = ["make", "fit", "DATA=", f"VENV={sys.prefix}", "-o", f"{sys.prefix}/.fit"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "make fit needs DATA=DIR" in done.stderr
 
 
-def mean_bpd(service: RunningService, images: np.ndarray) -> float:
+def mean_bpd(service, images):
     served = [
         result["bpd"]
         for first in range(0, len(images), 256)
@@ -349,9 +327,7 @@ def mean_bpd(service: RunningService, images: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_bpd_over_http_is_that_of_evaluate(
-    service: RunningService, real_images: np.ndarray
-) -> None:
+def test_bpd_over_http_is_that_of_evaluate(service, real_images):
     import torch
 
     from ade_model.checkpoint import load_model
@@ -362,11 +338,11 @@ def test_bpd_over_http_is_that_of_evaluate(
     assert abs(mean_bpd(service, real_images) - float(expected)) < 0.005
 
 
-def test_a_taken_port_is_named(service: RunningService) -> None:
+def test_a_taken_port_is_named(service):
     assert "set ADE_INFERENCE_PORT to another" in error_of_serve(**service.variables)
 
 
-def test_a_missing_gpu_is_reported_at_once() -> None:
+def test_a_missing_gpu_is_reported_at_once():
     import torch
 
     if torch.cuda.is_available():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
 import pytest
@@ -14,13 +12,10 @@ import pytest
 import ade_client
 from tests.helpers import ROOT
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser
-
 ELSEWHERE = ("http:", "https:", "data:", "mailto:")
 
 
-def build(docs: Path, into: Path) -> subprocess.CompletedProcess[str]:
+def build(docs, into):
     """As ``make docs`` does."""
     pytest.importorskip("sphinx", reason="Sphinx is not installed: pip install -e '.[docs]'")
     (options,) = re.findall(r"-m sphinx (.+) docs build/docs", (ROOT / "Makefile").read_text())
@@ -32,14 +27,14 @@ def build(docs: Path, into: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     into = tmp_path_factory.mktemp("site")
     built = build(ROOT / "docs", into)
     assert built.returncode == 0, built.stderr
     return into
 
 
-def test_links_and_what_pages_load_are_part_of_the_site(site: Path) -> None:
+def test_links_and_what_pages_load_are_part_of_the_site(site):
     texts = {path: path.read_text() for path in site.rglob("*.html")}
     targets = {path: {"", *re.findall(r'\bid="([^"]+)"', text)} for path, text in texts.items()}
     assert len(texts) > 30
@@ -55,13 +50,13 @@ def test_links_and_what_pages_load_are_part_of_the_site(site: Path) -> None:
             assert fragment in targets.get(target, {fragment}), f"{path}: {url}"
 
 
-def test_the_reference_of_python_is_complete(site: Path) -> None:
+def test_the_reference_of_python_is_complete(site):
     python = (site / "reference" / "python.html").read_text()
     assert all(f'id="ade_client.{name}"' in python for name in ade_client.__all__)
     assert "Annotated[" not in python and "false-alarm rate: an image is rejected" in python
 
 
-def test_a_link_without_a_target_fails(tmp_path: Path) -> None:
+def test_a_link_without_a_target_fails(tmp_path):
     (tmp_path / "index.md").write_text("# A\n\n[b](index.md#c)\n")
     config = (ROOT / "docs" / "conf.py").read_text()
     (tmp_path / "conf.py").write_text(config.replace("__file__", repr(str(ROOT / "docs" / "x"))))
@@ -71,9 +66,7 @@ def test_a_link_without_a_target_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_search_and_colours_in_a_browser(
-    site: Path, browser: Browser, scheme: Literal["light", "dark"], width: int
-) -> None:
+def test_search_and_colours_in_a_browser(site, browser, scheme, width):
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

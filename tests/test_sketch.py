@@ -9,12 +9,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from PIL import Image
 from torch import nn
 
@@ -27,7 +25,7 @@ from export.to_onnx import export_encoder
 from export.write import export_bundle
 from serving.engine.bundle import Bundle, open_bundle
 from tests.helpers import narrow
-from training.data import DataError, Dataset
+from training.data import DataError
 from training.datasets.files import part_of
 from training.datasets.folder import load_folder
 from training.datasets.sketch import SIZE, VERSION, record_of, version_of
@@ -38,7 +36,7 @@ from training.runs import latest_checkpoint
 COUNT = 400
 
 
-def write_images(folder: Path, seed: int, count: int = COUNT) -> Path:
+def write_images(folder, seed, count=COUNT):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -47,45 +45,43 @@ def write_images(folder: Path, seed: int, count: int = COUNT) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> Dataset:
+def loaded(folder):
     return load_folder(folder, None, None, lambda line: None)
 
 
 @pytest.fixture(autouse=True)
-def a_few_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_few_suffice(monkeypatch):
     monkeypatch.setattr("export.gate.split.MIN_IMAGES", 1)
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     return write_images(tmp_path / "photos", 0)
 
 
 @pytest.fixture
-def record(photos: Path) -> dict[str, Any]:
+def record(photos):
     return record_of(loaded(photos))
 
 
-def bundle_of(record: dict[str, Any], ancestor: dict[str, Any] | None = None) -> Bundle:
+def bundle_of(record, ancestor=None):
     training = {"images_seen": 1, "started_from": ancestor}
     return Bundle(Path(), {"name": "it", "data": record, "training": training})
 
 
-def names_of(files: list[Path]) -> set[str]:
+def names_of(files):
     return {path.name for path in files}
 
 
-def names_in(part: str, count: int = COUNT) -> set[str]:
+def names_in(part, count=COUNT):
     return {name for i in range(count) if part_of(name := f"{i}.png") == part}
 
 
-def hash_of(path: Path) -> str:
+def hash_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def test_a_sketch_holds_the_smallest_hashes_and_no_paths(
-    photos: Path, record: dict[str, Any]
-) -> None:
+def test_a_sketch_holds_the_smallest_hashes_and_no_paths(photos, record):
     trained = [path for path in photos.iterdir() if part_of(path.name) == "train"]
     hashes = sorted(map(hash_of, trained))
     assert len(trained) > SIZE and record["sketch"] == hashes[:SIZE]
@@ -99,9 +95,7 @@ def test_a_sketch_holds_the_smallest_hashes_and_no_paths(
 
 @pytest.mark.parametrize("where", ["copy", "parent", "subfolder", "with the same name"])
 @pytest.mark.parametrize("network", ["model", "network of features"])
-def test_training_files_are_recognised_in_any_folder(
-    tmp_path: Path, photos: Path, record: dict[str, Any], where: str, network: str
-) -> None:
+def test_training_files_are_recognised_in_any_folder(tmp_path, photos, record, where, network):
     """Then only held-out files calibrate and test, as of the folder itself."""
     if where == "parent":
         write_images(tmp_path / "new" / "more", 1)
@@ -134,9 +128,7 @@ def test_training_files_are_recognised_in_any_folder(
     assert its == names_of(chosen.unseen) and its <= names_in("test")
 
 
-def test_a_few_training_files_among_others_are_recognised(
-    tmp_path: Path, photos: Path, record: dict[str, Any]
-) -> None:
+def test_a_few_training_files_among_others_are_recognised(tmp_path, photos, record):
     """A share of the training files that is unlikely to miss all of the sketched ones."""
     mixed = write_images(tmp_path / "mixed", 1)
     trained = sorted(names_in("train"))[:20]
@@ -146,9 +138,7 @@ def test_a_few_training_files_among_others_are_recognised(
     assert not names_of([*chosen.fit, *chosen.calibrate, *chosen.unseen]) & set(trained)
 
 
-def test_another_folder_of_the_same_name_counts_as_new(
-    tmp_path: Path, record: dict[str, Any]
-) -> None:
+def test_another_folder_of_the_same_name_counts_as_new(tmp_path, record):
     other = write_images(tmp_path / "elsewhere" / "photos", 1)
     said: list[str] = []
     chosen = choose_files(other, bundle_of(record), None, said.append)
@@ -158,7 +148,7 @@ def test_another_folder_of_the_same_name_counts_as_new(
     assert files_that_test(other, bundle_of(record), None, said.append) is None
 
 
-def test_held_out_files_alone_can_all_be_used(photos: Path, record: dict[str, Any]) -> None:
+def test_held_out_files_alone_can_all_be_used(photos, record):
     for name in names_in("train"):
         (photos / name).unlink()
     chosen = choose_files(photos, bundle_of(record), None, print)
@@ -166,7 +156,7 @@ def test_held_out_files_alone_can_all_be_used(photos: Path, record: dict[str, An
     assert names_of(used) == names_in("select") | names_in("calibrate") | names_in("test")
 
 
-def test_renamed_training_files_are_refused(photos: Path, record: dict[str, Any]) -> None:
+def test_renamed_training_files_are_refused(photos, record):
     """Their names no longer tell which of them were held out; copies under both names do."""
     trained = next(p for p in photos.iterdir() if hash_of(p) in record["sketch"])
     held_out = next(
@@ -185,9 +175,7 @@ def test_renamed_training_files_are_refused(photos: Path, record: dict[str, Any]
 
 
 @pytest.mark.parametrize("sketch", [None, "0" * 16, [], ["x"], [7], {"0" * 16: 1}, ["0" * 15]])
-def test_without_a_usable_sketch_the_name_decides(
-    tmp_path: Path, photos: Path, record: dict[str, Any], sketch: object
-) -> None:
+def test_without_a_usable_sketch_the_name_decides(tmp_path, photos, record, sketch):
     """Bundles of older versions have none; a damaged one would match no file."""
     record = {**record, "sketch": sketch}
     if sketch is None:
@@ -200,9 +188,7 @@ def test_without_a_usable_sketch_the_name_decides(
 
 
 @pytest.mark.parametrize("taken", ["started_from", "flow_from"])
-def test_the_data_of_earlier_models_are_recognised(
-    tmp_path: Path, photos: Path, record: dict[str, Any], taken: str
-) -> None:
+def test_the_data_of_earlier_models_are_recognised(tmp_path, photos, record, taken):
     """A model that was trained further on other images has seen those of before, too."""
     now = record_of(loaded(write_images(tmp_path / "later", 1)))
     before = {**record, "data": record["name"], "recipe": "v-ade", "started_from": None}
@@ -220,9 +206,7 @@ def test_the_data_of_earlier_models_are_recognised(
     assert not choose_files(tmp_path / "renamed", bundle, None, print).trained
 
 
-def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(
-    tmp_path: Path, record: dict[str, Any]
-) -> None:
+def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(tmp_path, record):
     """A run of an earlier version has no sketch, and its folder's name alone would mislead."""
     before = {"data": record["name"], "splits": record["splits"], "started_from": None}
     others = write_images(tmp_path / "others" / "photos", 2)
@@ -231,13 +215,13 @@ def test_an_earlier_stage_on_the_same_data_is_known_by_their_sketch(
     assert any("a data set of the same name, photos, but none of" in line for line in said)
 
 
-def test_a_named_data_set_is_recognised_by_its_training_part() -> None:
+def test_a_named_data_set_is_recognised_by_its_training_part():
     """The other parts may be divided otherwise, as STL-10's were in earlier versions."""
     said: list[str] = []
     parts = {"train": "unlabeled[0:90000]", "test": "test[0:8000]"}
     bundle = bundle_of({"name": "stl10", "splits": parts})
 
-    def found(**splits: str) -> str:
+    def found(**splits):
         return trained_on(bundle, "stl10", splits, None, said.append)
 
     now = found(train=parts["train"], calibrate="test[0:3000]", test="test[3000:8000]")
@@ -248,9 +232,7 @@ def test_a_named_data_set_is_recognised_by_its_training_part() -> None:
         found(train="unlabeled[0:80000]", test=parts["test"])
 
 
-def test_training_files_that_were_moved_before_a_run_resumes_are_recognised(
-    tmp_path: Path, photos: Path
-) -> None:
+def test_training_files_that_were_moved_before_a_run_resumes_are_recognised(tmp_path, photos):
     """A run keeps a sketch of the files from its start."""
     run, moved = tmp_path / "run", tmp_path / "moved"
     options = RunOptions(images=16, device="cpu", precision="float32")
@@ -267,9 +249,7 @@ def test_training_files_that_were_moved_before_a_run_resumes_are_recognised(
     assert choose_files(photos, bundle_of(record), None, print).trained
 
 
-def test_training_files_are_hashed_once(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_files_are_hashed_once(tmp_path, photos, monkeypatch):
     """Not by later runs of a process, nor by a run that resumes on the same files."""
     run, later = tmp_path / "run", tmp_path / "later"
     options = RunOptions(images=16, device="cpu", precision="float32")
@@ -284,9 +264,7 @@ def test_training_files_are_hashed_once(
     assert all(read_config(latest_checkpoint(its))["sketch"] == sketch for its in (run, later))
 
 
-def test_a_sketch_lacks_no_file(
-    tmp_path: Path, photos: Path, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sketch_lacks_no_file(tmp_path, photos, record, monkeypatch):
     """Without the disk, training files would not be recognised later."""
     dataset = loaded(photos)
     photos.rename(tmp_path / "unplugged")
@@ -295,7 +273,7 @@ def test_a_sketch_lacks_no_file(
     (tmp_path / "unplugged").rename(photos)
     assert record_of(dataset) == record
 
-    def fail(path: Path) -> bytes:
+    def fail(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("training.datasets.sketch.read_file", fail)
@@ -303,9 +281,7 @@ def test_a_sketch_lacks_no_file(
         choose_files(photos, bundle_of(record), None, print)
 
 
-def test_files_that_are_replaced_under_their_names_join_the_sketch(
-    tmp_path: Path, photos: Path
-) -> None:
+def test_files_that_are_replaced_under_their_names_join_the_sketch(tmp_path, photos):
     options = RunOptions(images=16, device="cpu", precision="float32")
     before = load_folder(photos, 8, None, print)
     train(narrow("vae"), before, tmp_path / "run", options, resume=False)
@@ -325,11 +301,11 @@ def test_files_that_are_replaced_under_their_names_join_the_sketch(
 
 
 class Means(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images):
         return images.float().mean((1, 2))
 
 
-def test_an_encoder_file_has_the_sketch(photos: Path, record: dict[str, Any]) -> None:
+def test_an_encoder_file_has_the_sketch(photos, record):
     path = photos.parent / "net.onnx"
     images = np.zeros((2, 4, 4, 3), np.uint8)
     export_encoder(Means(), images, ["features"], path, record)
@@ -349,8 +325,8 @@ def test_an_encoder_file_has_the_sketch(photos: Path, record: dict[str, Any]) ->
 
 @pytest.mark.usefixtures("traced_before")
 def test_a_bundle_has_the_sketch_of_the_data_that_it_was_trained_on(
-    tiny_checkpoint: Path, small_images: np.ndarray, tmp_path: Path, photos: Path
-) -> None:
+    tiny_checkpoint, small_images, tmp_path, photos
+):
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
     dataset = loaded(photos)

@@ -1,27 +1,22 @@
 """Statistics of images against known answers, and their independence of the batch."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 
 from ade_base.pictures.show import lossless_bits
-from serving.engine.engine import InferenceEngine
 from serving.verdict.encoder import SEEN
 from serving.verdict.lesson import LESSON
 from serving.verdict.semantic import DISTANCE, ENERGY
 from serving.verdict.statistics import MEANINGS, compute_statistics, meaning, statistic_names
 
 
-def outputs(
-    count: int, channels: int = 3, size: int = 32, levels: int = 2, **given: np.ndarray
-) -> dict[str, np.ndarray]:
+def outputs(count, channels=3, size=32, levels=2, **given):
     """Outputs of the graph of a perfect model: the residual is white noise."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> np.ndarray:
+    def normal(*shape):
         return rng.normal(size=(count, *shape)).astype(np.float32)
 
     made = {
@@ -33,11 +28,11 @@ def outputs(
     return {**made, **{f"surprise_{i}": normal(4, 8, 8) for i in range(levels)}, **given}
 
 
-def images(count: int, channels: int = 3, size: int = 32) -> np.ndarray:
+def images(count, channels=3, size=32):
     return np.random.default_rng(1).integers(0, 256, (count, size, size, channels), np.uint8)
 
 
-def test_white_noise_is_white() -> None:
+def test_white_noise_is_white():
     found = compute_statistics(images(40), outputs(40))
     sd = 1 / math.sqrt(3072)
     for name in (
@@ -56,11 +51,11 @@ def test_white_noise_is_white() -> None:
     assert found["latent_0_energy"].mean() == pytest.approx(0, abs=0.05)
 
 
-def test_structure_in_the_residual_is_seen() -> None:
+def test_structure_in_the_residual_is_seen():
     rng = np.random.default_rng(2)
     white = rng.normal(size=(1, 3, 32, 32)).astype(np.float32)
 
-    def of(residual: np.ndarray) -> dict[str, float]:
+    def of(residual):
         return {
             k: float(v[0])
             for k, v in compute_statistics(images(1), outputs(1, residual=residual)).items()
@@ -82,7 +77,7 @@ def test_structure_in_the_residual_is_seen() -> None:
     assert of(blocks)["residual_patches"] > of(white)["residual_patches"] + 2
 
 
-def test_pixels_by_hand() -> None:
+def test_pixels_by_hand():
     picture = np.zeros((1, 32, 32, 3), np.uint8)
     picture[:, :, 16:] = 255
     found = {k: float(v[0]) for k, v in compute_statistics(picture, outputs(1)).items()}
@@ -98,7 +93,7 @@ def test_pixels_by_hand() -> None:
     assert found["map_follows_edges"] == pytest.approx(0, abs=0.1)
 
 
-def test_bits_and_complexity() -> None:
+def test_bits_and_complexity():
     parts = np.array([[1.5, -5.0, 0.2, 0.1]], np.float32)
     picture = images(1)
     found = compute_statistics(picture, outputs(1, parts=parts))
@@ -106,7 +101,7 @@ def test_bits_and_complexity() -> None:
     assert found["excess"][0] == pytest.approx(4.8 - lossless_bits(picture[0]), rel=1e-6)
 
 
-def test_lossless_bits() -> None:
+def test_lossless_bits():
     noise, flat = images(1)[0], np.full((32, 32, 3), 7, np.uint8)
     assert 8.0 < lossless_bits(noise) < 8.3 and lossless_bits(flat) < 0.15
     assert 8.0 < lossless_bits(images(1, channels=1)[0]) < 9.5
@@ -114,7 +109,7 @@ def test_lossless_bits() -> None:
 
 
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 8), (3, 9), (4, 16), (3, 64)])
-def test_any_shape(channels: int, size: int) -> None:
+def test_any_shape(channels, size):
     found = compute_statistics(images(3, channels, size), outputs(3, channels, size))
     assert all(
         v.shape == (3,) and v.dtype == np.float32 and np.isfinite(v).all() for v in found.values()
@@ -122,16 +117,14 @@ def test_any_shape(channels: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_a_flat_image_has_finite_statistics(value: int) -> None:
+def test_a_flat_image_has_finite_statistics(value):
     flat = np.full((1, 32, 32, 3), value, np.uint8)
     nothing = {k: np.zeros_like(v) for k, v in outputs(1).items()}
     assert all(np.isfinite(v).all() for v in compute_statistics(flat, nothing).values())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 31, 32, 33])
-def test_statistics_do_not_depend_on_the_batch(
-    batch: int, pretrained_engine: InferenceEngine, real_images: np.ndarray
-) -> None:
+def test_statistics_do_not_depend_on_the_batch(batch, pretrained_engine, real_images):
     few = pretrained_engine.statistics(real_images[:1])
     many = pretrained_engine.statistics(real_images[:batch])
     assert few.keys() == many.keys() and all(
@@ -139,7 +132,7 @@ def test_statistics_do_not_depend_on_the_batch(
     )
 
 
-def test_statistics_do_not_depend_on_the_order_of_memory() -> None:
+def test_statistics_do_not_depend_on_the_order_of_memory():
     images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
     expected = compute_statistics(images, outputs(3))
@@ -148,7 +141,7 @@ def test_statistics_do_not_depend_on_the_order_of_memory() -> None:
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_every_statistic_has_a_meaning(pretrained_engine: InferenceEngine) -> None:
+def test_every_statistic_has_a_meaning(pretrained_engine):
     engine = pretrained_engine
     assert engine.calibration is not None
     names = [*statistic_names(engine.image_shape, engine.latent_shapes), DISTANCE, ENERGY]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ import torch
 from ade_model.likelihood import ElboTerms
 from tests.helpers import narrow, shake
 from tests.training_runs import SMALL, batches, trainer
-from training.config import TrainConfig
 from training.losses import coverage_loss, quality_loss
 from training.noise import Noise
 from training.step import (
@@ -23,19 +21,18 @@ from training.step import (
     MAX_SKIPPED_STEPS,
     RECOVERY_STEPS,
     SPIKE,
-    Trainer,
     TrainingDiverged,
 )
 
 
-def test_likelihood_improves(small_images: np.ndarray) -> None:
+def test_likelihood_improves(small_images):
     config = dataclasses.replace(SMALL, discriminator=None, learning_rate=3e-3, warmup_steps=1)
     trained = trainer(config)
     losses = [trained.run(b)["bpd"] for b in batches(small_images, 60, config)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
 
 
-def test_both_players_are_trained(small_images: np.ndarray) -> None:
+def test_both_players_are_trained(small_images):
     trained = trainer()
     before = {name: p.clone() for name, p in trained.model.named_parameters()}
     d_before = [p.clone() for p in trained.adversaries[0].network.parameters()]
@@ -51,10 +48,10 @@ def test_both_players_are_trained(small_images: np.ndarray) -> None:
     ) > 0.8 * len(before)
 
 
-def gradients_of_one_step(trained: Trainer, images: np.ndarray) -> dict[str, torch.Tensor]:
+def gradients_of_one_step(trained, images):
     seen: dict[str, torch.Tensor] = {}
 
-    def look() -> None:
+    def look():
         seen.update({n: p.grad.clone() for n, p in trained.model.named_parameters()})
 
     trained.optimizer.step = look
@@ -63,9 +60,7 @@ def gradients_of_one_step(trained: Trainer, images: np.ndarray) -> dict[str, tor
 
 
 @pytest.mark.parametrize("sees, noisy_share", [(False, 0.0), (False, 0.5), (True, 0.0)])
-def test_the_flow_gets_the_likelihood_gradient_alone(
-    small_images: np.ndarray, sees: bool, noisy_share: float
-) -> None:
+def test_the_flow_gets_the_likelihood_gradient_alone(small_images, sees, noisy_share):
     """Unless the option says otherwise, L_Q changes the decoder's update, but not the flow's.
 
     Nor does it change sigma's, even if the discriminator sees the decoder's noise.
@@ -85,7 +80,7 @@ def test_the_flow_gets_the_likelihood_gradient_alone(
     assert not any(torch.allclose(updates[0.0][n], updates[50.0][n], atol=1e-6) for n in decoder)
 
 
-def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder() -> None:
+def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder():
     mean, mixed, noisy = (
         trainer(dataclasses.replace(SMALL, noisy_share=share))._generate(
             32, Noise(0, 0, torch.device("cpu"), 0, 1)
@@ -98,7 +93,7 @@ def test_a_share_of_the_generated_images_has_the_noise_of_the_decoder() -> None:
     assert torch.equal(mixed, expected)
 
 
-def outcome(images: np.ndarray, config: TrainConfig = SMALL) -> torch.Tensor:
+def outcome(images, config=SMALL):
     trained = trainer(config)
     for b in batches(images, 4, config):
         trained.run(b, spent=0.6)
@@ -106,7 +101,7 @@ def outcome(images: np.ndarray, config: TrainConfig = SMALL) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def unchanged(small_images: np.ndarray) -> torch.Tensor:
+def unchanged(small_images):
     return outcome(small_images)
 
 
@@ -121,15 +116,13 @@ CHANGES = """
 
 
 @pytest.mark.parametrize("changes", CHANGES.split())
-def test_every_option_changes_the_outcome(
-    small_images: np.ndarray, unchanged: torch.Tensor, changes: str
-) -> None:
+def test_every_option_changes_the_outcome(small_images, unchanged, changes):
     pairs = (change.split("=") for change in changes.split(","))
     config = dataclasses.replace(SMALL, **{name: json.loads(value) for name, value in pairs})
     assert not torch.equal(unchanged, outcome(small_images, config))
 
 
-def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
+def test_the_likelihood_and_the_generators_path_are_two_groups():
     """Each with its own rate and betas; together they are all weights, each once."""
     for name in ("v-ade", "av-ade", "av-ade-iaf-rd", "gan", "real-nvp", "flow-gan-h"):
         trained = trainer(narrow(name))
@@ -151,11 +144,11 @@ def test_the_likelihood_and_the_generators_path_are_two_groups() -> None:
             assert any(".prior_net." in n for n in path) and any("to_mean" in n for n in path)
 
 
-def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray) -> None:
+def test_gradients_are_clipped_against_their_usual_norm(small_images):
     config = dataclasses.replace(SMALL, discriminator=None, warmup_steps=0, clip=4.0)
     (batch,) = batches(small_images, 1, config)
 
-    def applied(usual: float) -> tuple[float, float, float]:
+    def applied(usual):
         """Norms of one step's gradient before and after clipping, and the usual norm afterwards."""
         trained = trainer(config)
         trained.usual_norm["model"] = usual
@@ -178,9 +171,7 @@ def test_gradients_are_clipped_against_their_usual_norm(small_images: np.ndarray
     assert applied(norm / (2 * SPIKE))[1] == pytest.approx(4 * norm / (2 * SPIKE), rel=1e-4)
 
 
-def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(
-    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(small_images, monkeypatch):
     (batch,) = batches(small_images, 1)
     each, every_second = (
         trainer(dataclasses.replace(SMALL, gp_weight=weight, gp_every=every)).run(batch)
@@ -191,7 +182,7 @@ def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(
     trained = trainer(dataclasses.replace(SMALL, gp_weight=10.0, gp_every=2, warmup_steps=0))
     weights, applied = list(trained.adversaries[0].network.parameters()), []
 
-    def step() -> None:
+    def step():
         gradients = [p.grad.flatten() for p in weights if p.grad is not None]
         applied.append(torch.cat(gradients).norm().item())
 
@@ -204,7 +195,7 @@ def test_a_penalty_weighs_as_much_however_seldom_it_is_computed(
     assert np.mean(of_penalty[10:]) > 0.9
 
 
-def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray) -> None:
+def test_one_batch_of_samples_serves_both_players(small_images):
     """The generator learns from the updated discriminator, on the samples of its step."""
     config = dataclasses.replace(SMALL, coverage=False, quality_weight=1.0)
     trained = trainer(config)
@@ -225,9 +216,7 @@ def test_one_batch_of_samples_serves_both_players(small_images: np.ndarray) -> N
     )
 
 
-def test_two_adversaries_train_alone_first_then_the_generator_learns_from_both(
-    real_images: np.ndarray,
-) -> None:
+def test_two_adversaries_train_alone_first_then_the_generator_learns_from_both(real_images):
     config = dataclasses.replace(narrow("flagship", image_size=32), alone_steps=2, warmup_steps=2)
     trained = trainer(config)
     (alone,) = trained.batch_sizes
@@ -261,7 +250,7 @@ def test_two_adversaries_train_alone_first_then_the_generator_learns_from_both(
     assert torch.allclose(both, 0.05 / 2 * (projected + pixels), rtol=1e-3, atol=1e-7)
 
 
-def test_reconstructions_train_the_whole_model(small_images: np.ndarray) -> None:
+def test_reconstructions_train_the_whole_model(small_images):
     gradients = {}
     for weight in (0.0, 100.0):
         trained = trainer(dataclasses.replace(SMALL, reconstruction_weight=weight))
@@ -285,7 +274,7 @@ def test_reconstructions_train_the_whole_model(small_images: np.ndarray) -> None
     )
 
 
-def test_the_kl_is_reported_by_level(small_images: np.ndarray) -> None:
+def test_the_kl_is_reported_by_level(small_images):
     config = dataclasses.replace(SMALL, discriminator=None)
     trained, plain = trainer(config), trainer(dataclasses.replace(config, free_bits=1.0))
     shake(trained.model)
@@ -294,7 +283,7 @@ def test_the_kl_is_reported_by_level(small_images: np.ndarray) -> None:
     terms: list[ElboTerms] = []
     infer = trained.model.elbo_terms_with_analytic_kl
 
-    def watched(x: torch.Tensor, eps: list[torch.Tensor]) -> tuple[ElboTerms, torch.Tensor]:
+    def watched(x, eps):
         found = infer(x, eps)
         terms.append(found[0])
         return found
@@ -312,12 +301,10 @@ def test_the_kl_is_reported_by_level(small_images: np.ndarray) -> None:
     assert plain.run(batch)["bpd"] == pytest.approx(losses["bpd"], abs=1e-6)
 
 
-def test_the_benchmark_compiles_the_methods_that_training_calls(
-    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_benchmark_compiles_the_methods_that_training_calls(small_images, monkeypatch):
     called: set[str] = set()
 
-    def watched(method: Any) -> Any:
+    def watched(method):
         return lambda *inputs: (called.add(method.__name__), method(*inputs))[1]
 
     monkeypatch.setattr(torch, "compile", watched)
@@ -326,7 +313,7 @@ def test_the_benchmark_compiles_the_methods_that_training_calls(
     assert called == {"elbo_terms_with_analytic_kl", "sample"}
 
 
-def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> None:
+def test_losses_that_are_not_finite_stop_the_run(small_images):
     trained = trainer()
     (batch,) = batches(small_images, 1)
     with torch.no_grad():
@@ -335,7 +322,7 @@ def test_losses_that_are_not_finite_stop_the_run(small_images: np.ndarray) -> No
         trained.run(batch)
 
 
-def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(small_images: np.ndarray) -> None:
+def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(small_images):
     """JSON has no number for it, and metrics.jsonl would be invalid."""
     trained = trainer(dataclasses.replace(SMALL, discriminator=None))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
@@ -347,9 +334,7 @@ def test_a_gradient_that_is_not_finite_is_counted_and_has_no_norm(small_images: 
 
 
 @pytest.mark.parametrize("decay", [SMALL.ema_decay, 0.9])
-def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
-    small_images: np.ndarray, decay: float
-) -> None:
+def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(small_images, decay):
     trained = trainer(dataclasses.replace(SMALL, discriminator=None, ema_decay=decay))
     (batch,) = batches(small_images, 1, dataclasses.replace(SMALL, discriminator=None))
     trained.run(batch)
@@ -386,9 +371,7 @@ def test_an_outlier_is_skipped_then_the_average_takes_over_then_the_run_stops(
             trained.run(batch)
 
 
-def test_the_inference_network_is_trained_around_a_frozen_generator(
-    small_images: np.ndarray,
-) -> None:
+def test_the_inference_network_is_trained_around_a_frozen_generator(small_images):
     config = narrow("gan")
     trained = trainer(config)
     for b in batches(small_images, 3, config):

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -57,7 +56,7 @@ EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SLEEP = ["sleep", "1000"]
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
+def until(condition, seconds=10.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -66,14 +65,14 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> bool:
     return False
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid):
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def reapers(process: psutil.Process) -> set[int]:
+def reapers(process):
     """Those below a process."""
     found = set()
     for child in process.children(recursive=True):
@@ -84,24 +83,19 @@ def reapers(process: psutil.Process) -> set[int]:
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+def supervisor(tmp_path):
     with Supervisor(tmp_path) as started:
         yield started
 
 
-def start(supervisor: Supervisor, script: str = "exec sleep 1000", **options: Any) -> Child:
+def start(supervisor, script="exec sleep 1000", **options):
     """Start a page that is a script of a shell."""
     given = {"restarts": True, **options}
     return supervisor.start("page", ["sh", "-c", script], dict(os.environ), **given)
 
 
 @pytest.mark.parametrize("can_be_told", [True, False])
-def test_a_killed_child_is_restarted(
-    can_be_told: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_killed_child_is_restarted(can_be_told, tmp_path, monkeypatch, capfd):
     """What it started ends before. Standard error may be a file on a full disk."""
     pids = tmp_path / "pids"
     with Supervisor(tmp_path) as supervisor, open("/dev/full", "w") as full:
@@ -122,9 +116,7 @@ def test_a_killed_child_is_restarted(
     assert can_be_told == ("page ended with -9: restarting it" in capfd.readouterr().err)
 
 
-def test_addresses_are_printed_for_any_proxy_and_need_not_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_addresses_are_printed_for_any_proxy_and_need_not_be(tmp_path, monkeypatch, capsys):
     plan: Any = SimpleNamespace(
         bundles=[open_bundle(PRETRAINED)],
         ports=Ports(8080, 8082, 7860),
@@ -147,9 +139,7 @@ def test_addresses_are_printed_for_any_proxy_and_need_not_be(
         assert all(direct != ("--noproxy '*'" in request) for request in requests)
 
 
-def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(monkeypatch, capsys):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -164,7 +154,7 @@ def test_a_gpu_is_left_alone_if_onnx_runtime_is_for_cpus(
     assert serve._gpu_for("auto", "onnxruntime") and serve._gpu_for("cuda", "onnxruntime")
 
 
-def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
+def test_a_service_answers_at_the_name_that_it_listens_on():
     """At which its readiness is asked, too."""
     assert serve._allowed_hosts("", "Box.lan") == ["box.lan"]
     assert serve._allowed_hosts("", "Bücher.lan") == ["xn--bcher-kva.lan"]  # as clients send it
@@ -173,14 +163,12 @@ def test_a_service_answers_at_the_name_that_it_listens_on() -> None:
         assert serve._allowed_hosts("a.example", host) == ["a.example"]
 
 
-def test_a_child_that_cannot_be_started_again_for_a_moment(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_child_that_cannot_be_started_again_for_a_moment(supervisor, monkeypatch, capsys):
     """Such as at a limit of processes: the other parts of the service continue."""
     child, other = start(supervisor), start(supervisor)
     first = child.process.pid
 
-    def fail(self: object) -> None:
+    def fail(self):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with monkeypatch.context() as patch:
@@ -194,7 +182,7 @@ def test_a_child_that_cannot_be_started_again_for_a_moment(
     assert supervisor.tend() and child.process.pid != first and child.process.poll() is None
 
 
-def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
+def test_closed_standard_streams_leave_their_numbers_to_no_socket():
     """Children inherit the page's socket, but have files of their own under these numbers."""
     script = """if True:
         import argparse, socket, sys
@@ -217,12 +205,7 @@ def test_closed_standard_streams_leave_their_numbers_to_no_socket() -> None:
     ],
     ids=["may not end", "while the service starts", "keeps dying"],
 )
-def test_a_child_whose_end_ends_the_service(
-    restarts: bool,
-    is_starting: bool,
-    message: str,
-    supervisor: Supervisor,
-) -> None:
+def test_a_child_whose_end_ends_the_service(restarts, is_starting, message, supervisor):
     script = "echo the reason; exit 3"
     child = start(supervisor, script, restarts=restarts)
     for _ in range(MAX_DEATHS - 1 if restarts and not is_starting else 0):
@@ -233,7 +216,7 @@ def test_a_child_whose_end_ends_the_service(
         supervisor.tend(restarts=not is_starting)
 
 
-def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_are_stopped_together(tmp_path, monkeypatch):
     """Containers get one grace period for all of them."""
     monkeypatch.setattr("handlers.processes.supervision.STOP_TIMEOUT_S", 3.0)
     stubborn = ["sh", "-c", "trap '' TERM; touch \"$0\"; exec sleep 1000"]
@@ -247,20 +230,20 @@ def test_children_are_stopped_together(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def interrupts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+def interrupts(monkeypatch):
     """Sends SIGTERM when a process was started whose command has the word ``before``.
 
     What ``at`` returns when the signal arrives is in the list.
     """
     popen, given, seen = subprocess.Popen, {"before": None, "at": lambda: None}, list[Any]()
 
-    def interrupted(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    def interrupted(command, **options):
         made = popen(command, **options)
         if given["before"] in command:
             os.kill(os.getpid(), signal.SIGTERM)
         return made
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number, frame):
         seen.append(given["at"]())
         raise SystemExit(0)
 
@@ -272,9 +255,7 @@ def interrupts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any]
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-def test_a_signal_while_a_child_is_started_leaves_no_orphan(
-    restarts: bool, tmp_path: Path, interrupts: tuple[dict[str, Any], list[Any]]
-) -> None:
+def test_a_signal_while_a_child_is_started_leaves_no_orphan(restarts, tmp_path, interrupts):
     given, seen = interrupts
     before = set(psutil.Process().children())
     with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
@@ -287,9 +268,7 @@ def test_a_signal_while_a_child_is_started_leaves_no_orphan(
     assert not [one for one in psutil.Process().children() if one not in before]
 
 
-def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(
-    tmp_path: Path, interrupts: tuple[dict[str, Any], list[Any]]
-) -> None:
+def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(tmp_path, interrupts):
     given, seen = interrupts
     given["at"] = tmp_path.exists
     with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
@@ -304,13 +283,11 @@ def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(
     assert seen == [True]
 
 
-def test_the_reaper_stays_until_there_is_another(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_reaper_stays_until_there_is_another(supervisor, monkeypatch):
     """If the machine has no room for a process, a service that is killed still leaves none."""
     popen = subprocess.Popen
 
-    def scarce(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    def scarce(command, **options):
         if "ade-reaper" in command:
             raise OSError("Resource temporarily unavailable")
         return popen(command, **options)
@@ -328,9 +305,7 @@ def test_the_reaper_stays_until_there_is_another(
     assert len(now - first) == len(first - now) == 1
 
 
-def test_a_child_that_may_end_is_not_signalled_later(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_that_may_end_is_not_signalled_later(supervisor, monkeypatch):
     """Its number may be another's then."""
     child = start(supervisor)
     child.is_ending = True
@@ -344,14 +319,14 @@ def test_a_child_that_may_end_is_not_signalled_later(
     assert signalled == []
 
 
-def kills(answers: list[bool | None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def kills(answers, monkeypatch):
     """After how many checks a front is killed that answers them like this.
 
     It is replaced at once.
     """
     found, left = list[int](), list(answers)
 
-    def kill() -> None:
+    def kill():
         found.append(len(answers) - len(left))
         front.process = SimpleNamespace(kill=kill)
 
@@ -383,18 +358,13 @@ STARTS, RUNS = [False] * MAX_UNANSWERED_AT_START, [False] * MAX_UNANSWERED
         ([True, *RUNS, *STARTS], [7, 37]),
     ],
 )
-def test_a_front_that_hangs_is_killed(
-    answers: list[bool | None],
-    killed_after: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_front_that_hangs_is_killed(answers, killed_after, monkeypatch, capfd):
     assert kills(answers, monkeypatch) == killed_after
     said = capfd.readouterr().err
     assert said.count(" in a row unanswered for 20 s each: killing it\n") == len(killed_after)
 
 
-def test_a_check_of_a_front(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_a_front(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(server.handle_request)
@@ -404,7 +374,7 @@ def test_a_check_of_a_front(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hangs._answers(server.server_port) is None
 
 
-def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
+def test_a_page_that_is_replaced_leaves_no_files(tmp_path):
     plan: Any = SimpleNamespace(
         bundles=[],
         host="127.0.0.1",
@@ -415,7 +385,7 @@ def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
     )
     folder: Any = SimpleNamespace(path=tmp_path)
 
-    def files() -> list[str]:
+    def files():
         return sorted(path.name for path in tmp_path.glob("page-*") if path.is_dir())
 
     with Supervisor(tmp_path) as supervisor:
@@ -427,7 +397,7 @@ def test_a_page_that_is_replaced_leaves_no_files(tmp_path: Path) -> None:
             assert files() == [f"page-files-{i}"] and list(supervisor.pids) == ["page"]
 
 
-def test_output_may_be_kept_elsewhere(tmp_path: Path) -> None:
+def test_output_may_be_kept_elsewhere(tmp_path):
     """Where it outlives the working folder; a folder that was removed is made again."""
     (work := tmp_path / "work").mkdir()
     kept = tmp_path / "logs" / "front.out"
@@ -443,9 +413,7 @@ def test_output_may_be_kept_elsewhere(tmp_path: Path) -> None:
     assert list(work.glob("*.out")) == []
 
 
-def test_output_that_cannot_be_written_keeps_no_child_from_being_restarted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_that_cannot_be_written_keeps_no_child_from_being_restarted(tmp_path, capsys):
     logs = tmp_path / "logs"
     with Supervisor(tmp_path) as supervisor:
         given: Any = ("front", SLEEP, dict(os.environ), True, (), logs / "front.out")
@@ -459,7 +427,7 @@ def test_output_that_cannot_be_written_keeps_no_child_from_being_restarted(
             supervisor.start(*given)
 
 
-def test_output_is_bounded(tmp_path: Path) -> None:
+def test_output_is_bounded(tmp_path):
     with Supervisor(tmp_path) as supervisor:
         child = supervisor.start("page", ["sh", "-c", "yes 0123456789"], dict(os.environ))
         assert until(lambda: child.output.stat().st_size > MAX_OUTPUT_BYTES)
@@ -478,7 +446,7 @@ def test_output_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kills_reaper", [False, True])
-def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: bool) -> None:
+def test_children_and_folder_die_with_the_service(tmp_path, kills_reaper):
     """So do children of children, such as TorchServe's workers."""
     folder = tmp_path / "folder with space"
     folder.mkdir()
@@ -494,7 +462,7 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
     process = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=ROOT)
     try:
 
-        def descendants() -> list[psutil.Process]:
+        def descendants():
             return psutil.Process(process.pid).children(recursive=True)
 
         assert until(lambda: len(descendants()) == 5)
@@ -511,9 +479,7 @@ def test_children_and_folder_die_with_the_service(tmp_path: Path, kills_reaper: 
         process.kill()
 
 
-def test_the_folder_is_locked_found_and_gone(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_is_locked_found_and_gone(short_path, monkeypatch):
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
     ports, other = Ports(1, 2, 3), Ports(1, 2, 4)
     with run_folder() as folder:
@@ -528,9 +494,7 @@ def test_the_folder_is_locked_found_and_gone(
     assert not folder.path.exists()
 
 
-def test_cleaners_of_temporary_files_leave_out_the_folder(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cleaners_of_temporary_files_leave_out_the_folder(short_path, monkeypatch):
     """systemd-tmpfiles takes this lock of each folder before it looks for old files."""
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
     with run_folder() as folder:
@@ -541,7 +505,7 @@ def test_cleaners_of_temporary_files_leave_out_the_folder(
     os.close(cleaner)
 
 
-def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_path: Path) -> None:
+def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_path):
     folder = RunFolder(tmp_path)
     (tmp_path / "service.new").mkdir()  # as a full disk would, it keeps the file from being written
     with pytest.raises(OSError):
@@ -554,16 +518,14 @@ def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_
     assert before is not None and folder.read_description() == before
 
 
-def test_a_full_disk_of_the_working_folder_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_of_the_working_folder_is_named(tmp_path):
     folder = RunFolder(tmp_path)
     (tmp_path / "probe.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match=re.escape(str(folder.probe_file))):
         folder.write(folder.probe_file, "secret")
 
 
-def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(short_path, monkeypatch):
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
     dead, living, other = (
         short_path / f"{PREFIX}dead",
@@ -594,9 +556,7 @@ def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(
         holder.communicate()
 
 
-def test_a_folder_whose_removal_was_interrupted_is_removed_and_not_found(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_whose_removal_was_interrupted_is_removed_and_not_found(short_path, monkeypatch):
     """Its lock may be gone already. In the temporary folder it may be a new one."""
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
     monkeypatch.setattr("tempfile.tempdir", str(short_path))
@@ -610,12 +570,10 @@ def test_a_folder_whose_removal_was_interrupted_is_removed_and_not_found(
         assert not dead.path.exists() and new.exists()
 
 
-def test_a_dead_folder_stays_dead_however_often_it_is_looked_at(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dead_folder_stays_dead_however_often_it_is_looked_at(short_path, monkeypatch):
     release = FileLock.release
 
-    def release_and_remove(lock: FileLock, force: bool = False) -> None:
+    def release_and_remove(lock, force=False):
         release(lock, force)
         Path(lock.lock_file).unlink(missing_ok=True)
 
@@ -631,9 +589,7 @@ def test_a_dead_folder_stays_dead_however_often_it_is_looked_at(
         assert not dead.path.exists()
 
 
-def test_where_the_cache_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / ("long" * 30), "relative"):
@@ -652,9 +608,7 @@ def test_where_the_cache_cannot_be_written(
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
-def test_no_working_folder_where_others_can_write(
-    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_working_folder_where_others_can_write(mode, tmp_path, monkeypatch):
     """Others could replace the lock by a link, whose target is emptied, or rename the folder."""
     mine = tmp_path / "mine"
     mine.write_text("something")
@@ -670,9 +624,7 @@ def test_no_working_folder_where_others_can_write(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_no_working_folder_in_one_of_another_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_working_folder_in_one_of_another_user(tmp_path, monkeypatch):
     os.chown(tmp_path, 12345, 12345)
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
     refused = pytest.raises(RunFolderError, match=f"{tmp_path} belongs to another user")
@@ -680,9 +632,7 @@ def test_no_working_folder_in_one_of_another_user(
         pass
 
 
-def test_temporary_files_without_a_sticky_bit(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_files_without_a_sticky_bit(short_path, monkeypatch):
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr("tempfile.tempdir", str(short_path))
@@ -696,7 +646,7 @@ def test_temporary_files_without_a_sticky_bit(
                 pass
 
 
-def test_the_page_and_the_front_come_back(service: RunningService) -> None:
+def test_the_page_and_the_front_come_back(service):
     """The API answers while the page is gone."""
     pids = service.pids
     with AdeClient(service.url, retries=0) as client:
@@ -704,7 +654,7 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
         os.kill(pids["page"], signal.SIGKILL)
         assert until(lambda: service.pids["page"] != pids["page"])
 
-        def page_is_ready() -> bool:
+        def page_is_ready():
             assert (client.sample(seed=1).images == expected).all()
             with contextlib.suppress(httpx.TransportError):
                 return httpx.get(f"{service.page}/readyz", timeout=30).status_code == 200
@@ -714,7 +664,7 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
         os.kill(pids["front"], signal.SIGKILL)
         assert until(lambda: service.pids["front"] != pids["front"])
 
-    def answers() -> bool:
+    def answers():
         with contextlib.suppress(httpx.TransportError), AdeClient(service.url) as other:
             return bool((other.sample(seed=1).images == expected).all())
         return False
@@ -729,10 +679,10 @@ def test_the_page_and_the_front_come_back(service: RunningService) -> None:
     assert (logs / "front.out").exists() and (logs / "torchserve.log").exists()
 
 
-def test_a_worker_without_memory_is_replaced(service: RunningService) -> None:
+def test_a_worker_without_memory_is_replaced(service):
     """It ends even if there is no room for another thread, and until then refuses requests."""
 
-    def workers() -> list[int]:
+    def workers():
         return service.worker_pids()["encode"]
 
     (pid,) = workers()
@@ -742,14 +692,14 @@ def test_a_worker_without_memory_is_replaced(service: RunningService) -> None:
         expected = client.encode([EXAMPLE]).z
         resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
 
-        def is_replaced() -> bool:
+        def is_replaced():
             with contextlib.suppress(AdeError, httpx.TransportError):
                 client.encode(np.zeros((256, 32, 32, 3), np.uint8))
             return pid not in workers()
 
         assert until(is_replaced, 60)
 
-        def answers() -> bool:
+        def answers():
             with contextlib.suppress(AdeError, httpx.TransportError):
                 found = client.encode([EXAMPLE]).z
                 return all((a == b).all() for a, b in zip(found, expected, strict=True))
@@ -759,7 +709,7 @@ def test_a_worker_without_memory_is_replaced(service: RunningService) -> None:
 
 
 @pytest.fixture
-def running() -> Iterator[RunningService]:
+def running():
     started = RunningService(PRETRAINED, options=("--workers", "1"))
     family = [psutil.Process(started.process.pid), *started.descendants()]
     assert len(family) >= 9  # serve, reaper, Java, four workers, front, page
@@ -780,7 +730,7 @@ def running() -> Iterator[RunningService]:
 
 
 @pytest.mark.slow
-def test_a_service_whose_front_hangs_answers_again(tmp_path: Path) -> None:
+def test_a_service_whose_front_hangs_answers_again(tmp_path):
     """A stopped front still accepts connections, so that nothing but a check finds it."""
     impatient = tmp_path / "python"  # checks for 3 s instead of 20
     impatient.write_text(
@@ -807,7 +757,7 @@ def test_a_service_whose_front_hangs_answers_again(tmp_path: Path) -> None:
                     with contextlib.suppress(ConnectionResetError):
                         assert connection.recv(1) == b""
 
-        def answers() -> bool:
+        def answers():
             with contextlib.suppress(httpx.TransportError), AdeClient(running.url) as other:
                 return bool((other.sample(seed=1).images == expected).all())
             return False
@@ -824,7 +774,7 @@ def test_a_service_whose_front_hangs_answers_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_working_folder_is_deleted(running: RunningService) -> None:
+def test_the_working_folder_is_deleted(running):
     """Requests during this time are answered or refused; none hangs."""
     folder = running.folder.path
     shutil.rmtree(folder)

@@ -6,9 +6,6 @@ import base64
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from serving.engine.engine import InferenceEngine
 from serving.ingest.requests import RawRequest
 from tests.helpers import ROOT, make_folder, narrow
 from training.config import TrainConfig
-from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
 from training.recipes import recipe_names
@@ -49,13 +45,13 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Dataset:
+def dataset(tmp_path_factory, small_images):
     return load_dataset(
         str(make_folder(tmp_path_factory.mktemp("systems") / "images", small_images)), None, 8
     )
 
 
-def options(steps: int, **changes: object) -> RunOptions:
+def options(steps, **changes):
     return dataclasses.replace(
         RunOptions(
             images=16 * steps,
@@ -68,28 +64,28 @@ def options(steps: int, **changes: object) -> RunOptions:
     )
 
 
-def ask(service: Service, **parameters: object) -> tuple[int, object]:
+def ask(service, **parameters):
     (response,) = service.answer([RawRequest("application/json", json.dumps(parameters).encode())])
     return response.status, json.loads(
         response.body
     ) if response.content_type == "application/json" else response.body
 
 
-def weights(run: Path) -> dict[str, np.ndarray]:
+def weights(run):
     return {k: v.numpy() for k, v in load_model(latest_checkpoint(run)).state_dict().items()}
 
 
-def save_and_stop(*arguments: Any) -> None:
+def save_and_stop(*arguments):
     save_checkpoint(*arguments)
     raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
-def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(dataset, tmp_path_factory):
     """A function that trains a system when it is first called for it, and returns the run."""
 
     @functools.cache
-    def run_of(name: str) -> Path:
+    def run_of(name):
         config, run = SYSTEMS[name], tmp_path_factory.mktemp("trained") / "run"
         progress = train(config, dataset, run, options(STEPS), resume=False)
         assert progress.step == round(STEPS * (1 + config.inference_share))
@@ -100,13 +96,7 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_system_trains_and_resumes(
-    name: str,
-    dataset: Dataset,
-    trained: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_system_trains_and_resumes(name, dataset, trained, tmp_path, monkeypatch):
     config, whole, cut = SYSTEMS[name], trained(name), tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.setattr("training.loop.save_checkpoint", save_and_stop)
@@ -120,9 +110,7 @@ def test_a_system_trains_and_resumes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
-def test_a_system_exports_and_serves(
-    name: str, trained: Callable[[str], Path], tmp_path: Path, small_images: np.ndarray
-) -> None:
+def test_a_system_exports_and_serves(name, trained, tmp_path, small_images):
     config, bundle = SYSTEMS[name], tmp_path / "bundle"
     export_bundle(latest_checkpoint(trained(name)), bundle, "it", small_images[:40], None)
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -175,9 +163,7 @@ def test_a_system_exports_and_serves(
         assert status == 422 and "has no density samples" in answer["error"]["message"]
 
 
-def test_processes_of_torchrun_do_not_share_a_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_processes_of_torchrun_do_not_share_a_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["fit", str(ROOT), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

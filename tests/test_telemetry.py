@@ -1,7 +1,5 @@
 """The telemetry of a worker: counters that add up, and gauges of the stream."""
 
-from __future__ import annotations
-
 import math
 import random
 import time
@@ -35,13 +33,7 @@ from serving.verdict.calibration_file import CalibrationPair
 from serving.verdict.drift import WINDOW
 
 
-def score(
-    bpd: float,
-    p_value: float | None = 0.5,
-    name: str = "default",
-    version: str = "1",
-    beyond: float | None = None,
-) -> tuple[Score, float]:
+def score(bpd, p_value=0.5, name="default", version="1", beyond=None):
     """A score at alpha 0.05, judged by 99 calibration images."""
     verdict = None
     if p_value is not None:
@@ -51,7 +43,7 @@ def score(
     ), 0.05
 
 
-def started() -> Telemetry:
+def started():
     telemetry = Telemetry("model@1", "onnxruntime/CPU", judges=True)
     assert {(m.metric, m.labels) for m in telemetry.collect()} == {
         (STARTS, ()),
@@ -60,11 +52,11 @@ def started() -> Telemetry:
     return telemetry
 
 
-def values(telemetry: Telemetry) -> dict[tuple, float]:
+def values(telemetry):
     return {(m.metric, *m.labels): m.value for m in telemetry.collect()}
 
 
-def test_a_histogram_of_increments() -> None:
+def test_a_histogram_of_increments():
     telemetry = started()
     assert telemetry.collect() == []
     telemetry.observe_scores([score(3.7), score(3.9), score(50.0)])
@@ -77,7 +69,7 @@ def test_a_histogram_of_increments() -> None:
     assert again[BPD.count,] == again[BPD.bucket, "4"] == 1 and again[DRIFT_IMAGES, "default"] == 4
 
 
-def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
+def test_images_without_a_verdict_are_not_counted_as_drift():
     telemetry = started()
     telemetry.observe_scores([score(4.0, None)])
     assert {m.metric for m in telemetry.collect()} == {BPD.bucket, BPD.sum, BPD.count}
@@ -86,7 +78,7 @@ def test_images_without_a_verdict_are_not_counted_as_drift() -> None:
     assert found == pytest.approx(3.72 - 0.5, abs=0.01)
 
 
-def test_a_picture_that_repeats_is_no_drift_if_it_calibrates() -> None:
+def test_a_picture_that_repeats_is_no_drift_if_it_calibrates():
     """A fifth of the calibration images are one picture, and so is a fifth of what comes."""
     telemetry = started()
     random.seed(0)
@@ -100,7 +92,7 @@ def test_a_picture_that_repeats_is_no_drift_if_it_calibrates() -> None:
     assert max(found[DRIFT_UNUSUAL, "default"], found[DRIFT_USUAL, "default"]) < 8
 
 
-def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_and_drift_by_calibration(monkeypatch):
     telemetry = started()
     telemetry.observe_scores([score(4.0, 0.04), *[score(4.0, 0.5)] * 3, score(4.0, 0.9, "night")])
     found = values(telemetry)
@@ -128,7 +120,7 @@ def test_flags_and_drift_by_calibration(monkeypatch: pytest.MonkeyPatch) -> None
     assert {key for key in found if key[0] in BPD.series} >= {(BPD.sum,), (BPD.count,)}
 
 
-def test_requests_and_where_their_time_goes() -> None:
+def test_requests_and_where_their_time_goes():
     telemetry = started()
     telemetry.observe_batch(
         [(200, ""), (200, ""), (415, "not_an_image")], 3, {"parse": 0.01, "compute": 0.05}
@@ -145,7 +137,7 @@ def test_requests_and_where_their_time_goes() -> None:
     assert (SECONDS.bucket, "0.1") not in values(telemetry)
 
 
-def test_names_are_prometheus_names() -> None:
+def test_names_are_prometheus_names():
     assert len({m.name for m in METRICS}) == len(METRICS)
     assert all(m.name.replace("_", "a").isalpha() and m.name.startswith("ade_") for m in METRICS)
     assert {m.name.endswith("_total") for m in FAMILIES if m.kind == "counter"} == {True}

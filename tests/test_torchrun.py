@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -30,11 +29,10 @@ from training.noise import Noise
 from training.run_options import RunOptions
 from training.run_start import check_start
 from training.runs import RunError
-from training.step import Trainer
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3, 1.0])
-def test_noisy_images_are_those_of_the_whole_batch(share: float) -> None:
+def test_noisy_images_are_those_of_the_whole_batch(share):
     """Whatever the number of processes that share it, down to one image each."""
     one = trainer(dataclasses.replace(SMALL, noisy_share=share))
     whole = one._noisy(8)
@@ -47,12 +45,12 @@ def test_noisy_images_are_those_of_the_whole_batch(share: float) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_processes_share_the_reconstructions_of_one(processes: int) -> None:
+def test_processes_share_the_reconstructions_of_one(processes):
     """The first images of the whole batch are reconstructed, whoever has them."""
     config = dataclasses.replace(SMALL, reconstruction_weight=1.0)
     features, x = torch.randn(12, 3, 8, 8), torch.rand(12, 3, 8, 8)
 
-    def error(rank: int, processes: int) -> torch.Tensor:
+    def error(rank, processes):
         it = trainer(config)
         it.rank, it.processes = rank, processes
         shares = (values.chunk(processes)[rank] for values in (features, x))
@@ -62,7 +60,7 @@ def test_processes_share_the_reconstructions_of_one(processes: int) -> None:
     assert every.mean().item() == pytest.approx(error(0, 1).item(), rel=1e-5)
 
 
-def test_processes_draw_one_batch_of_noise() -> None:
+def test_processes_draw_one_batch_of_noise():
     whole = Noise(3, 7, torch.device("cpu"), 0, 1)
     shares = [Noise(3, 7, torch.device("cpu"), rank, 2) for rank in range(2)]
     for draw in ("uniform", "normal"):
@@ -72,7 +70,7 @@ def test_processes_draw_one_batch_of_noise() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(folder, tmp_path):
     """Two nodes are compared with one process below."""
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN, "--images", str(16 * 100)]
@@ -90,7 +88,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     assert all("gradient_penalty" in row for row in rows if "d_loss" in row)  # of every fourth step
 
 
-def test_a_lost_process_is_an_error_of_the_run() -> None:
+def test_a_lost_process_is_an_error_of_the_run():
     """Of a single process there is nothing to lose: its errors are its own."""
     with (
         pytest.raises(RunError, match="process 1 of 2 has lost the others: .*resume.*Connection"),
@@ -104,14 +102,14 @@ def test_a_lost_process_is_an_error_of_the_run() -> None:
         raise RuntimeError("of its own")
 
 
-def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray) -> None:
+def test_nodes_with_other_images_or_weights_are_refused(small_images):
     """Their gradients would be averaged all the same, and their models never become alike."""
     dataset = Dataset("d", {"train": ImageSet(small_images)}, {"train": "all"})
 
-    def check(theirs: Trainer, its: Dataset, sketch: str = "same files") -> None:
+    def check(theirs, its, sketch="same files"):
         sent: list[torch.Tensor] = []
 
-        def gather(value: torch.Tensor) -> torch.Tensor:
+        def gather(value):
             sent.append(value)
             return torch.stack(sent)
 
@@ -141,7 +139,7 @@ def test_nodes_with_other_images_or_weights_are_refused(small_images: np.ndarray
     check(theirs, dataset)  # as spectral norms are, by each processor in its way
 
 
-def torchrun(launcher: list[str], arguments: list[str], out: Path) -> subprocess.Popen[bytes]:
+def torchrun(launcher, arguments, out):
     """``ade`` in processes that ``torchrun`` starts; its output goes to ``out``."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "ade_cli.main"]
     with open(out, "wb") as output:
@@ -155,7 +153,7 @@ def torchrun(launcher: list[str], arguments: list[str], out: Path) -> subprocess
 
 
 @pytest.mark.slow
-def test_a_node_dies_and_the_run_resumes_on_the_other(folder: Path, tmp_path: Path) -> None:
+def test_a_node_dies_and_the_run_resumes_on_the_other(folder, tmp_path):
     """Two nodes train as one process; what is left after a death is resumed by one process."""
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = ["train", "av-ade", "--data", str(folder), *TRAIN]
@@ -204,7 +202,7 @@ def test_a_node_dies_and_the_run_resumes_on_the_other(folder: Path, tmp_path: Pa
         assert a[step] == pytest.approx(b[step], abs=2e-4)
 
 
-def rank_of(process: psutil.Process) -> str | None:
+def rank_of(process):
     with suppress(psutil.Error):
         return process.environ().get("RANK")
     return None
@@ -220,9 +218,7 @@ def rank_of(process: psutil.Process) -> str | None:
         (None, None, "1", ""),  # some schedulers set it for a single process, too
     ],
 )
-def test_processes_that_cannot_train_together_are_refused(
-    here: str | None, nodes: str | None, total: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_cannot_train_together_are_refused(here, nodes, total, message, monkeypatch):
     names = ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "WORLD_SIZE")
     for name, value in zip(names, (here, nodes, total), strict=True):
         if value is not None:

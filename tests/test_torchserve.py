@@ -1,14 +1,9 @@
 """TorchServe as a pool, and its handler by itself."""
 
-from __future__ import annotations
-
 import json
 import time
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -25,9 +20,7 @@ from tests.test_process import RunningApplication, is_running, release_of
 from tests.test_publish import CAT, Load, changed_copy, disturb, model_of, publish
 
 
-def test_an_archive_answers_in_a_torchserve_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_answers_in_a_torchserve_of_ones_own(tmp_path, monkeypatch):
     """Without a pool: image files come in, JSON goes out, and each has its own status."""
     from ts.context import RequestProcessor
     from ts.model_loader import TsModelLoader
@@ -43,7 +36,7 @@ def test_an_archive_answers_in_a_torchserve_of_ones_own(
     monkeypatch.syspath_prepend(folder)
     service = TsModelLoader().load("score", str(folder), "entry.py", None, 8)
 
-    def answers(*requests: tuple[str, Any]) -> list[tuple[int, str, Any]]:
+    def answers(*requests):
         context, count = service.context, range(len(requests))
         context.request_ids = {i: f"id-{i}" for i in count}
         context.request_processor = [RequestProcessor({"Content-Type": t}) for t, _ in requests]
@@ -61,7 +54,7 @@ def test_an_archive_answers_in_a_torchserve_of_ones_own(
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Iterator[RunningApplication]:
+def app(tmp_path):
     with RunningApplication(tmp_path, pool=ENGINES["torchserve"].code) as made:
         made.wait()
         yield made
@@ -77,13 +70,13 @@ def app(tmp_path: Path) -> Iterator[RunningApplication]:
     assert "Traceback" not in made.output.read_text(), made.output.read_text()
 
 
-def worker(app: RunningApplication, name: str) -> psutil.Process:
+def worker(app, name):
     (found,) = ask(app.control, {"do": DESCRIBE})["workers"][name]["workers"]
     return psutil.Process(found["pid"])
 
 
 @pytest.mark.slow
-def test_releases_change_under_load(app: RunningApplication, tmp_path: Path) -> None:
+def test_releases_change_under_load(app, tmp_path):
     """Each has a TorchServe; the former one ends when it has answered what it accepted."""
     second = changed_copy(tmp_path / "second", disturb)
     damaged = changed_copy(
@@ -102,7 +95,7 @@ def test_releases_change_under_load(app: RunningApplication, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.glob("r[0-9]")) == ["r2"]
 
 
-def test_what_ends_is_started_again(app: RunningApplication) -> None:
+def test_what_ends_is_started_again(app):
     """A worker takes only its batch along; without TorchServe itself, requests wait."""
     with ThreadPoolExecutor(1) as pool:
         first = worker(app, "score")

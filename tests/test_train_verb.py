@@ -34,9 +34,7 @@ from training.step import TrainingDiverged
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_run_replaces_no_file_of_another_program(
-    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_replaces_no_file_of_another_program(name, folder, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("mine")
@@ -46,9 +44,7 @@ def test_a_run_replaces_no_file_of_another_program(
     assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
 
 
-def test_a_resumed_run_keeps_its_image_size(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_keeps_its_image_size(folder, tmp_path, capsys):
     photos, run = Path(shutil.copytree(folder, tmp_path / "photos")), tmp_path / "run"
     dataset = load_dataset(str(photos), None, 8)
     open_run(run, recipe("vae", 8, 3), dataset, RunOptions(images=16), None)
@@ -59,15 +55,10 @@ def test_a_resumed_run_keeps_its_image_size(
     assert "it was started with image_size 8, now 16\n" in capsys.readouterr().err
 
 
-def test_a_run_that_diverged_says_how_to_start_again(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_that_diverged_says_how_to_start_again(folder, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
-    def diverge(*given: Any) -> None:
+    def diverge(*given):
         raise TrainingDiverged("step 9: why")
 
     monkeypatch.setattr("ade_cli.train.train", diverge)
@@ -76,9 +67,7 @@ def test_a_run_that_diverged_says_how_to_start_again(
     assert said in capsys.readouterr().err
 
 
-def test_a_run_has_one_process(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_has_one_process(folder, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     with held_by_another(out / LOCK):
@@ -88,19 +77,14 @@ def test_a_run_has_one_process(
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_a_dry_run_writes_nothing(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_dry_run_writes_nothing(folder, tmp_path, monkeypatch, capsys):
     for verb, entry in VERBS.items():  # another one would need a test
         parser = argparse.ArgumentParser()
         importlib.import_module(entry.module).add_arguments(parser)
         assert ("--dry-run" in parser.format_help()) == (verb == "train")
     monkeypatch.chdir(tmp_path)
 
-    def tree() -> dict[str, tuple[int, int]]:
+    def tree():
         found = {path: path.lstat() for root in (folder, tmp_path) for path in root.rglob("*")}
         return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
@@ -125,12 +109,7 @@ def test_a_dry_run_writes_nothing(
 
 
 @pytest.mark.slow
-def test_images_to_bundle_and_back(
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_images_to_bundle_and_back(tmp_path, small_images, monkeypatch, capfd):
     """The first commands of the training guide, in seconds and on tiny images, and what follows.
 
     The bundle is evaluated, and its gate is measured.
@@ -168,15 +147,10 @@ def test_images_to_bundle_and_back(
     assert sorted(path.name for path in bundle.iterdir()) == at_home
 
 
-def test_a_resumed_run_keeps_its_budget_device_and_cadence(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_resumed_run_keeps_its_budget_device_and_cadence(folder, tmp_path, monkeypatch, capsys):
     seen: list[tuple[Any, ...]] = []
 
-    def note(config: Any, dataset: Any, run: Path, options: RunOptions, *rest: Any) -> Progress:
+    def note(config, dataset, run, options, *rest):
         cadence = (options.device, options.checkpoint_steps, options.evaluate_steps)
         seen.append((options.images, options.minutes, *cadence))
         open_run(run, config, dataset, options, None)
@@ -201,7 +175,7 @@ def test_a_resumed_run_keeps_its_budget_device_and_cadence(
 
 
 @pytest.fixture(scope="module")
-def made_before(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_before(folder, tmp_path_factory):
     """A run of those images, ``old``, and a checkpoint without its data, ``model``."""
     made = tmp_path_factory.mktemp("before")
     trained_on(folder, made / "old")
@@ -211,7 +185,7 @@ def made_before(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_decoding(monkeypatch):
     """Fail if an image of a folder is decoded."""
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
 
@@ -231,14 +205,8 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_images_are_not_decoded_for_what_cannot_begin(
-    words: str,
-    message: str,
-    folder: Path,
-    made_before: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    words, message, folder, made_before, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made_before, "IN")
@@ -259,9 +227,9 @@ def test_images_are_not_decoded_for_what_cannot_begin(
     ],
 )
 def test_every_verb_names_its_remedy_for_too_little_memory_of_a_gpu(
-    words: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def out_of_memory(args: Any) -> None:
+    words, remedy, monkeypatch, capsys
+):
+    def out_of_memory(args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     verb = words.split()[0]
@@ -272,11 +240,8 @@ def test_every_verb_names_its_remedy_for_too_little_memory_of_a_gpu(
 
 
 def test_a_run_does_not_resume_on_another_folder_of_the_same_name(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    folder, tmp_path, monkeypatch, capsys
+):
     mine = shutil.copytree(folder, tmp_path / "a" / "photos")
     other = shutil.copytree(folder, tmp_path / "b" / "photos")
     run = trained_on(mine, tmp_path / "run")
@@ -302,9 +267,7 @@ def test_a_run_does_not_resume_on_another_folder_of_the_same_name(
     assert f"warning: {mine}, on which {run} was trained, no longer" in capsys.readouterr().err
 
 
-def test_an_image_size_that_the_user_did_not_give_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_image_size_that_the_user_did_not_give_is_explained(tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     Image.new("RGB", (250, 150)).save(photos / "a.png")
@@ -367,9 +330,7 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
         ("serve OUT", "is not a bundle"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(
-    words: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_says_what_is_wrong(words, message, folder, tmp_path, capsys):
     """In this process, because each new one would load PyTorch."""
     places = {"DATA": folder, "DATA/run": folder / "run"}
     places |= {"OUT": tmp_path / "out", "OUT2": tmp_path / "out2"}

@@ -1,7 +1,5 @@
 """Builds the wheel, and serves from it alone."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -10,7 +8,6 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +19,7 @@ from tests.test_docker import HEALTH
 MAX_MIB = 55
 
 
-def build(kind: str, source: Path, folder: Path) -> Path:
+def build(kind, source, folder):
     """A wheel or an sdist, by setuptools of this environment, as ``python -m build`` calls it."""
     script = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
     folder.mkdir()
@@ -33,7 +30,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tree(tmp_path_factory):
     """The files that git knows: those of a former build must not get into a wheel."""
     folder = tmp_path_factory.mktemp("tree")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -46,11 +43,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tree, tmp_path_factory):
     return build("wheel", tree, tmp_path_factory.mktemp("wheel") / "built")
 
 
-def test_the_wheel_is_small_and_has_the_bundle_but_no_tests(wheel: Path) -> None:
+def test_the_wheel_is_small_and_has_the_bundle_but_no_tests(wheel):
     assert wheel.stat().st_size < MAX_MIB * 2**20
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -60,7 +57,7 @@ def test_the_wheel_is_small_and_has_the_bundle_but_no_tests(wheel: Path) -> None
 
 
 @pytest.mark.slow
-def test_an_sdist_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
+def test_an_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
     sdist = build("sdist", tree, tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -70,7 +67,7 @@ def test_an_sdist_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path)
     assert sums[0] == sums[1]
 
 
-def test_the_wheel_alone_serves_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_alone_serves_in_an_empty_folder(wheel, tmp_path):
     """Without an argument. Dependencies are shared."""
     venv.create(tmp_path / "venv")
     python, folder = tmp_path / "venv" / "bin" / "python", tmp_path / "empty"

@@ -1,9 +1,5 @@
 """Pictures of which an encoder sees the originals, in every verb that scores them."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -15,17 +11,17 @@ from training.data import Dataset, ImageSet
 
 
 @pytest.fixture(scope="module")
-def seeing(seeing_bundle: Path) -> InferenceEngine:
+def seeing(seeing_bundle):
     return InferenceEngine(seeing_bundle, device="cpu", operations=["score"])
 
 
-def prepared(engine: InferenceEngine, image: np.ndarray) -> Picture:
+def prepared(engine, image):
     made = prepare_image(image, engine.image_shape, True, engine.calibrations.look_of)
     assert isinstance(made, Picture) and made.view is not None
     return made
 
 
-def scores_of(engine: InferenceEngine, pictures: list[Picture]) -> list[float]:
+def scores_of(engine, pictures):
     found = engine.score(
         np.stack([its.pixels for its in pictures]),
         resized=[its.resized for its in pictures],
@@ -34,9 +30,7 @@ def scores_of(engine: InferenceEngine, pictures: list[Picture]) -> list[float]:
     return [s.verdict.ood_score for s in found if isinstance(s, Score) and s.verdict]
 
 
-def test_a_fit_judges_the_originals(
-    seeing: InferenceEngine, large_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_fit_judges_the_originals(seeing, large_images, tmp_path):
     for number, image in enumerate(large_images[60:84]):
         (tmp_path / f"{number:03}.png").write_bytes(write_png(image))
     pictures = [prepared(seeing, image) for image in large_images[60:84]]

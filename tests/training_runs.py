@@ -1,18 +1,14 @@
 """Short runs and trainers of narrow networks, for tests of training."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shlex
 from contextlib import nullcontext
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from tests.helpers import TINY, narrow
-from training.config import DiscriminatorConfig, TrainConfig
+from training.config import DiscriminatorConfig
 from training.data import ImageSet
 from training.datasets import load_dataset
 from training.loop import train
@@ -28,13 +24,11 @@ SMALL = dataclasses.replace(
 )
 
 
-def trainer(config: TrainConfig = SMALL, seed: int = 0) -> Trainer:
+def trainer(config=SMALL, seed=0):
     return Trainer(config, torch.device("cpu"), nullcontext, lambda flat: flat, seed)
 
 
-def batches(
-    images: np.ndarray, steps: int, config: TrainConfig = SMALL
-) -> list[list[torch.Tensor]]:
+def batches(images, steps, config=SMALL):
     sizes = [*([config.batch_size] if config.discriminator else []), config.joint_batch_size]
     source = ImageSet(images).batches(sum(sizes), 0)
     return [list(torch.from_numpy(next(source)).split(sizes)) for _ in range(steps)]
@@ -49,7 +43,7 @@ NARROW = shlex.split(
 )
 
 
-def losses_of(run: Path) -> dict[int, tuple]:
+def losses_of(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         row["step"]: tuple(row.get(name) for name in ("bpd", "d_loss", "quality_loss"))
@@ -58,7 +52,7 @@ def losses_of(run: Path) -> dict[int, tuple]:
     }
 
 
-def trained_on(folder: Path, run: Path) -> Path:
+def trained_on(folder, run):
     """A short run that names its data set, as ``ade train`` makes them."""
     options = RunOptions(images=16, device="cpu", precision="float32")
     source = {"data": str(folder), "root": None}

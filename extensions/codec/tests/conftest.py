@@ -1,18 +1,11 @@
 """A bundle that codes, and what it compresses."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import numpy as np
 import pytest
 from PIL import Image
 
-from serving.engine.bundle import Bundle
-
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Bundle:
+def bundle(tmp_path_factory, small_images):
     from extensions.codec.tests.models import make_bundle  # which needs an extra
 
     folder = tmp_path_factory.mktemp("bundles") / "av-ade"
@@ -20,7 +13,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -
 
 
 @pytest.fixture
-def folder(tmp_path: Path, small_images: np.ndarray) -> Path:
+def folder(tmp_path, small_images):
     """Plain images, and every kind that is stored differently."""
     folder = tmp_path / "images"
     for i, image in enumerate(small_images[:150]):
@@ -38,9 +31,7 @@ def folder(tmp_path: Path, small_images: np.ndarray) -> Path:
 
 
 @pytest.fixture
-def archived(
-    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def archived(bundle, small_images, tmp_path, monkeypatch):
     """An archive of an array in four chunks."""
     from extensions.codec import compress as compressing
     from extensions.codec.tests.models import save_array

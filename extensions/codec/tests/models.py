@@ -1,11 +1,7 @@
 """Small models with a codec, and images for them."""
 
-from __future__ import annotations
-
 import io
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +9,12 @@ from PIL import Image
 
 from ade_model.checkpoint import save_model
 from ade_model.config import ModelConfig
-from ade_model.model import ADEModel
 from export.graphs import Graphs
 from export.parity import make_inputs
 from export.to_onnx import export_onnx
 from extensions.codec.graphs import write_codec
 from extensions.codec.sources import ArraySource
-from serving.engine.bundle import Bundle, open_bundle, write_manifest
+from serving.engine.bundle import open_bundle, write_manifest
 from serving.engine.signatures import inputs_of
 from tests.helpers import make_model
 
@@ -59,7 +54,7 @@ CONFIGS = {
 }
 
 
-def fitted(config: ModelConfig, images: np.ndarray) -> ADEModel:
+def fitted(config, images):
     """A model trained for some seconds."""
     model = make_model(config, scale=0.06).train()
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +67,7 @@ def fitted(config: ModelConfig, images: np.ndarray) -> ADEModel:
     return model.eval()
 
 
-def log_weights(model: ADEModel, images: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+def log_weights(model, images, generator):
     """Of one draw for each image, whose mean is the ELBO of 8-bit images; nats."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     seen = model.dequantize(pixels, torch.rand(pixels.shape, generator=generator))
@@ -81,7 +76,7 @@ def log_weights(model: ADEModel, images: np.ndarray, generator: torch.Generator)
     return model.elbo_terms(seen, eps).log_weight - model.config.num_dims * np.log(256)
 
 
-def make_bundle(folder: Path, name: str, images: np.ndarray, scores: bool) -> Bundle:
+def make_bundle(folder, name, images, scores):
     """A codec's bundle of a model of these images, with the score graph if needed."""
     config = CONFIGS[name]
     folder.mkdir()
@@ -106,11 +101,11 @@ def make_bundle(folder: Path, name: str, images: np.ndarray, scores: bool) -> Bu
     return open_bundle(folder)
 
 
-def random_words(count: int, seed: int = 0) -> np.ndarray:
+def random_words(count, seed=0):
     return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
 
 
-def hard_images(shape: tuple[int, ...]) -> np.ndarray:
+def hard_images(shape):
     checks = (np.indices(shape[:2]).sum(0) % 2 * 255).astype(np.uint8)
     return np.stack(
         [
@@ -123,17 +118,17 @@ def hard_images(shape: tuple[int, ...]) -> np.ndarray:
     )
 
 
-def save_array(path: Path, images: np.ndarray) -> ArraySource:
+def save_array(path, images):
     np.save(path, images)
     return ArraySource(path)
 
 
-def saved(format: str, mode: str = "RGB", **options: Any) -> bytes:
+def saved(format, mode="RGB", **options):
     out = io.BytesIO()
     Image.fromarray(hard_images((8, 8, 3))[4]).convert(mode).save(out, format, **options)
     return out.getvalue()
 
 
-def members_of(archive: Path) -> Members:
+def members_of(archive):
     with zipfile.ZipFile(archive) as file:
         return {name: file.read(name) for name in file.namelist()}

@@ -11,7 +11,6 @@ import sys
 import time
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ from extensions.codec.errors import CodingError
 from extensions.codec.pictures import Picture, read_picture
 from extensions.codec.sources import ArraySource, open_source
 from extensions.codec.tests.models import MANIFEST, members_of, save_array, saved
-from serving.engine.bundle import Bundle, open_bundle, write_manifest
+from serving.engine.bundle import open_bundle, write_manifest
 from serving.engine.engine import InferenceEngine
 from tests.helpers import ROOT, make_traps
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def contents(folder):
     """What must come back: pixels of PNG files, bytes of all others."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -47,9 +46,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_folder_comes_back(
-    folder: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_comes_back(folder, bundle, tmp_path, capsys):
     out, back = tmp_path / "out.ade", tmp_path / "back"
     assert main(["compress", str(folder), str(out), "--bundle", str(bundle.folder)]) == 0
     printed = capsys.readouterr().out
@@ -70,9 +67,7 @@ def test_a_folder_comes_back(
     assert "holds files" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_read_are_named_and_left_out(
-    folder: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_cannot_be_read_are_named_and_left_out(folder, bundle, tmp_path, capsys):
     """An archive is often kept instead of its files: its exit status says that some lack."""
     expected = contents(folder)
     reasons = make_traps(folder)
@@ -105,17 +100,13 @@ def test_files_that_cannot_be_read_are_named_and_left_out(
     assert not list(tmp_path.glob("none*"))
 
 
-def test_an_archive_in_its_folder_is_no_other_file(
-    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_archive_in_its_folder_is_no_other_file(folder, bundle, capsys):
     words = ["compress", str(folder), str(folder / "all.ade"), "--bundle", str(bundle.folder)]
     assert main(words) == 0
     assert "of other kinds" not in capsys.readouterr().err
 
 
-def test_a_calibration_is_not_needed(
-    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calibration_is_not_needed(bundle, small_images, tmp_path, monkeypatch):
     """Neither the bundle's own, which may be of another version, nor a named one."""
     copy = shutil.copytree(bundle.folder, tmp_path / "bundle")
     (copy / "calibration.npz").write_bytes(b"of another version")
@@ -135,13 +126,13 @@ def test_a_calibration_is_not_needed(
         (np.zeros((0, 8, 8, 3), np.uint8), "in.npy holds no images"),
     ],
 )
-def test_arrays_that_are_no_images(array: np.ndarray, message: str, tmp_path: Path) -> None:
+def test_arrays_that_are_no_images(array, message, tmp_path):
     with pytest.raises(CodingError, match=message):
         save_array(tmp_path / "in.npy", array)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # NumPy leaves it to the garbage collector
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_sources_that_are_none(tmp_path):
     with pytest.raises(CodingError, match="holds no images"):
         open_source(tmp_path)
     (tmp_path / "a.txt").write_text("text")
@@ -160,7 +151,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         open_source(tmp_path / "pipe.npy")
 
 
-def test_an_array_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+def test_an_array_that_is_cut_off_while_it_is_read(tmp_path):
     """Mapped into memory, it would end the process."""
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     source = save_array(tmp_path / "a.npy", images)
@@ -172,14 +163,12 @@ def test_an_array_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
     assert np.array_equal(columns.read(1).pixels, images[1])
 
 
-def test_a_file_that_can_be_opened_but_not_read_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_can_be_opened_but_not_read_is_left_out(tmp_path, monkeypatch):
     """Later, the archive has its number: it would have to be made again."""
     for name in "ab":
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{name}.png")
 
-    def read(path: Path) -> bytes:
+    def read(path):
         if path.name == "a.png":
             raise OSError(errno.EIO, "Input/output error", str(path))
         return path.read_bytes()
@@ -189,7 +178,7 @@ def test_a_file_that_can_be_opened_but_not_read_is_left_out(
     assert source.count == 1 and source.left_out == [(tmp_path / "a.png", "Input/output error")]
 
 
-def with_chunk(kind: bytes, content: bytes) -> bytes:
+def with_chunk(kind, content):
     """A PNG with a further chunk before its pixels."""
     named = kind + content
     chunk = len(content).to_bytes(4, "big") + named + zlib.crc32(named).to_bytes(4, "big")
@@ -215,22 +204,20 @@ def with_chunk(kind: bytes, content: bytes) -> bytes:
         with_chunk(b"gAMA", bytes(4)),
     ],
 )
-def test_a_file_that_its_pixels_do_not_restore_is_kept(data: bytes) -> None:
+def test_a_file_that_its_pixels_do_not_restore_is_kept(data):
     assert read_picture(data) == Picture(None, data, True)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_a_file_that_its_pixels_restore_has_them(mode: str, channels: int) -> None:
+def test_a_file_that_its_pixels_restore_has_them(mode, channels):
     pixels = read_picture(saved("PNG", mode)).pixels
     assert pixels is not None and pixels.shape == (8, 8, channels)
 
 
-def test_a_busy_machine_is_no_reason_to_store_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_machine_is_no_reason_to_store_a_file(tmp_path, monkeypatch):
     """It would take more room for good."""
 
-    def fail(data: bytes) -> None:
+    def fail(data):
         raise ImageError("too_large", "not decoded in time", is_transient=True)
 
     (tmp_path / "a.png").write_bytes(saved("PNG"))
@@ -240,8 +227,8 @@ def test_a_busy_machine_is_no_reason_to_store_a_file(
 
 
 def test_another_processor_is_announced_and_its_numbers_are_checked(
-    archived: Path, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    archived, bundle, tmp_path, monkeypatch
+):
     here = networks.fingerprint()
     monkeypatch.setattr(decompress, "fingerprint", lambda: {**here, "cpu": "Another CPU"})
     warnings: list[str] = []
@@ -260,8 +247,8 @@ def test_another_processor_is_announced_and_its_numbers_are_checked(
 
 
 def test_chunks_that_do_not_come_back_are_stored_without_the_model(
-    bundle: Bundle, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bundle, small_images, tmp_path, monkeypatch
+):
     run, calls = networks.Networks.run, iter(range(10**9))
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -280,9 +267,7 @@ def test_chunks_that_do_not_come_back_are_stored_without_the_model(
 
 
 @pytest.mark.parametrize("whole", [0, 1, 3, 4])
-def test_an_interrupted_archive_is_resumed(
-    archived: Path, bundle: Bundle, tmp_path: Path, whole: int
-) -> None:
+def test_an_interrupted_archive_is_resumed(archived, bundle, tmp_path, whole):
     """What kill -9 leaves is a folder of whole chunks, perhaps with bits that lack their table."""
     good, members = archived.read_bytes(), members_of(archived)
     archived.unlink()
@@ -301,9 +286,7 @@ def test_an_interrupted_archive_is_resumed(
     assert np.array_equal(np.load(tmp_path / "back.npy"), np.load(tmp_path / "in.npy"))
 
 
-def test_a_part_of_something_else_is_refused(
-    archived: Path, bundle: Bundle, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_part_of_something_else_is_refused(archived, bundle, small_images, tmp_path):
     part = tmp_path / "new.ade.part"
     with zipfile.ZipFile(archived) as file:
         file.extractall(part)
@@ -328,7 +311,7 @@ def test_a_part_of_something_else_is_refused(
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_path: Path) -> None:
+def test_killed_at_random_moments(bundle, small_images, tmp_path):
     images = np.concatenate([small_images] * 3)
     np.save(tmp_path / "in.npy", images)
     out, part = tmp_path / "out.ade", tmp_path / "out.ade.part"
@@ -351,7 +334,7 @@ def test_killed_at_random_moments(bundle: Bundle, small_images: np.ndarray, tmp_
     assert np.array_equal(np.load(tmp_path / "back.npy"), images)
 
 
-def test_what_an_archive_cannot_hold_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_what_an_archive_cannot_hold_is_refused_before_the_work(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b\\c.png").touch()
     deep = tmp_path / "deep" / (64 * "a/")
@@ -363,7 +346,7 @@ def test_what_an_archive_cannot_hold_is_refused_before_the_work(tmp_path: Path) 
     assert open_source(tmp_path / "deep" / "a").count == 1
 
 
-def test_the_report_counts_each_way_of_storing() -> None:
+def test_the_report_counts_each_way_of_storing():
     figures = Figures(images=20, coded=8, initial=10, coded_bits=3200, stored_bytes=50)
     first, rate, whole, *_ = Report(100, figures, archive_bytes=950).lines()
     assert first.startswith("20 images: 8 coded by the model, 10 stored to start the coder")
@@ -373,9 +356,7 @@ def test_the_report_counts_each_way_of_storing() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_of_other_sizes_are_little_larger_than_webp(
-    channels: int, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_arrays_of_other_sizes_are_little_larger_than_webp(channels, bundle, tmp_path):
     shape = (3, 16, 16, channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     source = save_array(tmp_path / "in.npy", images)

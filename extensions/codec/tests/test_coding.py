@@ -1,7 +1,5 @@
 """Lossless coding: every step is exact, archives come back, and damage is contained."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -37,12 +35,7 @@ from training.recipes import recipe_names
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def coded(
-    request: pytest.FixtureRequest,
-    bundle: Bundle,
-    tmp_path_factory: pytest.TempPathFactory,
-    small_images: np.ndarray,
-) -> tuple[ImageCoder, ADEModel]:
+def coded(request, bundle, tmp_path_factory, small_images):
     name = request.param
     if name != "av-ade":
         folder = tmp_path_factory.mktemp(name) / name
@@ -51,7 +44,7 @@ def coded(
 
 
 @pytest.mark.parametrize("n", [2, 3, 12, 48])
-def test_lifting_steps_are_the_rotation_and_exact(n: int) -> None:
+def test_lifting_steps_are_the_rotation_and_exact(n):
     generator = np.random.default_rng(n)
     matrix = np.linalg.qr(generator.normal(size=(n, n)))[0]
     lifting = factorize(matrix)
@@ -66,13 +59,13 @@ def test_lifting_steps_are_the_rotation_and_exact(n: int) -> None:
     assert np.array_equal(rotation.inverse(y), x)
 
 
-def test_a_matrix_that_is_not_orthogonal_has_no_lifting_steps() -> None:
+def test_a_matrix_that_is_not_orthogonal_has_no_lifting_steps():
     with pytest.raises(ValueError, match="not orthogonal"):
         factorize(np.ones((3, 3)))
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.7, 12.0, 1000.0])
-def test_stretching_is_exact_and_costs_its_log_determinant(scale: float) -> None:
+def test_stretching_is_exact_and_costs_its_log_determinant(scale):
     generator = np.random.default_rng(0)
     x = generator.integers(-(2**18), 2**18, 3000)
     log_scales = np.log(scale) + 0.3 * generator.normal(size=x.size)
@@ -89,7 +82,7 @@ def test_stretching_is_exact_and_costs_its_log_determinant(scale: float) -> None
     assert np.array_equal(stack.unseal(), words)
 
 
-def test_a_stack_stores_any_value_and_gives_its_bits_back() -> None:
+def test_a_stack_stores_any_value_and_gives_its_bits_back():
     generator = np.random.default_rng(1)
     n = 2000
     means, scales = 1e5 * generator.normal(size=n), np.exp(generator.uniform(-2, 14, n))
@@ -110,7 +103,7 @@ def test_a_stack_stores_any_value_and_gives_its_bits_back() -> None:
     ("mean", "scale"),
     [(np.nan, 1), (0, np.nan), (0, 0), (0, -1), (np.inf, 1), (1e300, 1), (0, 1e300)],
 )
-def test_a_stack_refuses_what_would_end_the_process(mean: float, scale: float) -> None:
+def test_a_stack_refuses_what_would_end_the_process(mean, scale):
     stack = Stack(random_words(8), sealed=True)
     for call in (stack.draw_gaussian, stack.pop_gaussian):
         with pytest.raises(NotCoded):
@@ -119,9 +112,7 @@ def test_a_stack_refuses_what_would_end_the_process(mean: float, scale: float) -
         stack.pop_uniform(np.array([1]))
 
 
-def test_every_image_comes_back(
-    coded: tuple[ImageCoder, ADEModel], small_images: np.ndarray
-) -> None:
+def test_every_image_comes_back(coded, small_images):
     coder, model = coded
     real = small_images[:12, :, :, : model.config.channels]
     images = np.concatenate([real, hard_images(real.shape[1:])])
@@ -134,9 +125,7 @@ def test_every_image_comes_back(
     assert np.array_equal(back.unseal(), words)
 
 
-def test_the_net_rate_is_the_bound(
-    coded: tuple[ImageCoder, ADEModel], small_images: np.ndarray
-) -> None:
+def test_the_net_rate_is_the_bound(coded, small_images):
     """Neither more nor less, for images that the model fits.
 
     It would be less where a model is surprised: the coder gives a value that is more than about 5
@@ -160,7 +149,7 @@ def test_the_net_rate_is_the_bound(
     assert -3 * error < excess < 3 * error + 0.001 * float(bounds.mean())
 
 
-def test_no_source_is_coded_below_its_entropy(coded: tuple[ImageCoder, ADEModel]) -> None:
+def test_no_source_is_coded_below_its_entropy(coded):
     """Of uniform noise that is 8 bits per value, whatever the model (Shannon, 1948)."""
     coder, model = coded
     shape = (100, model.config.image_size, model.config.image_size, model.config.channels)
@@ -171,7 +160,7 @@ def test_no_source_is_coded_below_its_entropy(coded: tuple[ImageCoder, ADEModel]
     assert stack.bits - before > 8 * np.prod(shape)
 
 
-def test_all_images_of_a_tiny_alphabet_can_be_coded(bundle: Bundle) -> None:
+def test_all_images_of_a_tiny_alphabet_can_be_coded(bundle):
     """Exhaustive where that is possible: every value of one pixel in every channel."""
     coder = ImageCoder(networks.Networks(bundle))
     words = random_words(1500)
@@ -184,7 +173,7 @@ def test_all_images_of_a_tiny_alphabet_can_be_coded(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_codes_or_says_why_not(name: str) -> None:
+def test_every_recipe_codes_or_says_why_not(name):
     model = narrow(name).model
     about = {"recipe": name, "model": dataclasses.asdict(model)}
     if name == "av-ade-iaf-rd":
@@ -197,15 +186,13 @@ def test_every_recipe_codes_or_says_why_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gan", "gan-rd"])
-def test_a_gan_without_an_inference_network_says_why_it_cannot_code(name: str) -> None:
+def test_a_gan_without_an_inference_network_says_why_it_cannot_code(name):
     about = {"recipe": name, "model": dataclasses.asdict(narrow(name, inference_share=0.0).model)}
     with pytest.raises(CodecError, match=f"recipe {name} cannot code images: it has no inference"):
         check_codable(about)
 
 
-def test_bundles_that_cannot_code_say_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bundles_that_cannot_code_say_why(tmp_path, monkeypatch, capsys):
     manifest = open_bundle(PRETRAINED).manifest
     plain = {name: value for name, value in manifest["files"].items() if "codec" not in name}
     sampler = Bundle(
@@ -223,7 +210,7 @@ def test_bundles_that_cannot_code_say_why(
     assert capsys.readouterr().err == f"ade compress: {copy}"
 
 
-def test_a_codec_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_codec_of_another_version_is_refused(bundle, tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(bundle.folder, folder)
     program = json.loads((folder / "codec.json").read_text())
@@ -234,7 +221,7 @@ def test_a_codec_of_another_version_is_refused(bundle: Bundle, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_codec_is_added_to_a_bundle(tmp_path: Path) -> None:
+def test_a_codec_is_added_to_a_bundle(tmp_path):
     words = ["export", str(PRETRAINED), str(tmp_path / "with"), "--with-codec"]
     assert main(words) == 0
     found, before = open_bundle(tmp_path / "with"), open_bundle(PRETRAINED)
@@ -244,9 +231,7 @@ def test_a_codec_is_added_to_a_bundle(tmp_path: Path) -> None:
         add_graphs(PRETRAINED, tmp_path / "with", ["codec"], ValueError)
 
 
-def test_a_bundle_with_a_codec_has_no_other_files(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_with_a_codec_has_no_other_files(tiny_bundle, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     (copy / "features.onnx").write_bytes(b"not listed")
     monkeypatch.setattr("extensions.codec.graphs.write_codec", lambda model, folder: None)
@@ -255,11 +240,8 @@ def test_a_bundle_with_a_codec_has_no_other_files(
 
 
 def test_images_are_not_decoded_for_a_model_without_a_codec(
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    small_images, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
     folder = make_folder(tmp_path / "images", small_images[:10])
     config = narrow("av-ade-iaf-rd")

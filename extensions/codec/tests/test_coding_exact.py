@@ -22,7 +22,7 @@ Coder = constriction.stream.stack.AnsCoder
 TOTAL = 2**24  # a table's probabilities are multiples of 1 / TOTAL
 
 
-def encoded(symbol: int, start: int, model: Any, parameters: list[np.ndarray]) -> int:
+def encoded(symbol, start, model, parameters):
     """The state of a coder after one symbol, as one integer."""
     coder = Coder()
     coder.seek(0, start)
@@ -32,13 +32,13 @@ def encoded(symbol: int, start: int, model: Any, parameters: list[np.ndarray]) -
     return int(state)
 
 
-def decoded(state: int, model: Any, parameters: list[np.ndarray]) -> int:
+def decoded(state, model, parameters):
     coder = Coder()
     coder.seek(0, state)
     return int(coder.decode(model, *parameters)[0])
 
 
-def table(model: Any, symbols: range, *values: Any) -> list[Fraction]:
+def table(model, symbols, *values):
     """The probabilities of a family's member, measured from the states that the coder reaches.
 
     From the state ``s``, a symbol of the probability ``p / TOTAL`` whose table begins at ``c``
@@ -65,9 +65,7 @@ GAUSSIANS = [(0.0, 2.0**-19), (0.5, 0.3), (-0.5, 1.0), (0.25, 7.9), (0.0, 8.0), 
 
 @pytest.mark.parametrize(("mean", "scale"), GAUSSIANS)
 @pytest.mark.parametrize(("family", "last"), [("_drawn", stack._DRAWN), ("_stored", stack._STORED)])
-def test_a_gaussian_has_one_table_without_gaps(
-    family: str, last: int, mean: float, scale: float
-) -> None:
+def test_a_gaussian_has_one_table_without_gaps(family, last, mean, scale):
     """Kraft's inequality with equality: no bits are lost, and every symbol can be stored."""
     model = getattr(stack, family)
     probabilities = table(model, range(-last, last + 1), mean, scale)
@@ -76,7 +74,7 @@ def test_a_gaussian_has_one_table_without_gaps(
 
 
 @pytest.mark.parametrize("size", [2, 3, 100, 257, 4096])
-def test_a_uniform_range_has_one_table_without_gaps(size: int) -> None:
+def test_a_uniform_range_has_one_table_without_gaps(size):
     probabilities = table(stack._uniform, range(size), np.int32(size))
     assert sum(probabilities) == 1
     # Uneven by one part in TOTAL // size: a draw costs what it should.
@@ -84,7 +82,7 @@ def test_a_uniform_range_has_one_table_without_gaps(size: int) -> None:
     assert 1 <= probabilities[-1] / probabilities[0] < 1 + Fraction(size * size, TOTAL)
 
 
-def test_values_cost_their_information() -> None:
+def test_values_cost_their_information():
     """The size of many values is that of the exact product of their probabilities.
 
     A state of at least 2**32 is divided by at most 2**24, so the remainder makes a symbol up to
@@ -105,20 +103,20 @@ def test_values_cost_their_information() -> None:
     assert abs((exact_bits(coder) - before) / information - 1) < 1e-5
 
 
-def bits(number: int) -> float:
+def bits(number):
     """The logarithm of a number that is too large for a float."""
     shift = max(0, number.bit_length() - 64)
     return shift + float(np.log2(number >> shift))
 
 
-def exact_bits(coder: Stack) -> float:
+def exact_bits(coder):
     """The size of a stack, not rounded to whole bits."""
     words, state = coder._coder.pos()
     return 32 * words + bits(int(state))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 12, 24])
-def test_a_rotation_is_exact_up_to_the_largest_values(n: int) -> None:
+def test_a_rotation_is_exact_up_to_the_largest_values(n):
     """Against integers without limit: floats lose nothing, in whatever order they are added."""
     generator = np.random.default_rng(n)
     lifting = factorize(np.linalg.qr(generator.normal(size=(n, n)))[0])
@@ -132,7 +130,7 @@ def test_a_rotation_is_exact_up_to_the_largest_values(n: int) -> None:
     assert np.array_equal(rotation.forward(x[:, None])[:, 0], exact.astype(np.int64))
 
 
-def test_all_small_vectors_come_back_from_a_rotation() -> None:
+def test_all_small_vectors_come_back_from_a_rotation():
     lifting = factorize(np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0])
     rotation = lattice.Rotation(lifting.signs, lifting.steps / 2.0**COEFFICIENT_BITS)
     x = np.array(list(product(range(-3, 4), repeat=4))).T[:, None]
@@ -144,20 +142,20 @@ def test_all_small_vectors_come_back_from_a_rotation() -> None:
 class _Recorded:
     """The stack of one stretching: gives the places that it is told, and keeps what is pushed."""
 
-    def __init__(self, places: np.ndarray) -> None:
+    def __init__(self, places):
         self.places = places
         self.pushed = np.zeros(0, np.int64)
 
-    def pop_uniform(self, sizes: np.ndarray) -> np.ndarray:
+    def pop_uniform(self, sizes):
         assert (self.places < sizes).all()
         return self.places
 
-    def push_bits(self, values: np.ndarray, bits: int) -> None:
+    def push_bits(self, values, bits):
         self.pushed = values & (2**bits - 1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 100, 4095, 4096, 4097, 20000])
-def test_stretching_is_a_bijection(size: int) -> None:
+def test_stretching_is_a_bijection(size):
     """Between values with one of ``size`` places and values with one of 4096: none is left out."""
     fine = 2**lattice.SCALE_BITS
     values, places = (a.ravel() for a in np.mgrid[-3:4, 0:size])
@@ -177,7 +175,7 @@ class TinyModel:
     image_shape = (2, 2, 1)
     grid_bits, latent_bits = 10, 6
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels):
         self.levels = levels
         self.latent_shapes = [(2, 1, 1), (1, 2, 2)][:levels]
         self.bins = lattice.Bins(np.array([-2000, -700, 10, 650, 2100]))
@@ -199,7 +197,7 @@ class TinyModel:
             "log_sigma": np.full((1, 2, 2), -0.1, np.float32),
         }
 
-    def run(self, graph: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, graph, inputs):
         flat = np.zeros((1, 1, 2, 2), np.float32)
         match graph:
             case "codec-coupling-00":
@@ -222,7 +220,7 @@ ALL_IMAGES = np.array(list(product(range(4), repeat=4)), np.uint8).reshape(-1, 2
 
 
 @pytest.mark.parametrize("levels", [0, 2])
-def test_all_images_of_a_tiny_model(levels: int) -> None:
+def test_all_images_of_a_tiny_model(levels):
     """Every image decodes, and all lengths together obey Kraft's inequality.
 
     One image can be short by luck, because of the bits that it pops; the mean of ``2**-length``

@@ -8,8 +8,6 @@ import random
 import re
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +23,9 @@ from extensions.codec.image_coder import ImageCoder
 from extensions.codec.pictures import Picture
 from extensions.codec.sources import open_source
 from extensions.codec.tests.models import MANIFEST, Members, members_of, saved
-from serving.engine.bundle import Bundle
 
 
-def write_archive(
-    path: Path, members: Members, packed: int = zipfile.ZIP_STORED, twice: str = ""
-) -> None:
+def write_archive(path, members, packed=zipfile.ZIP_STORED, twice=""):
     with zipfile.ZipFile(path, "w", packed) as file:
         for name, content in members.items():
             file.writestr(name, content)
@@ -39,15 +34,15 @@ def write_archive(
                 file.writestr(twice, b"")
 
 
-def changed(name: str, **fields: Any) -> Callable[[Members], None]:
-    def change(members: Members) -> None:
+def changed(name, **fields):
+    def change(members):
         members[name] = json.dumps({**json.loads(members[name]), **fields}).encode()
 
     return change
 
 
-def with_member(name: str, content: bytes | None = b"") -> Callable[[Members], None]:
-    def change(members: Members) -> None:
+def with_member(name, content=b""):
+    def change(members):
         members.pop(name, None)
         if content is not None:
             members[name] = content
@@ -76,9 +71,7 @@ REFUSED: dict[str, tuple[Callable[[Members], None], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_hostile_archives_are_refused(
-    change: Callable[[Members], None], message: str, archived: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_hostile_archives_are_refused(change, message, archived, bundle, tmp_path):
     members = members_of(archived)
     change(members)
     write_archive(archived, members)
@@ -88,9 +81,7 @@ def test_hostile_archives_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npy", "out.ade"]
 
 
-def test_files_that_are_no_archives_are_refused(
-    archived: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_files_that_are_no_archives_are_refused(archived, bundle, tmp_path):
     good, members = archived.read_bytes(), members_of(archived)
     write_archive(archived, members, twice="00000.bin")
     double = archived.read_bytes()
@@ -114,7 +105,7 @@ def test_files_that_are_no_archives_are_refused(
     assert not (tmp_path / "back.npy").exists()
 
 
-def table(**fields: Any) -> Callable[[Members], None]:
+def table(**fields):
     return changed("00001.json", **fields)
 
 
@@ -141,13 +132,8 @@ DAMAGED: dict[str, tuple[Callable[[Members], None], str]] = {
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_chunk_loses_its_own_images_alone(
-    change: Callable[[Members], None],
-    message: str,
-    archived: Path,
-    bundle: Bundle,
-    small_images: np.ndarray,
-    tmp_path: Path,
-) -> None:
+    change, message, archived, bundle, small_images, tmp_path
+):
     members, warnings = members_of(archived), list[str]()
     change(members)
     write_archive(archived, members)
@@ -160,9 +146,7 @@ def test_a_damaged_chunk_loses_its_own_images_alone(
     assert np.array_equal(np.load(tmp_path / "back.npy"), expected)
 
 
-def test_damage_is_told_by_the_command(
-    archived: Path, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_is_told_by_the_command(archived, bundle, tmp_path, capsys):
     """Any byte may be wrong: the archive is refused, or some images are lost and the rest right."""
     good, images = archived.read_bytes(), np.load(tmp_path / "in.npy")
     generator = random.Random(0)
@@ -196,9 +180,7 @@ def test_damage_is_told_by_the_command(
         ([300 * "a", "b.png"], "cannot be written: File name too long"),
     ],
 )
-def test_names_that_an_archive_cannot_restore_are_refused(
-    names: list[str], message: str, folder: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_names_that_an_archive_cannot_restore_are_refused(names, message, folder, bundle, tmp_path):
     path = tmp_path / "evil.ade"
     for extra in [p for p in folder.rglob("*") if p.is_file()][2:]:
         extra.unlink()
@@ -212,9 +194,7 @@ def test_names_that_an_archive_cannot_restore_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.ade", "images"]
 
 
-def test_hostile_bits_are_damaged_chunks(
-    bundle: Bundle, small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hostile_bits_are_damaged_chunks(bundle, small_images, monkeypatch):
     """Whatever a chunk holds, decoding ends with ``Damaged``."""
     loaded = networks.Networks(bundle)
     coder = ChunkCoder(ImageCoder(loaded), loaded.image_shape)
@@ -235,9 +215,7 @@ def test_hostile_bits_are_damaged_chunks(
         coder.decode(good, None)
 
 
-def test_an_array_that_does_not_fit_on_the_disk(
-    archived: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_an_array_that_does_not_fit_on_the_disk(archived, bundle, tmp_path):
     """A small archive may promise many large images, which are black."""
     members = members_of(archived)
     count = 2**15

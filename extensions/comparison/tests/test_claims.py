@@ -1,9 +1,6 @@
 """The paper's claims, judged by made-up figures."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -27,20 +24,18 @@ HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
         (3.90, 4.305, 0.4, UNDECIDED),
     ],
 )
-def test_bits_are_judged_by_the_spread_of_seeds(
-    better: float, worse: float, lead: float, finding: Finding
-) -> None:
+def test_bits_are_judged_by_the_spread_of_seeds(better, worse, lead, finding):
     claim = Claim("", ("a", "b"), ("bpd",), lead)
     assert claim.judge([{"bpd": better}, {"bpd": worse}]) is finding
 
 
-def test_systems_are_comparable_unless_one_is_worse() -> None:
+def test_systems_are_comparable_unless_one_is_worse():
     claim = Claim("", ("a", "b"), ("bpd",), is_equality=True)
     for ours, finding in ((3.80, HOLDS), (3.92, HOLDS), (3.93, FAILS)):
         assert claim.judge([{"bpd": ours}, {"bpd": 3.90}]) is finding
 
 
-def test_bits_must_differ_by_more_than_two_standard_errors() -> None:
+def test_bits_must_differ_by_more_than_two_standard_errors():
     claim = Claim("", ("a", "b"), ("bpd",))
     better, worse = {"bpd": 3.90, "bpd_error": 0.03}, {"bpd": 3.98, "bpd_error": 0.04}
     assert claim.judge([better, worse]) is UNDECIDED
@@ -57,13 +52,11 @@ def test_bits_must_differ_by_more_than_two_standard_errors() -> None:
         ({"one": 10.0, "two": None}, {"one": 12.0, "two": 100.0}, HOLDS),
     ],
 )
-def test_all_feature_spaces_must_agree(
-    a: dict[str, float | None], b: dict[str, float | None], finding: Finding
-) -> None:
+def test_all_feature_spaces_must_agree(a, b, finding):
     assert Claim("", ("a", "b"), ("one", "two")).judge([a, b]) is finding
 
 
-def test_a_system_between_two_others() -> None:
+def test_a_system_between_two_others():
     claim = Claim("", ("a", "b", "c"), ("one",))
     assert claim.judge([{"one": 1.0}, {"one": 2.0}, {"one": 3.0}]) is HOLDS
     assert claim.judge([{"one": 1.0}, {"one": 4.0}, {"one": 3.0}]) is FAILS
@@ -74,12 +67,12 @@ def test_a_system_between_two_others() -> None:
     assert claim.judge([{"one": 5.0}, {"one": 4.0}, {"one": 3.0}]) is FAILS
 
 
-def test_claims_are_of_systems_that_exist() -> None:
+def test_claims_are_of_systems_that_exist():
     assert {system for claim in claims(("one",)) for system in claim.systems} <= set(recipe_names())
 
 
-def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> None:
-    def run(seed: int, images: int, cooldown: float = 0.2, **other: Any) -> dict[str, Any]:
+def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are():
+    def run(seed, images, cooldown=0.2, **other):
         state = {"images": images, "inferring_since": None}
         size, pixels = other.pop("size", "tiny"), other.pop("pixels", 32)
         config = dataclasses.replace(recipe("av-ade", pixels, 3, size), cooldown=cooldown)
@@ -115,8 +108,8 @@ def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are() -> No
         assert not _comparable([[run(0, 80_000, **other)], plain])
 
 
-def test_a_claim_is_undecided_if_its_seeds_disagree() -> None:
-    def run(system: str, seed: int, bpd: float, images: int) -> dict[str, Any]:
+def test_a_claim_is_undecided_if_its_seeds_disagree():
+    def run(system, seed, bpd, images):
         return {
             "seed": seed,
             "state": {"images": images, "inferring_since": None},
@@ -143,7 +136,7 @@ def test_a_claim_is_undecided_if_its_seeds_disagree() -> None:
             assert f"after {images:,} images, seed 3: BPD {bpd:.2f} against 4.10" in text
 
 
-def test_unreliable_distances_decide_nothing() -> None:
+def test_unreliable_distances_decide_nothing():
     far = {"frechet": 9.0, "rank_deficient": True}
     measured = {
         "elbo": {"bpd": 4.0, "standard_error": 0.1},
@@ -154,8 +147,8 @@ def test_unreliable_distances_decide_nothing() -> None:
     assert _deciding({"measured": measured}) == found
 
 
-def test_the_time_of_an_inference_network_is_not_that_of_its_generator() -> None:
-    def row(system: str, **state: Any) -> dict[str, Any]:
+def test_the_time_of_an_inference_network_is_not_that_of_its_generator():
+    def row(system, **state):
         config = recipe(system, 32, 3, "tiny")
         return {"config": config, "budget": {"minutes": 60}, "state": state}
 

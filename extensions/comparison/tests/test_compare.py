@@ -6,11 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
-from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +30,6 @@ from extensions.comparison.judging import judge_claims
 from extensions.comparison.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
 from extensions.comparison.report import _notes, _table, write_comparison
 from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
-from training.data import Dataset
 from training.datasets import load_dataset
 from training.loop import train
 from training.run_options import RunOptions
@@ -43,13 +39,13 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, small_images: np.ndarray) -> Dataset:
+def dataset(tmp_path_factory, small_images):
     return load_dataset(
         str(make_folder(tmp_path_factory.mktemp("systems") / "images", small_images)), None, 8
     )
 
 
-def options(steps: int, **changes: object) -> RunOptions:
+def options(steps, **changes):
     return dataclasses.replace(
         RunOptions(
             images=16 * steps,
@@ -62,7 +58,7 @@ def options(steps: int, **changes: object) -> RunOptions:
     )
 
 
-def compare_one(job: Job, dataset: Dataset, out: Path) -> list[str]:
+def compare_one(job, dataset, out):
     """Compare one system with itself; returns what is reported."""
     said: list[str] = []
     how = MeasureOptions(draws=1)
@@ -78,9 +74,7 @@ def compare_one(job: Job, dataset: Dataset, out: Path) -> list[str]:
     return said
 
 
-def test_a_system_that_another_process_trains_is_left_to_it(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_system_that_another_process_trains_is_left_to_it(dataset, tmp_path):
     run = tmp_path / "runs" / "vae-seed0"
     run.mkdir(parents=True)
     job = Job(narrow("vae"), options(1))
@@ -97,7 +91,7 @@ def test_a_system_that_another_process_trains_is_left_to_it(
     assert compare_one(job, dataset, tmp_path) == [again]
 
 
-def test_measurements_with_another_network_are_other_measurements(tmp_path: Path) -> None:
+def test_measurements_with_another_network_are_other_measurements(tmp_path):
     """Distances in two networks' features cannot be compared, whatever their files are called."""
     how = {"draws": 8, "resnet20": "a digest"}
     measured = {"checkpoint": "step-1", "split": "test[0:9]", "how": how}
@@ -111,7 +105,7 @@ def test_measurements_with_another_network_are_other_measurements(tmp_path: Path
         assert _is_measured(tmp_path, tmp_path / "step-1", other, "test[0:9]") == same
 
 
-def test_figures_of_another_test_part_are_measured_again(dataset: Dataset, tmp_path: Path) -> None:
+def test_figures_of_another_test_part_are_measured_again(dataset, tmp_path):
     job, run = Job(narrow("vae"), options(1)), tmp_path / "runs" / "vae-seed0"
     compare_one(job, dataset, tmp_path)
     other = dataclasses.replace(dataset, splits={**dataset.splits, "test": "test[3:8]"})
@@ -126,9 +120,7 @@ def test_figures_of_another_test_part_are_measured_again(dataset: Dataset, tmp_p
     assert compare_one(job, dataset, tmp_path) == done
 
 
-def test_a_kept_row_stands_until_its_run_is_measured_again(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_kept_row_stands_until_its_run_is_measured_again(dataset, tmp_path):
     short, long = (Job(narrow("vae"), options(steps)) for steps in (1, 2))
     run = tmp_path / "runs" / "vae-seed0"
     compare_one(short, dataset, tmp_path)
@@ -147,8 +139,8 @@ def test_a_kept_row_stands_until_its_run_is_measured_again(
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
 def test_an_interrupted_run_is_no_finished_one_of_a_smaller_budget(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+    dataset, tmp_path, monkeypatch, name
+):
     """Its learning rates have not fallen."""
     short, long = (Job(narrow(name), options(steps)) for steps in (4, 8))
     run = tmp_path / "runs" / f"{name}-seed0"
@@ -165,8 +157,8 @@ def test_an_interrupted_run_is_no_finished_one_of_a_smaller_budget(
 
 @pytest.mark.parametrize("name, now", [("vae", 4), ("gan", 16)])
 def test_a_run_that_diverged_blocks_no_comparison_of_another_budget(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, now: int
-) -> None:
+    dataset, tmp_path, monkeypatch, name, now
+):
     """Neither if it diverged beyond a smaller budget, nor after a GAN's generator was frozen."""
     config, run = narrow(name), tmp_path / "runs" / f"{name}-seed0"
     with monkeypatch.context() as patched:
@@ -178,12 +170,10 @@ def test_a_run_that_diverged_blocks_no_comparison_of_another_budget(
     assert "diverged before" in said
 
 
-def test_a_system_that_fails_before_it_begins_has_a_row(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_that_fails_before_it_begins_has_a_row(dataset, tmp_path, monkeypatch):
     job = Job(narrow("vae"), options(1))
 
-    def fail(**given: object) -> None:
+    def fail(**given):
         raise MemoryError("no room for the weights")
 
     with monkeypatch.context() as patched:
@@ -200,14 +190,12 @@ def test_a_system_that_fails_before_it_begins_has_a_row(
     assert row["measured"] and row["failure"] is None
 
 
-def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(dataset, tmp_path):
     for seed in (0, 1):
         compare_one(Job(narrow("vae"), options(1, seed=seed)), dataset, tmp_path)
     runs, pictures = tmp_path / "runs", tmp_path / "pictures"
 
-    def samples() -> str:
+    def samples():
         page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
         return page[page.index("## Samples") : page.index("## Training curves")]
 
@@ -236,9 +224,7 @@ def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(
         ({"images": 5, "elbo": 4.1}, "4.000 (ELBO 4.100)"),
     ],
 )
-def test_a_bound_is_shown_with_the_elbo_of_the_same_images(
-    bound: dict[str, Any], cell: str
-) -> None:
+def test_a_bound_is_shown_with_the_elbo_of_the_same_images(bound, cell):
     measured = {
         "images": 9,
         "split": "test[0:9]",
@@ -258,11 +244,8 @@ def test_a_bound_is_shown_with_the_elbo_of_the_same_images(
 
 
 def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path, small_images, monkeypatch, capsys
+):
     monkeypatch.setattr("extensions.comparison.compare.train", Mock(side_effect=ValueError("why")))
     folder, out = make_folder(tmp_path / "images", small_images[:40]), tmp_path / "out"
     words = ["compare", "vae", "v-ade", "--data", str(folder), "--image-size", "8"]
@@ -272,9 +255,7 @@ def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
     assert said.endswith("1 of 2 systems failed: vae-seed0\n") and (out / "report.md").is_file()
 
 
-def test_processes_of_torchrun_do_not_share_a_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_processes_of_torchrun_do_not_share_a_comparison(tmp_path, monkeypatch, capsys):
     # Each process would otherwise take another system, and they would average their gradients.
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["compare", "vae", "--data", "cifar10", "--out", str(tmp_path / "out")]
@@ -284,9 +265,7 @@ def test_processes_of_torchrun_do_not_share_a_comparison(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_alone_needs_no_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_report_alone_needs_no_data(tmp_path, monkeypatch, capsys):
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
     shutil.copytree(committed / "pictures", tmp_path / "pictures")
@@ -300,7 +279,7 @@ def test_a_report_alone_needs_no_data(
     assert "--data is required" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset, tmp_path):
     """Its only copy may be the archive."""
     rows = tmp_path / "rows.json"
     shutil.copy(ROOT / "docs" / "comparison" / "rows.json", rows)
@@ -313,7 +292,7 @@ def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset: Dataset, tmp_
     _check_same(tmp_path, job, dataset, {**failed, "state": None})  # nothing would be lost
 
 
-def test_a_long_failure_stays_in_its_row() -> None:
+def test_a_long_failure_stays_in_its_row():
     why = "CUDA error: a | b\nCompile with `TORCH_USE_CUDA_DSA`\n\n" + "size mismatch; " * 99
     row = {
         "config": narrow("vae"),
@@ -330,14 +309,12 @@ def test_a_long_failure_stays_in_its_row() -> None:
 
 
 @pytest.mark.slow
-def test_a_comparison_resumes_records_failures_and_is_written_up(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_resumes_records_failures_and_is_written_up(dataset, tmp_path, monkeypatch):
     said: list[str] = []
 
     how = MeasureOptions(draws=2)
 
-    def run(chosen: list[Job], how: MeasureOptions = how, out: Path = tmp_path) -> list[str]:
+    def run(chosen, how=how, out=tmp_path):
         said.clear()
         compare(
             chosen,
@@ -434,7 +411,7 @@ def test_a_comparison_resumes_records_failures_and_is_written_up(
         run([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))])
 
 
-def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
+def test_the_comparison_is_what_its_rows_say(tmp_path):
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
     shutil.copytree(committed / "pictures", tmp_path / "pictures")
@@ -468,7 +445,7 @@ def test_the_comparison_is_what_its_rows_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_distances_in_the_features_that_trained_a_model_are_marked(dataset: Dataset) -> None:
+def test_distances_in_the_features_that_trained_a_model_are_marked(dataset):
     how = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30, samples=30)
     measurer = Measurer(dataset, torch.device("cpu"), how)
     model = ADEModel(narrow("av-ade-pd").model)
@@ -479,8 +456,8 @@ def test_distances_in_the_features_that_trained_a_model_are_marked(dataset: Data
         assert found["distances"]["mean"][EFFICIENTNET]["rank_deficient"] is True
 
 
-def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path: Path) -> None:
-    def row(name: str, space: dict) -> dict:
+def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path):
+    def row(name, space):
         measured = {
             "distances": {
                 "mean": {
@@ -525,9 +502,7 @@ def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path:
     assert "![discriminator, nats](" in page
 
 
-def test_a_comparison_is_of_one_folder(
-    small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_is_of_one_folder(small_images, tmp_path, capsys):
     """Even if another has the same name, and even if the runs' folders are gone."""
     mine = make_folder(tmp_path / "a" / "photos", small_images)
     other = shutil.copytree(mine, tmp_path / "b" / "photos")
@@ -565,13 +540,8 @@ def test_a_comparison_is_of_one_folder(
     ],
 )
 def test_the_command_line_says_what_is_wrong(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    words, message, tmp_path, small_images, monkeypatch, capsys
+):
     """Before an image is decoded."""
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
     data = str(make_folder(tmp_path / "images", small_images[:40]))
@@ -589,8 +559,8 @@ def test_the_command_line_says_what_is_wrong(
     ],
 )
 def test_an_image_size_that_the_user_did_not_give_is_explained(
-    width: int, height: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    width, height, message, tmp_path, capsys
+):
     photos = tmp_path / "photos"
     photos.mkdir()
     Image.new("RGB", (width, height)).save(photos / "a.png")
@@ -606,13 +576,8 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     ],
 )
 def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
-    option: list[str],
-    message: str,
-    tmp_path: Path,
-    small_images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    option, message, tmp_path, small_images, monkeypatch, capsys
+):
     folder = make_folder(tmp_path / "images", small_images[:60])
     monkeypatch.setattr("training.datasets.folder.decode_into", None)
     arguments = ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,18 +17,16 @@ from training.metrics.frechet import frechet_distance
 RESNET20 = "models/resnet20_cifar10.npz"
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.zeros(3))
     with pytest.raises(FeatureError, match="does not hold a ResNet-20"):
         ResNet20(tmp_path / "w.npz")
 
 
-def test_the_fid_uses_as_many_held_out_images_as_requested(
-    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fid_uses_as_many_held_out_images_as_requested(small_images, monkeypatch):
     seen: list[int] = []
 
-    def features(weights: str, images: np.ndarray, device: torch.device) -> np.ndarray:
+    def features(weights, images, device):
         seen.append(len(images))
         return images.reshape(len(images), -1)[:, :4].astype(float)
 
@@ -50,10 +46,8 @@ def test_the_fid_uses_as_many_held_out_images_as_requested(
     assert seen == [90, 40, 90]  # samples, held-out images once, training images
 
 
-def test_no_density_samples_are_drawn_for_efficientnet_alone(
-    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def features(images: np.ndarray) -> np.ndarray:
+def test_no_density_samples_are_drawn_for_efficientnet_alone(small_images, monkeypatch):
+    def features(images):
         return images.reshape(len(images), -1)[:, :4].astype(float)
 
     monkeypatch.setattr("extensions.comparison.measure.efficientnet_weights", lambda: None)
@@ -69,7 +63,7 @@ def test_no_density_samples_are_drawn_for_efficientnet_alone(
 
 @pytest.mark.slow
 @needs_data("data/cifar10", RESNET20)
-def test_resnet20_tells_images_from_noise(tmp_path: Path) -> None:
+def test_resnet20_tells_images_from_noise(tmp_path):
     from training.datasets import load_dataset
 
     part = load_dataset("cifar10", str(large_data("data/cifar10"))).parts["test"]
@@ -88,9 +82,7 @@ def test_resnet20_tells_images_from_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_inception_is_loaded_by_its_hash_alone(
-    tmp_path: Path, real_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inception_is_loaded_by_its_hash_alone(tmp_path, real_images, monkeypatch):
     """Uses random weights in the library's format: everything is tested except for the values."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 

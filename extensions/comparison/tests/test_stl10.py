@@ -1,9 +1,5 @@
 """Small copies of STL-10 in its format."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,7 +8,7 @@ from training.data import DataError
 from training.datasets import image_size_of, load_dataset
 
 
-def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) -> None:
+def test_stl10_from_its_binary_files(tmp_path, real_images):
     """Stored channel by channel and column by column, as the original is."""
     large = real_images[:30].repeat(3, axis=1).repeat(3, axis=2)
     stored = large.transpose(0, 3, 2, 1)
@@ -42,9 +38,7 @@ def test_stl10_from_its_binary_files(tmp_path: Path, real_images: np.ndarray) ->
         load_dataset("stl10", str(tmp_path))
 
 
-def test_stl10_without_its_unlabelled_images_has_labels(
-    tmp_path: Path, real_images: np.ndarray
-) -> None:
+def test_stl10_without_its_unlabelled_images_has_labels(tmp_path, real_images):
     large = real_images[:30].repeat(3, axis=1).repeat(3, axis=2).transpose(0, 3, 2, 1)
     for name, rows in (("train", large[:20]), ("test", large[20:])):
         (tmp_path / f"{name}_X.bin").write_bytes(rows.tobytes())
@@ -59,5 +53,5 @@ def test_stl10_without_its_unlabelled_images_has_labels(
     assert load_dataset("stl10", str(tmp_path), 96).splits == dataset.splits
 
 
-def test_the_size_is_known_before_a_data_set_is_loaded(tmp_path: Path) -> None:
+def test_the_size_is_known_before_a_data_set_is_loaded(tmp_path):
     assert image_size_of("stl10", str(tmp_path)) == 48

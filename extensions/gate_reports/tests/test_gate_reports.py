@@ -1,7 +1,5 @@
 """The reports and tables of ade ood-bench."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil
@@ -19,14 +17,13 @@ from export.gate.separation import COMBINED, NO_FEATURES, RAW_BPD, Figures
 from extensions.gate_reports.ood_bench_report import _histogram, _write_csv, write_report
 from extensions.gate_reports.verbs import ood_bench
 from serving.engine.bundle import open_bundle, write_manifest
-from serving.engine.engine import InferenceEngine
 from serving.verdict.calibration_file import CalibrationPair
 from tests.helpers import make_folder
 from tests.test_bulk import read
 from tests.test_ood import calibration, draw
 
 
-def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histograms_show_any_name(tmp_path, monkeypatch):
     """A dollar sign begins no formula, and an underscore hides nothing."""
     figures = []
     written = FigureCanvasAgg.print_figure
@@ -45,9 +42,7 @@ def test_histograms_show_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ]
 
 
-def test_a_bundle_that_cannot_score_is_reported_as_such(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_that_cannot_score_is_reported_as_such(tiny_bundle, tmp_path, capsys):
     """Not as one that ade calibrate could calibrate."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     write_manifest(bundle, {**open_bundle(bundle).manifest, "operations": ["sample"]})
@@ -58,9 +53,7 @@ def test_a_bundle_that_cannot_score_is_reported_as_such(
     assert "cannot score: it was trained without an inference" in capsys.readouterr().err
 
 
-def test_names_of_files_do_not_control_the_terminal(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_of_files_do_not_control_the_terminal(tiny_bundle, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     (images / "a\x1b[2J\u202eb.png").write_bytes(b"broken")
@@ -72,15 +65,13 @@ def test_names_of_files_do_not_control_the_terminal(
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path: Path) -> None:
+def test_a_spreadsheet_runs_no_name_of_a_folder(tmp_path):
     _write_csv({"=1+1": {"combined": Figures(0.5, -0.1, 0.5, 0.5)}}, tmp_path / "figures.csv")
     (row,) = read(tmp_path / "figures.csv")
     assert row["ood_set"] == "'=1+1" and row["standard_error"] == "-0.1"
 
 
-def test_the_bench_tells_what_the_features_add(
-    pretrained_engine: InferenceEngine, real_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_the_bench_tells_what_the_features_add(pretrained_engine, real_images, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
     both = pretrained_engine.calibrations
     its, other = (
@@ -95,7 +86,7 @@ def test_the_bench_tells_what_the_features_add(
     assert rows[0].startswith(f"|  | {NO_FEATURES} | 1.0000 ± ") and "features.onnx" in rows[1]
 
 
-def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
+def test_a_report_gives_no_shares_without_a_verdict(tmp_path):
     """50 calibration images cannot reject one image in 100: that is no rate of 0."""
     rng = np.random.default_rng(1)
     unusual = Measured({k: v + 9 for k, v in draw(rng, 40).items()}, np.zeros(40, bool))
@@ -113,12 +104,8 @@ def test_a_report_gives_no_shares_without_a_verdict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_known", [True, False])
 def test_the_bench_tests_on_images_that_calibrated_nothing(
-    is_known: bool,
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    is_known, tiny_bundle, small_images, tmp_path, monkeypatch
+):
     """Nor trained, if the bundle says that the model saw the same folder."""
     monkeypatch.setattr("export.gate.split.MIN_IMAGES", 1)
     photos = tmp_path / "photos"
@@ -140,9 +127,7 @@ def test_the_bench_tests_on_images_that_calibrated_nothing(
     assert set(tested) == unseen if is_known else set(tested) > fit | calibration
 
 
-def test_a_folder_is_benched_whatever_its_name(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_folder_is_benched_whatever_its_name(tiny_bundle, small_images, tmp_path):
     named = tmp_path / os.fsdecode(b"caf\xe9")  # folders' names need not be UTF-8
     make_folder(named, small_images[:, ::-1])
     noise = tmp_path / "noise.npy"
@@ -166,13 +151,7 @@ def test_a_folder_is_benched_whatever_its_name(
         (["OUT", "--id", "DATA", "--root", "OUT2", "--out", "OUT2"], "--root goes with a named"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    small_images: np.ndarray,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_command_line_says_what_is_wrong(words, message, tmp_path, small_images, capsys):
     data = str(make_folder(tmp_path / "images", small_images[:40]))
     given = [w.replace("DATA", data).replace("OUT", str(tmp_path / "out")) for w in words]
     assert main(["ood-bench", *given]) == 2

@@ -1,24 +1,11 @@
 """Reports on gates of which an encoder sees the originals of pictures."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import numpy as np
-import pytest
-
 from ade_base.pictures.show import write_png
 from ade_cli.main import main
 from export.gate.corruptions import CORRUPTIONS
 
 
-def test_reports_judge_the_originals(
-    seeing_bundle: Path,
-    large_images: np.ndarray,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_reports_judge_the_originals(seeing_bundle, large_images, small_images, tmp_path, capsys):
     """Also among images of the model's size, for which the encoder has another memory."""
     folder = tmp_path / "large"
     folder.mkdir()

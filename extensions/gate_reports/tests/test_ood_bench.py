@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -44,13 +43,11 @@ from training.data import DataError
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bundle: Path) -> InferenceEngine:
+def engine(tiny_bundle):
     return InferenceEngine(tiny_bundle, device="cpu", operations=["score"])
 
 
-def test_a_calibration_says_what_it_catches(
-    engine: InferenceEngine, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_calibration_says_what_it_catches(engine, small_images, tmp_path):
     """As measured again from its images."""
     calibrations = engine.calibrations
     assert calibrations.exact is not None
@@ -70,7 +67,7 @@ def test_a_calibration_says_what_it_catches(
         wrong.check_values()
 
 
-def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> None:
+def test_a_share_is_of_images_that_get_a_verdict(engine):
     """No share is given for a set with images of a kind that is not judged at this alpha."""
     exact = engine.calibrations.exact
     assert exact is not None
@@ -84,7 +81,7 @@ def test_a_share_is_of_images_that_get_a_verdict(engine: InferenceEngine) -> Non
     assert rejected(engine, CalibrationPair(exact), both, [0.1]) == [None]
 
 
-def test_the_page_shows_both(engine: InferenceEngine) -> None:
+def test_the_page_shows_both(engine):
     calibration = engine.calibrations.exact
     assert calibration is not None
     shown = charts.what_if(calibration, 0.1, 1000)
@@ -103,8 +100,8 @@ def test_the_page_shows_both(engine: InferenceEngine) -> None:
 
 
 def test_a_terminal_that_lacks_letters_gets_the_result(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_bundle, small_images, tmp_path, monkeypatch
+):
     Image.fromarray(small_images[0]).save(tmp_path / "σ.png")
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", out)
@@ -113,12 +110,10 @@ def test_a_terminal_that_lacks_letters_gets_the_result(
     assert "\\u03c3.png" in out.read()
 
 
-def test_the_bench_judges_images_by_their_kind(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bench_judges_images_by_their_kind(tiny_bundle, small_images, tmp_path, capsys):
     """As requests do; and without the images that made the calibration."""
 
-    def all_resized_are_rejected(of: CalibrationPair) -> CalibrationPair:
+    def all_resized_are_rejected(of):
         assert of.resized is not None
         return dataclasses.replace(
             of, resized=dataclasses.replace(of.resized, scores=of.resized.scores - 1e6)
@@ -142,8 +137,8 @@ def test_the_bench_judges_images_by_their_kind(
 
 
 def test_the_bench_gives_no_verdict_without_a_calibration_for_resized_images(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+    tiny_bundle, small_images, tmp_path
+):
     bundle = with_calibrations(
         tiny_bundle, tmp_path / "bundle", lambda its: dataclasses.replace(its, resized=None)
     )
@@ -170,16 +165,12 @@ def test_the_bench_gives_no_verdict_without_a_calibration_for_resized_images(
 
 
 def test_a_set_without_any_finite_likelihood_is_an_error(
-    tiny_bundle: Path,
-    small_images: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny_bundle, small_images, tmp_path, monkeypatch, capsys
+):
     """The bench and the calibration leave out corrupted images without any."""
     statistics = InferenceEngine.statistics
 
-    def lose(self: InferenceEngine, images: np.ndarray, views: Any = ()) -> dict[str, np.ndarray]:
+    def lose(self, images, views=()):
         flat = (images == images[:, :1, :1]).all((1, 2, 3))
         found = statistics(self, images, views)
         return {**found, "bpd": np.where(flat, np.float32(np.nan), found["bpd"])}
@@ -205,13 +196,11 @@ def test_a_set_without_any_finite_likelihood_is_an_error(
     assert set(made.exact.corrupted) == {*CORRUPTIONS, *SUBTLE} - {"constant"}
 
 
-def test_images_are_decoded_on_several_cores_and_named(
-    small_images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_decoded_on_several_cores_and_named(small_images, monkeypatch):
     monkeypatch.setattr(images_module, "available_cores", lambda: 2)
     both, prepare = threading.Barrier(2), images_module.prepare_source
 
-    def meet(*given: Any) -> Any:
+    def meet(*given):
         both.wait(10)
         return prepare(*given)
 
@@ -226,7 +215,7 @@ def test_images_are_decoded_on_several_cores_and_named(
     assert "4.png" in line and "5.png" not in line and line.endswith("; …")
 
 
-def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_path: Path) -> None:
+def test_sets_of_images_are_read_by_their_content(small_images, tmp_path):
     np.savez(tmp_path / "arrays.npz", images=small_images[:3])
     for name in ("arrays.NPZ", "arrays.npy", "arrays"):
         shutil.copy(tmp_path / "arrays.npz", tmp_path / name)
@@ -260,14 +249,14 @@ def test_sets_of_images_are_read_by_their_content(small_images: np.ndarray, tmp_
         GivenImages(tmp_path / "damaged.npz", None)
 
 
-def test_options_given_twice_add_up() -> None:
+def test_options_given_twice_add_up():
     words = ["ood-bench", "B", "--id", "D", "--out", "O"]
     args = parse([*words, "--ood", "a", "b", "--ood", "c"])
     assert args.ood == [Path("a"), Path("b"), Path("c")]
     assert parse(["compare", "--out", "O", "--seeds", "1", "--seeds", "2"]).seeds == [1, 2]
 
 
-def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_path_is_not_the_current_folder(capsys):
     """As a variable gives it that is not set: images of that folder would join a calibration."""
     for words in (
         ["ood-bench", "B", "--out", "O", "--id", ""],
@@ -289,9 +278,7 @@ def test_an_empty_path_is_not_the_current_folder(capsys: pytest.CaptureFixture[s
         assert raised.value.code == 2 and "must not be empty" in capsys.readouterr().err, words
 
 
-def test_a_report_does_not_lie_among_its_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_does_not_lie_among_its_images(tmp_path, monkeypatch, capsys):
     """Even if their folder is called like a data set."""
     monkeypatch.chdir(tmp_path)
     words = ["ood-bench", str(PRETRAINED), "--id", "x.npy", "--ood", "cifar10"]
@@ -299,9 +286,7 @@ def test_a_report_does_not_lie_among_its_images(
     assert "--out must lie outside of" in capsys.readouterr().err
 
 
-def test_a_report_replaces_none_of_another_program(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_replaces_none_of_another_program(tiny_bundle, tmp_path, capsys):
     """And this is known before any image is scored."""
     out, sets = tmp_path / "out", [tmp_path / "scenes.2024", tmp_path / "scenes.2025"]
     words = ["ood-bench", str(tiny_bundle), "--id", "nowhere", "--out", str(out)]
@@ -320,7 +305,7 @@ def test_a_report_replaces_none_of_another_program(
     assert "there is no nowhere" in capsys.readouterr().err
 
 
-def test_advice_on_a_weak_gate() -> None:
+def test_advice_on_a_weak_gate():
     good = {**dict.fromkeys(CORRUPTIONS, 1.0), **dict.fromkeys(SUBTLE, 0.8)}
     assert advice(500, True, good) == []
     # Of none of these images a likelihood could be computed: they cannot be accepted.
@@ -339,7 +324,7 @@ def test_advice_on_a_weak_gate() -> None:
         assert f"at least {ENOUGH} images" in line
 
 
-def test_calibrate_needs_no_pytorch(tmp_path: Path) -> None:
+def test_calibrate_needs_no_pytorch(tmp_path):
     """Makes a gate without PyTorch; the report has false alarms and detection."""
     files = np.asarray(Image.open(ROOT / "tests/data/cifar10_test_300.webp").convert("RGB"))
     (tmp_path / "photos").mkdir()
@@ -360,9 +345,7 @@ def test_calibrate_needs_no_pytorch(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "manifest.json").is_file()
 
 
-def test_a_picture_that_repeats_is_measured_although_it_calibrated(
-    small_images: np.ndarray,
-) -> None:
+def test_a_picture_that_repeats_is_measured_although_it_calibrated(small_images):
     image, told = Picture(small_images[0], []), list[str]()
     known = {short_digest(image.pixels)}
     left = list(others("id", [(str(i), image) for i in range(6)], known, told.append))

@@ -7,9 +7,7 @@ import io
 import json
 import re
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,34 +29,32 @@ from tests.test_process import RunningApplication, error_of
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
+def app(tmp_path_factory):
     with RunningApplication(tmp_path_factory.mktemp("process")) as made:
         made.wait()
         yield made
 
 
-def v2_error_of(answer: httpx.Response) -> str:
+def v2_error_of(answer):
     assert set(answer.json()) == {"error"} and answer.headers["content-type"] == "application/json"
     assert isinstance(answer.json()["error"], str)
     return str(answer.json()["error"])
 
 
 @pytest.fixture
-def triton(app: RunningApplication) -> Iterator[tritonclient.http.InferenceServerClient]:
+def triton(app):
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{app.port}")
     yield client
     client.close()
 
 
-def tensor(array: np.ndarray, name: str, datatype: str, binary: bool) -> Any:
+def tensor(array, name, datatype, binary):
     made = tritonclient.http.InferInput(name, list(array.shape), datatype)
     made.set_data_from_numpy(array, binary_data=binary)
     return made
 
 
-def test_health_and_metadata(
-    app: RunningApplication, triton: tritonclient.http.InferenceServerClient
-) -> None:
+def test_health_and_metadata(app, triton):
     assert triton.is_server_live() and triton.is_server_ready()
     assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     for operation in OPERATIONS:
@@ -73,7 +69,7 @@ def test_health_and_metadata(
 
 
 @pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PATCH", "TRACE"])
-def test_methods_that_are_refused(app: RunningApplication, method: str) -> None:
+def test_methods_that_are_refused(app, method):
     path = "/v2/models/score/infer"
     answer = httpx.request(method, app.url + path)
     assert answer.status_code == 405 and answer.headers["allow"] == "POST"
@@ -81,16 +77,14 @@ def test_methods_that_are_refused(app: RunningApplication, method: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/health/live"])
-def test_head_works_where_get_does(app: RunningApplication, path: str) -> None:
+def test_head_works_where_get_does(app, path):
     got, head = httpx.get(app.url + path), httpx.head(app.url + path)
     assert head.status_code == got.status_code == 200 and head.content == b""
     assert head.headers["content-length"] == got.headers["content-length"]
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
-def test_answers_are_those_of_the_api(
-    app: RunningApplication, triton: tritonclient.http.InferenceServerClient, binary: bool
-) -> None:
+def test_answers_are_those_of_the_api(app, triton, binary):
     images = np.stack(
         [
             np.full((32, 32, 3), 90, np.uint8),
@@ -99,7 +93,7 @@ def test_answers_are_those_of_the_api(
     )
     given = [tensor(images, "images", "UINT8", binary)]
 
-    def infer(operation: str, inputs: Any, *names: str, **parameters: Any) -> list[np.ndarray]:
+    def infer(operation, inputs, *names, **parameters):
         outputs = [tritonclient.http.InferRequestedOutput(name, binary) for name in names]
         answer = triton.infer(
             operation, inputs, outputs=outputs, request_id="mine", parameters=parameters or None
@@ -109,7 +103,7 @@ def test_answers_are_those_of_the_api(
         assert set(names) <= {one["name"] for one in found.get_response()["outputs"]}
         return [answer.as_numpy(name) for name in names]
 
-    def api(operation: str, **fields: str) -> httpx.Response:
+    def api(operation, **fields):
         files = {} if operation == "sample" else {"files": {"image": npy(images)}}
         return httpx.post(f"{app.url}/v1/{operation}", data=fields, **files, timeout=60)
 
@@ -164,7 +158,7 @@ def test_answers_are_those_of_the_api(
     ],
     ids=str,
 )
-def test_errors(app: RunningApplication, change: dict[str, Any], status: int) -> None:
+def test_errors(app, change, status):
     one = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [9] * 3072}
     request: dict[str, Any] = {"inputs": [one]}
     for name, value in change.items():
@@ -177,9 +171,7 @@ def test_errors(app: RunningApplication, change: dict[str, Any], status: int) ->
     assert set(answer.json()) == {"error"} and len(answer.json()["error"]) < 300
 
 
-def test_requests_that_cannot_be_translated_are_counted_and_logged(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_requests_that_cannot_be_translated_are_counted_and_logged(tiny_bundle, tmp_path):
     settings = WorkerSettings(
         *(str(tiny_bundle), "tiny@1", open_bundle(tiny_bundle).digest, "sample", "tiny-sample"),
         *("1", str(tmp_path), ServingOptions(device="cpu")),
@@ -200,9 +192,7 @@ def test_requests_that_cannot_be_translated_are_counted_and_logged(
     assert logged == [("tensors", 400), ("other", 422)]
 
 
-def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
-    app: RunningApplication,
-) -> None:
+def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(app):
     head = b"POST /v2/models/score/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
     with ThreadPoolExecutor(1) as pool:
         with suspended(app.worker("score")):
@@ -214,12 +204,12 @@ def test_a_request_whose_client_leaves_before_a_worker_is_free_is_not_computed(
         assert first.result().status_code == 200
 
 
-def test_parameters_may_have_a_fraction_of_zero() -> None:
+def test_parameters_may_have_a_fraction_of_zero():
     texts = {4.0: "4", 0.5: "0.5", 1e300: "1e+300", "x": "x"}
     assert {value: v2._text(value) for value in texts} == texts
 
 
-def test_answers_in_json_are_bounded() -> None:
+def test_answers_in_json_are_bounded():
     """A number takes several times the bytes that it has in a binary tensor."""
     tensor = np.zeros((400, 20, 400), np.float32)
     out = io.BytesIO()
@@ -232,9 +222,7 @@ def test_answers_in_json_are_bounded() -> None:
         assert is_binary or b"set binary_data_output" in answer.body
 
 
-def test_the_documented_program_of_tritons_client(
-    app: RunningApplication, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_documented_program_of_tritons_client(app, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "how-to" / "open-inference.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -242,7 +230,7 @@ def test_the_documented_program_of_tritons_client(
     assert re.fullmatch(r"\[3\.\d+\] \[ True\]\n", capsys.readouterr().out)
 
 
-def test_requests_that_are_no_json(app: RunningApplication) -> None:
+def test_requests_that_are_no_json(app):
     url = f"{app.url}/v2/models/score/infer"
     for length in ("9", "-1", "x", "1" * 5000):
         answer = httpx.post(url, content=b"{}", headers={"Inference-Header-Content-Length": length})
@@ -257,7 +245,7 @@ def test_requests_that_are_no_json(app: RunningApplication) -> None:
     assert packed.status_code == 415 and "must not be compressed" in v2_error_of(packed)
 
 
-def test_errors_of_the_front_and_the_guard_have_its_shape(app: RunningApplication) -> None:
+def test_errors_of_the_front_and_the_guard_have_its_shape(app):
     url = f"{app.url}/v2/models/score/infer"
     for headers, body, status in (
         ({"Host": "a.example"}, b"", 421),
@@ -270,12 +258,10 @@ def test_errors_of_the_front_and_the_guard_have_its_shape(app: RunningApplicatio
     assert error_of(httpx.get(f"{app.url}/v20")) == "not_found"
 
 
-def test_loses_nothing_in_silence(app: RunningApplication) -> None:
+def test_loses_nothing_in_silence(app):
     """An image would be judged by another calibration, or otherwise, than the client asked for."""
 
-    def ask(
-        inputs: list[dict[str, Any]], binary: bytes = b"", query: str = "", **fields: Any
-    ) -> httpx.Response:
+    def ask(inputs, binary=b"", query="", **fields):
         text = json.dumps({"inputs": inputs, **fields}).encode()
         return httpx.post(
             f"{app.url}/v2/models/score/infer{query}",
@@ -335,7 +321,7 @@ def test_loses_nothing_in_silence(app: RunningApplication) -> None:
     assert ask([{**image, "parameters": {"content_type": "np"}}]).status_code == 200
 
 
-def test_takes_as_many_values_as_the_api() -> None:
+def test_takes_as_many_values_as_the_api():
     bundle = open_bundle(PRETRAINED)
     image = np.full(bundle.image_shape, 255, np.uint8).tolist()
     ones = [[np.ones(shape).tolist() for shape in bundle.latent_shapes]] * 256
@@ -346,7 +332,7 @@ def test_takes_as_many_values_as_the_api() -> None:
         assert v2._head(json.dumps(request).encode(), operation, bundle).keys() == request.keys()
 
 
-def test_tells_a_rejected_image_from_one_without_a_verdict(app: RunningApplication) -> None:
+def test_tells_a_rejected_image_from_one_without_a_verdict(app):
     """Its p-value is a number, too, if alpha is too small for the calibration."""
     one = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [9] * 3072}
     found = {}
@@ -360,7 +346,7 @@ def test_tells_a_rejected_image_from_one_without_a_verdict(app: RunningApplicati
 
 
 @pytest.mark.parametrize("decision, p_value", [("reject", 0.01), ("no_verdict", None)])
-def test_no_image_is_accepted_but_by_a_decision(decision: str, p_value: float | None) -> None:
+def test_no_image_is_accepted_but_by_a_decision(decision, p_value):
     ood = True if decision == "reject" else None
     results = [{"bpd": 3.0, "p_value": p_value, "ood": ood, "decision": decision}]
     answer = Response(200, "application/json", json.dumps({"results": results}).encode(), {})

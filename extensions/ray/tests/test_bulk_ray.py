@@ -52,7 +52,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_manifest_lists_every_image_once(tmp_path: Path) -> None:
+def test_a_manifest_lists_every_image_once(tmp_path):
     for name in ("b/2.png", "b/1.JPG", "a/3.webp", "a/notes.txt", "4.png"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"x" * 3)
@@ -66,7 +66,7 @@ def test_a_manifest_lists_every_image_once(tmp_path: Path) -> None:
     assert all(row["size"] == 3 and row["mtime"] > 1e9 for row in rows)
 
 
-def test_a_manifest_of_another_file_system() -> None:
+def test_a_manifest_of_another_file_system():
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -79,7 +79,7 @@ def test_a_manifest_of_another_file_system() -> None:
     ]
 
 
-def test_a_manifest_of_a_host_keeps_its_name() -> None:
+def test_a_manifest_of_a_host_keeps_its_name():
     """What a URL has before the path is the file system's, whose names lack it."""
     import fsspec
     from fsspec.utils import infer_storage_options
@@ -87,22 +87,22 @@ def test_a_manifest_of_a_host_keeps_its_name() -> None:
     class Hosted(fsspec.AbstractFileSystem):
         protocol = "hosted"
 
-        def __init__(self, host: str) -> None:  # as SFTP's: an unknown option is an error
+        def __init__(self, host):  # as SFTP's: an unknown option is an error
             super().__init__()
             assert host == "there"
 
         @classmethod
-        def _strip_protocol(cls, path: str) -> str:
+        def _strip_protocol(cls, path):
             return str(infer_storage_options(path)["path"])
 
         @staticmethod
-        def _get_kwargs_from_urls(path: str) -> dict[str, object]:
+        def _get_kwargs_from_urls(path):
             return {"host": infer_storage_options(path)["host"]}
 
-        def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
+        def ls(self, path, detail=True, **options):
             return [{"name": f"{path.rstrip('/')}/1.png", "size": 1, "type": "file"}]
 
-        def cat_file(self, path: str, *args: object, **options: object) -> bytes:
+        def cat_file(self, path, *args, **options):
             return path.encode()
 
     fsspec.register_implementation("hosted", Hosted)
@@ -116,7 +116,7 @@ def test_a_manifest_of_a_host_keeps_its_name() -> None:
     assert "secret" not in str(refused.value)
 
 
-def test_names_that_make_no_url_end_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_make_no_url_end_the_listing(monkeypatch):
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -129,7 +129,7 @@ def test_names_that_make_no_url_end_the_listing(monkeypatch: pytest.MonkeyPatch)
         list(manifest.list_files("memory://container@account"))
 
 
-def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch):
     """So s3fs lists s3://a/b//x.png, which would be missing."""
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -149,21 +149,19 @@ def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch: pytest.Monkey
         ("s3", "b/a/", [], True),
     ],
 )
-def test_a_folder_may_list_itself(
-    protocol: str, listed: str, found: list[str], refused: bool
-) -> None:
+def test_a_folder_may_list_itself(protocol, listed, found, refused):
     class Store:
-        def __init__(self) -> None:
+        def __init__(self):
             self.protocol = (protocol,)
 
-        def ls(self, path: str, detail: bool) -> list[dict[str, str]]:
+        def ls(self, path, detail):
             image = {"name": "b/a/1.png", "type": "file"}
             return [{"name": listed, "type": "directory"}, image]
 
-        def find(self, path: str, prefix: str) -> list[str]:
+        def find(self, path, prefix):
             return [name for name in found if name.startswith(f"{path}/{prefix}")]
 
-        def invalidate_cache(self) -> None:
+        def invalidate_cache(self):
             pass
 
     expected = pytest.raises(BulkError, match="^b/a// cannot") if refused else nullcontext()
@@ -171,7 +169,7 @@ def test_a_folder_may_list_itself(
         assert [about["name"] for about in manifest._walk(Store(), "b/a")] == ["b/a/1.png"]
 
 
-def test_a_local_path_may_have_colons(tmp_path: Path) -> None:
+def test_a_local_path_may_have_colons(tmp_path):
     folder = tmp_path / "a::b"
     folder.mkdir()
     (folder / "1::2.png").write_bytes(b"x")
@@ -182,14 +180,12 @@ def test_a_local_path_may_have_colons(tmp_path: Path) -> None:
     assert [other["path"] for other in manifest.read_manifest(source)] == [row["path"]]
 
 
-def test_a_protocol_that_nobody_knows() -> None:
+def test_a_protocol_that_nobody_knows():
     with pytest.raises(BulkError, match="nowhere://bucket cannot be used: .*nowhere"):
         list(manifest.list_files("nowhere://bucket"))
 
 
-def test_a_folder_that_cannot_be_listed_ends_the_listing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_listed_ends_the_listing(tmp_path, monkeypatch):
     from fsspec.implementations.local import LocalFileSystem
 
     (tmp_path / "closed").mkdir()
@@ -197,7 +193,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_listing(
         (tmp_path / name).write_bytes(b"x")
     listed = LocalFileSystem.ls
 
-    def ls(self: LocalFileSystem, path: str, **options: object) -> object:
+    def ls(self, path, **options):
         if path.endswith("closed"):
             raise PermissionError(13, "Permission denied", path)
         return listed(self, path, **options)
@@ -207,13 +203,13 @@ def test_a_folder_that_cannot_be_listed_ends_the_listing(
         list(manifest.list_files(str(tmp_path)))
 
 
-def test_a_file_whose_store_fails_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_store_fails_is_unreadable(monkeypatch):
     from fsspec.implementations.memory import MemoryFileSystem
 
     class ClientError(Exception):
         pass
 
-    def fail(*args: object, **options: object) -> bytes:
+    def fail(*args, **options):
         raise ClientError("503")
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
@@ -221,13 +217,13 @@ def test_a_file_whose_store_fails_is_unreadable(monkeypatch: pytest.MonkeyPatch)
         score.read_any_file("memory://bucket/1.png")
 
 
-def test_a_pipe_behind_a_url_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_behind_a_url_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.png")
     with pytest.raises(OSError, match="not a regular file"):
         score.read_any_file(f"file://{tmp_path}/p.png")
 
 
-def test_rows_that_other_processes_write_are_found() -> None:
+def test_rows_that_other_processes_write_are_found():
     """The clients of object stores remember listings, and only this process's writes end them."""
     import fsspec
 
@@ -235,7 +231,7 @@ def test_rows_that_other_processes_write_are_found() -> None:
         protocol = "remembering"
         objects: dict[str, bytes] = {}
 
-        def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
+        def ls(self, path, detail=True, **options):
             path = self._strip_protocol(path)
             listed = self.dircache.get(path) or [
                 {"name": name, "size": len(content), "type": "file"}
@@ -245,18 +241,18 @@ def test_rows_that_other_processes_write_are_found() -> None:
             self.dircache[path] = listed
             return listed if detail else [about["name"] for about in listed]
 
-        def isdir(self, path: str) -> bool:
+        def isdir(self, path):
             return not path.endswith(".parquet")
 
-        def invalidate_cache(self, path: str | None = None) -> None:
+        def invalidate_cache(self, path=None):
             self.dircache.clear()
 
-        def _open(self, path: str, mode: str = "rb", **options: object) -> io.BytesIO:
+        def _open(self, path, mode="rb", **options):
             return io.BytesIO(self.objects[path])
 
     fsspec.register_implementation("remembering", Store)
 
-    def commit(number: int) -> None:  # as a worker does, in a process of its own
+    def commit(number):  # as a worker does, in a process of its own
         rows = {"id": [2 * number, 2 * number + 1], "decision": ["accept", "reject"]}
         part = io.BytesIO()
         parquet.write_table(pa.table({**rows, "error": pa.nulls(2, pa.string())}), part)
@@ -275,15 +271,13 @@ def test_rows_that_other_processes_write_are_found() -> None:
     assert not fsspec.filesystem("remembering").dircache, "of any number of folders"
 
 
-def test_a_store_that_cannot_be_listed_leaves_the_run_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_that_cannot_be_listed_leaves_the_run_alone(monkeypatch, caplog):
     from fsspec.implementations.memory import MemoryFileSystem
 
     class ClientError(Exception):
         pass
 
-    def fail(*args: object, **options: object) -> bool:
+    def fail(*args, **options):
         raise ClientError("503")
 
     seen: list[int] = []
@@ -297,7 +291,7 @@ def test_a_store_that_cannot_be_listed_leaves_the_run_alone(
     assert seen == [0]
 
 
-def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_numbered_and_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "PART_ROWS", 4)
     paths = [f"{i}.png" for i in range(10)]
     out = str(tmp_path / "manifest[1]")
@@ -314,7 +308,7 @@ def test_parts_are_numbered_and_read_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("place", ["", "memory://"], ids=["local", "memory"])
-def test_other_files_are_kept(place: str, tmp_path: Path) -> None:
+def test_other_files_are_kept(place, tmp_path):
     """Such as those of Spark, and of a folder below."""
     out = f"{place}{tmp_path}/out"
     for name in ("part-00000-x.parquet", "more/part-00000000.parquet", "sorted/a.parquet"):
@@ -326,7 +320,7 @@ def test_other_files_are_kept(place: str, tmp_path: Path) -> None:
         assert files.cat_file(theirs) == b"precious"
 
 
-def test_a_source_lies_outside_of_the_folder(tmp_path: Path) -> None:
+def test_a_source_lies_outside_of_the_folder(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     for out, inside in (
         (f"{tmp_path}/out", f"{tmp_path}/out/manifest/part-00000000.parquet"),
@@ -339,9 +333,7 @@ def test_a_source_lies_outside_of_the_folder(tmp_path: Path) -> None:
         assert not manifest.is_inside(other, f"{tmp_path}/out")
 
 
-def test_files_to_try_are_spread_over_the_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_to_try_are_spread_over_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "PART_ROWS", 4)
     for count, expected in ((3, [0, 1, 2]), (40, [0, 12, 24, 36]), (6, [0, 2, 4, 5])):
         out = tmp_path / str(count)
@@ -350,7 +342,7 @@ def test_files_to_try_are_spread_over_the_manifest(
         assert found == [str(i) for i in expected], count
 
 
-def test_a_manifest_without_paths(tmp_path: Path) -> None:
+def test_a_manifest_without_paths(tmp_path):
     parquet.write_table(pa.table({"file": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(BulkError, match="has no column path"):
         list(manifest.read_manifest(str(tmp_path / "x.parquet")))
@@ -363,15 +355,13 @@ def test_a_manifest_without_paths(tmp_path: Path) -> None:
             list(manifest.read_manifest(str(tmp_path / "z.parquet")))
 
 
-def test_a_store_that_fails_in_its_own_way_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_fails_in_its_own_way_is_named(tmp_path, monkeypatch):
     """Clients of stores have errors of their own, which are neither OSError nor ValueError."""
 
     class Forbidden(Exception):
         pass
 
-    def refuse(*given: object) -> None:
+    def refuse(*given):
         raise Forbidden("403 Forbidden")
 
     parquet.write_table(pa.table({"path": ["a.png"]}), tmp_path / "m.parquet")
@@ -380,21 +370,21 @@ def test_a_store_that_fails_in_its_own_way_is_named(
         list(manifest.read_manifest(str(tmp_path / "m.parquet")))
 
 
-def test_a_run_without_rows_is_incomplete(tmp_path: Path) -> None:
+def test_a_run_without_rows_is_incomplete(tmp_path):
     for _ in range(2):  # without the folder of rows, and with an empty one
         with pytest.raises(BulkError, match="has 0 rows about 0 of 3 files"):
             score._count(str(tmp_path), 3)
         (tmp_path / "rows").mkdir(exist_ok=True)
 
 
-def test_relative_paths_of_a_manifest_are_from_here(tmp_path: Path) -> None:
+def test_relative_paths_of_a_manifest_are_from_here(tmp_path):
     """Ray's workers, perhaps on other machines, have other working directories."""
     parquet.write_table(pa.table({"path": ["a/x.png", "s3://b/y.png"]}), tmp_path / "x.parquet")
     rows = manifest.read_manifest(str(tmp_path / "x.parquet"))
     assert [row["path"] for row in rows] == [os.path.abspath("a/x.png"), "s3://b/y.png"]
 
 
-def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
+def test_a_manifest_with_times_of_any_type(tmp_path):
     table = {"path": ["x"]}
     for zone in ("UTC", None):  # without one it is UTC, wherever this machine is
         table["mtime"] = pa.array([1_700_000_000_000], pa.timestamp("ms", zone))
@@ -408,7 +398,7 @@ def test_a_manifest_with_times_of_any_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["12 bytes", float("nan"), float("inf"), 2.0**63, -1])
-def test_a_manifest_with_a_size_that_is_none(tmp_path: Path, size: str | float) -> None:
+def test_a_manifest_with_a_size_that_is_none(tmp_path, size):
     source = str(tmp_path / "x.parquet")
     parquet.write_table(pa.table({"path": ["x", "y"], "size": ["7", None]}), source)
     assert [row["size"] for row in manifest.read_manifest(source)] == [7, None]
@@ -417,7 +407,7 @@ def test_a_manifest_with_a_size_that_is_none(tmp_path: Path, size: str | float) 
         list(manifest.read_manifest(source))
 
 
-def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
+def test_what_a_worker_makes_of_a_manifest(tmp_path):
     """Without Ray, which only hands the rows around: plan, rows, and their count."""
     bundle, out = open_bundle(PRETRAINED), str(tmp_path / "out")
     source, plan = str(ROOT / "serving" / "examples"), {"model": bundle.model_id}
@@ -446,9 +436,7 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path: Path) -> None:
     assert seen == [(10, 10), (10, 10)]
 
 
-def test_a_worker_tries_other_files_if_its_first_cannot_be_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_tries_other_files_if_its_first_cannot_be_read(monkeypatch):
     """Of a store where a few files are refused, the others are scored."""
     monkeypatch.setattr(bulk, "RETRY_S", 0.0)
     versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
@@ -461,7 +449,7 @@ def test_a_worker_tries_other_files_if_its_first_cannot_be_read(
     assert rows["error"].to_pylist() == ["unreadable"]
 
 
-def test_a_node_without_the_images_ends_the_run() -> None:
+def test_a_node_without_the_images_ends_the_run():
     """Its errors would be the rows of files that the other nodes can read."""
     versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
     files = pa.table({"id": [0], "file": [b"/gone/b.png"]})
@@ -470,11 +458,11 @@ def test_a_node_without_the_images_ends_the_run() -> None:
         scorer(files)
 
 
-def refuse(*args: object, **options: object) -> None:
+def refuse(*args, **options):
     raise RuntimeError("403")
 
 
-def test_a_worker_that_cannot_start_names_its_host(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_names_its_host(tmp_path):
     """In one line: of other errors, the user gets Ray's traceback."""
     versions = FileScorer(open_bundle(PRETRAINED), None, BulkOptions()).versions
     for bundle, options, expected in (
@@ -486,7 +474,7 @@ def test_a_worker_that_cannot_start_names_its_host(tmp_path: Path) -> None:
             score.Scorer(str(bundle), options, expected)
 
 
-def test_a_commit_that_was_interrupted_is_pending_again(tmp_path: Path) -> None:
+def test_a_commit_that_was_interrupted_is_pending_again(tmp_path):
     """A move that copied its file, and was killed before it deleted the first one."""
     folder = tmp_path / "out[1]" / "checkpoint"
     folder.mkdir(parents=True)
@@ -498,7 +486,7 @@ def test_a_commit_that_was_interrupted_is_pending_again(tmp_path: Path) -> None:
     score._uncommit(str(tmp_path / "new"))
 
 
-def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_has_one_run_at_a_time(tmp_path):
     scorer = FileScorer(open_bundle(PRETRAINED), None, BulkOptions())
     source, out = str(ROOT / "serving" / "examples"), tmp_path / "out"
     with locked(out / LOCK), pytest.raises(BulkError, match="out is in use by another process"):
@@ -506,12 +494,10 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_nothing_is_written_beside_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_beside_the_folder(tmp_path, monkeypatch):
     """In a container it may be a mount point, whose parent cannot be written."""
 
-    def prepare(source: str, out: str, plan: object) -> int:
+    def prepare(source, out, plan):
         raise BulkError(f"{os.listdir(tmp_path)} and {os.listdir(out)}")
 
     monkeypatch.setattr(score, "_prepare", prepare)
@@ -520,7 +506,7 @@ def test_nothing_is_written_beside_the_folder(
         score.score_on_ray(scorer, "in", str(tmp_path / "out"), 1, None, lambda done, total: None)
 
 
-def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_are_scored(tmp_path):
     (tmp_path / "in").mkdir()
     cat = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
     for name in (b"caf\xe9.png", rb"caf\udce9.png"):  # the second looks like the first when printed
@@ -533,7 +519,7 @@ def test_names_that_are_not_utf_8_are_scored(tmp_path: Path) -> None:
     assert rows["error"].null_count == 2
 
 
-def wait_for_parts(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:
+def wait_for_parts(run, out, log):
     """Wait until some of a run's rows are written, and it still runs."""
     deadline = time.monotonic() + 300
     while len(rows_in(out)) < 3:
@@ -541,19 +527,17 @@ def wait_for_parts(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:
         time.sleep(0.05)
 
 
-def rows_in(out: Path) -> list[Path]:
+def rows_in(out):
     return list((out / "rows").glob("*.parquet"))
 
 
-def rows_of(out: Path) -> pa.Table:
+def rows_of(out):
     return pa.concat_tables([parquet.read_table(path) for path in rows_in(out)])
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_killed_driver_is_resumed_and_each_file_has_one_row(tiny_bundle, small_images, tmp_path):
     folder = make_folder(tmp_path / "images", np.concatenate([small_images] * 3))
     (folder / "broken.png").write_bytes(b"junk")
     Image.new("RGB", (20, 20)).save(folder / "large.png")
@@ -591,7 +575,7 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(
 
 @needs_ray
 @pytest.mark.slow
-def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path):
     """Its errors would otherwise become the rows of all files, and the run would be complete."""
     (port,) = free_ports(1)
     images = ROOT / "serving" / "examples"
@@ -632,7 +616,7 @@ os.open = opened
 
 @needs_ray
 @pytest.mark.slow
-def test_an_image_that_ends_every_worker_ends_the_run(tmp_path: Path) -> None:
+def test_an_image_that_ends_every_worker_ends_the_run(tmp_path):
     """Ray would start workers for it for ever, without a word."""
     (tmp_path / "sitecustomize.py").write_text(ENDS_WORKERS)
     folder = Path(shutil.copytree(ROOT / "serving" / "examples", tmp_path / "images"))
@@ -650,7 +634,7 @@ def test_an_image_that_ends_every_worker_ends_the_run(tmp_path: Path) -> None:
 
 @needs_ray
 @pytest.mark.slow
-def test_a_node_without_the_bundle_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_node_without_the_bundle_is_named(tiny_bundle, tmp_path):
     moved = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, moved)
     script = f"""
@@ -671,9 +655,7 @@ sys.exit(main(sys.argv[1:]))
 
 @needs_ray
 @pytest.mark.slow
-def test_an_object_store_holds_the_images_and_the_rows(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_an_object_store_holds_the_images_and_the_rows(tiny_bundle, small_images, tmp_path):
     """The run is killed, its progress is seen, and the same command completes it."""
     s3fs = pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -725,9 +707,7 @@ def test_an_object_store_holds_the_images_and_the_rows(
 
 @needs_ray
 @pytest.mark.slow
-def test_a_node_that_dies_costs_no_row(
-    tiny_bundle: Path, small_images: np.ndarray, tmp_path: Path
-) -> None:
+def test_a_node_that_dies_costs_no_row(tiny_bundle, small_images, tmp_path):
     """One of three machines is gone while images are scored, and another comes in its place."""
     folder = make_folder(tmp_path / "images", np.concatenate([small_images] * 3))
     out = tmp_path / "out"

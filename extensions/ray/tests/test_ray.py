@@ -15,9 +15,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -25,7 +22,7 @@ import pytest
 
 from ade_base.ports import local_address
 from ade_client.contract import MODEL_HEADER
-from benchmarks.ray_cluster import Cluster, ray_cluster
+from benchmarks.ray_cluster import ray_cluster
 from extensions.ray import instance
 from handlers.launch.publish import DESCRIBE
 from handlers.processes.channel import ask
@@ -90,7 +87,7 @@ with _signals_raise("{verb}"), ray_instance("10.0.0.1:6379", 1):
 """
 
 
-def run_on_stand_in(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_on_stand_in(script, folder):
     (folder / "ray.py").write_text(STAND_IN)
     path = f"{folder}:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.run(
@@ -105,17 +102,15 @@ def run_on_stand_in(script: str, folder: Path) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("where", ["", "STOP_IN_INIT"])
 @pytest.mark.parametrize("verb, status", [("score", 128 + signal.SIGTERM), ("serve", 0)])
 def test_sigterm_ends_a_job_in_bulk_with_the_status_of_a_local_one(
-    verb: str, status: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    verb, status, where, tmp_path, monkeypatch
+):
     if where:
         monkeypatch.setenv(where, "1")
     done = run_on_stand_in(STOP.format(verb=verb), tmp_path)
     assert done.returncode == status, done.stderr
 
 
-def test_a_cluster_that_refuses_is_an_error_with_a_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cluster_that_refuses_is_an_error_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("REFUSED_IN_INIT", "1")
     assert run_on_stand_in(SCORE, tmp_path).stderr.splitlines()[-1] == (
         "extensions.ray.instance.ClusterError: the Ray cluster at 10.0.0.1:6379: "
@@ -123,15 +118,13 @@ def test_a_cluster_that_refuses_is_an_error_with_a_reason(
     )
 
 
-def test_cleaners_of_temporary_files_leave_out_the_folder_of_an_instance(tmp_path: Path) -> None:
+def test_cleaners_of_temporary_files_leave_out_the_folder_of_an_instance(tmp_path):
     """systemd-tmpfiles takes this lock of each folder before it looks for old files."""
     done = run_on_stand_in(FOLDER, tmp_path)
     assert done.stdout == "locked\n", done.stderr
 
 
-def test_folders_of_killed_processes_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(instance, "SHORT", str(tmp_path))
     old, new, used = (tmp_path / f"{instance.PREFIX}{name}" for name in ("old", "new", "used"))
     for folder in (old, new, used):
@@ -143,7 +136,7 @@ def test_folders_of_killed_processes_are_removed(
     assert sorted(tmp_path.iterdir()) == [new, used]
 
 
-def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
+def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting():
     script = (
         "import logging; from extensions.ray.serve.logs import open_log; "
         "open_log('/dev/null/logs', 'front-0'); logging.warning('lost')"
@@ -154,14 +147,14 @@ def test_a_log_that_cannot_be_written_keeps_no_replica_from_starting() -> None:
 # Processes
 
 
-def wait_for(condition: Any, seconds: float) -> None:
+def wait_for(condition, seconds):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.2)
 
 
-def processes_of_ray() -> list[psutil.Process]:
+def processes_of_ray():
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -170,19 +163,19 @@ def processes_of_ray() -> list[psutil.Process]:
     return found
 
 
-def workers_of(service: RunningService, model: str = "score") -> list[int]:
+def workers_of(service, model="score"):
     """The process ids of a model's replicas."""
     found = ask(service.folder.control_socket, {"do": DESCRIBE})["workers"] or {}
     return [worker["pid"] for worker in found.get(model, {"workers": []})["workers"]]
 
 
-def connections_of(process: psutil.Process) -> list[Any]:
+def connections_of(process):
     with contextlib.suppress(psutil.Error):
         return process.net_connections("tcp")
     return []
 
 
-def refusal(port: int, message: bytes) -> str:
+def refusal(port, message):
     """The error with which the gRPC server of a replica answers."""
     import grpc
 
@@ -196,7 +189,7 @@ def refusal(port: int, message: bytes) -> str:
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_and_nothing_is_reached_from_outside(sign: signal.Signals) -> None:
+def test_nothing_is_left_and_nothing_is_reached_from_outside(sign):
     """But for the API and the page."""
     before = {process.pid for process in processes_of_ray()}
     options = ("--engine", "ray", "--workers", "1", "--host", "0.0.0.0")
@@ -246,7 +239,7 @@ class Load:
         answers: the body of each model's answers, which are all the same.
     """
 
-    def __init__(self, url: str, num_clients: int, **request: Any) -> None:
+    def __init__(self, url, num_clients, **request):
         self._url = f"{url}/predictions/score"
         self._request = {"timeout": 30, **(request or {"content": CAT})}
         first = httpx.post(self._url, **{**self._request, "timeout": 120})
@@ -256,17 +249,17 @@ class Load:
         self._is_over = threading.Event()
         self._clients = [threading.Thread(target=self._run) for _ in range(num_clients)]
 
-    def __enter__(self) -> Load:
+    def __enter__(self):
         for client in self._clients:
             client.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         self._is_over.set()
         for client in self._clients:
             client.join(150)
 
-    def _run(self) -> None:
+    def _run(self):
         with httpx.Client() as client:
             while not self._is_over.is_set():
                 outcome = self._ask(client)
@@ -274,7 +267,7 @@ class Load:
                 if outcome != "ok":
                     time.sleep(0.2)
 
-    def _ask(self, client: httpx.Client) -> str:
+    def _ask(self, client):
         try:
             answer = client.post(self._url, **self._request)
         except httpx.TransportError:
@@ -284,7 +277,7 @@ class Load:
         expected = self.answers.setdefault(answer.headers[MODEL_HEADER], answer.content)
         return "ok" if answer.content == expected else "wrong"
 
-    def wait_for_answers(self, count: int) -> float:
+    def wait_for_answers(self, count):
         """Wait until so many more requests are answered; returns the seconds."""
         started, wanted = time.monotonic(), self.counts["ok"] + count
         wait_for(lambda: self.counts["ok"] >= wanted, 90)
@@ -293,7 +286,7 @@ class Load:
 
 @needs_ray
 @pytest.mark.slow
-def test_replicas_die_follow_the_load_and_are_published(tmp_path: Path) -> None:
+def test_replicas_die_follow_the_load_and_are_published(tmp_path):
     """On one machine: no wrong answer, and of errors only 503 over replicas that die."""
     logs = tmp_path / "logs"
     options = ("--engine", "ray", "--workers", "2", "--logs", str(logs))
@@ -324,14 +317,14 @@ def test_replicas_die_follow_the_load_and_are_published(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster():
     with ray_cluster() as made:
         yield made
 
 
 @needs_ray
 @pytest.mark.slow
-def test_two_fronts_share_the_replicas_of_a_cluster_and_a_node_dies(cluster: Cluster) -> None:
+def test_two_fronts_share_the_replicas_of_a_cluster_and_a_node_dies(cluster):
     """No wrong answer, and errors end; a front that ends leaves the replicas to the other."""
     worker = cluster.add_worker(5)
     variables = {n: v for n, v in cluster.environment.items() if n.startswith("RAY_")}

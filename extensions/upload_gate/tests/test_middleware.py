@@ -41,7 +41,7 @@ HORSE = CAT.with_name("horse.png")  # which the bundle's classifier recognises
 PNG = {"Content-Type": "image/png"}
 
 
-def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[GateResult]]]:
+def app_behind(gate, **options):
     """A classifier that records the requests that reach it."""
     app = FastAPI()
     app.add_middleware(GateMiddleware, gate=gate, **options)
@@ -66,7 +66,7 @@ def app_behind(gate: Any, **options: Any) -> tuple[TestClient, list[list[GateRes
     return TestClient(app), reached
 
 
-def test_an_accepted_image_reaches_the_classifier_as_it_was_sent(gate: Gate) -> None:
+def test_an_accepted_image_reaches_the_classifier_as_it_was_sent(gate):
     client, reached = app_behind(gate)
     cat = CAT.read_bytes()
     assert client.post("/classify", content=cat, headers=PNG).json() == {"bytes": [len(cat)]}
@@ -79,7 +79,7 @@ def test_an_accepted_image_reaches_the_classifier_as_it_was_sent(gate: Gate) -> 
     assert client.get("/health").json() == "ok"
 
 
-def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Gate) -> None:
+def test_what_is_refused_never_reaches_the_classifier(gate, exact_only):
     cat, noise = CAT.read_bytes(), write_png(NOISE)
     client, reached = app_behind(gate)
     for content, headers, status, code in (
@@ -146,19 +146,19 @@ def test_what_is_refused_never_reaches_the_classifier(gate: Gate, exact_only: Ga
     assert reached == reached_unsure == []
 
 
-def test_decisions_are_those_of_the_request_on_a_server_that_shares_its_state(gate: Gate) -> None:
+def test_decisions_are_those_of_the_request_on_a_server_that_shares_its_state(gate):
     """Some servers give the requests of a connection one state."""
     shared: dict[str, Any] = {}
     seen: list[list[GateResult]] = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def app(scope, receive, send):
         seen.append(scope["state"]["gate"])
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     guarded = GateMiddleware(app, gate=gate)
 
-    async def server(scope: Any, receive: Any, send: Any) -> None:
+    async def server(scope, receive, send):
         await guarded({**scope, "state": shared}, receive, send)
 
     answer = TestClient(server).post("/classify", content=Path(CAT).read_bytes(), headers=PNG)
@@ -166,7 +166,7 @@ def test_decisions_are_those_of_the_request_on_a_server_that_shares_its_state(ga
     assert not shared
 
 
-def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> None:
+def test_flags_are_explicit_and_errors_are_never_flagged(exact_only):
     larger = write_png(np.asarray(Image.open(CAT)).repeat(2, 0).repeat(2, 1))
     client, reached = app_behind(exact_only, on_no_verdict="flag")
     assert client.post("/classify", content=larger, headers=PNG).status_code == 200
@@ -193,9 +193,7 @@ def test_flags_are_explicit_and_errors_are_never_flagged(exact_only: Gate) -> No
             GateMiddleware(FastAPI(), exact_only, **options)
 
 
-def test_a_request_has_no_more_images_than_the_gate_takes(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_has_no_more_images_than_the_gate_takes(gate, monkeypatch):
     client, reached = app_behind(gate)
     cat = CAT.read_bytes()
     monkeypatch.setattr("extensions.upload_gate.middleware.MAX_IMAGES", 2)
@@ -212,31 +210,29 @@ def test_a_request_has_no_more_images_than_the_gate_takes(
     assert len(reached) == 1
 
 
-def test_bodies_are_bounded_together_and_in_time(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bodies_are_bounded_together_and_in_time(gate, monkeypatch):
     app = GateMiddleware(FastAPI(), gate)
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
     monkeypatch.setattr("extensions.upload_gate.middleware.MAX_HELD_BYTES", 3000)
     monkeypatch.setattr("extensions.upload_gate.middleware.SMALL_BODY_BYTES", 1000)
 
-    async def ask(*sizes: int) -> int:
+    async def ask(*sizes):
         """The status for a body that arrives in parts and never ends."""
         parts = [b"0" * size for size in sizes]
         statuses: list[int] = []
 
-        async def receive() -> dict[str, Any]:
+        async def receive():
             if not parts:
                 await asyncio.Event().wait()
             return {"type": "http.request", "body": parts.pop(0), "more_body": True}
 
-        async def send(message: Any) -> None:
+        async def send(message):
             statuses.append(message.get("status", 0))
 
         await app(dict(scope), receive, send)
         return statuses[0]
 
-    async def main() -> None:
+    async def main():
         first = asyncio.create_task(ask(2500))
         await asyncio.sleep(0)
         small = asyncio.create_task(ask(900))
@@ -251,12 +247,10 @@ def test_bodies_are_bounded_together_and_in_time(
     asyncio.run(main())
 
 
-def test_reading_the_headers_of_files_blocks_no_other_request(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_the_headers_of_files_blocks_no_other_request(gate, monkeypatch):
     threads: list[threading.Thread] = []
 
-    def pixels(files: list[bytes]) -> int:
+    def pixels(files):
         threads.append(threading.current_thread())
         return 0
 
@@ -266,25 +260,25 @@ def test_reading_the_headers_of_files_blocks_no_other_request(
     assert [thread.name for thread in threads] == ["gate_0"]
 
 
-def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
+def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate):
     """The answer is 503, as documented, and the next request succeeds once the gate works."""
     free = threading.Event()
 
     class Slow:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             free.wait(30)
             return gate.check(images)
 
     class Broken:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             raise RuntimeError("a secret")
 
     class Slowest:
-        def check(self, images: list[bytes], calibration: str, seconds: float) -> list[GateResult]:
+        def check(self, images, calibration, seconds):
             return gate.check(images, seconds=-seconds)
 
     class Silent:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             return []
 
     for broken in (Broken(), Slowest(), Silent()):
@@ -303,7 +297,7 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         assert large.json()["error"]["code"] == "gate_busy"  # its body is not read
         free.set()
 
-        def is_answered() -> bool:
+        def is_answered():
             answer = client.post("/classify", content=CAT.read_bytes(), headers=PNG)
             return answer.status_code == 200
 
@@ -311,10 +305,8 @@ def test_a_gate_that_fails_or_is_slow_lets_nothing_through(gate: Gate) -> None:
         assert reached[0][0].accepted
 
 
-def test_a_form_that_the_disk_has_no_room_for_is_not_the_clients_error(
-    gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(file: SpooledTemporaryFile) -> None:
+def test_a_form_that_the_disk_has_no_room_for_is_not_the_clients_error(gate, monkeypatch):
+    def fail(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     client, reached = app_behind(gate)
@@ -324,19 +316,19 @@ def test_a_form_that_the_disk_has_no_room_for_is_not_the_clients_error(
     assert reached == []
 
 
-def test_overload_leaves_some_requests_their_answers() -> None:
+def test_overload_leaves_some_requests_their_answers():
     """Requests that wait too long are not decided on, so that those behind them are in time."""
     free, checked = threading.Event(), []
 
     class Busy:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             checked.append(images)
             free.wait(60)
             return [GateResult("accept", 0.5, 3.0)] * len(images)
 
     client, reached = app_behind(Busy(), timeout_s=4.0)
 
-    def ask(number: int) -> int:
+    def ask(number):
         return client.post("/classify", content=b"%d" % number, headers=PNG).status_code
 
     with client, ThreadPoolExecutor(8) as pool:
@@ -347,11 +339,11 @@ def test_overload_leaves_some_requests_their_answers() -> None:
     assert checked[1:] == [[b"7"]] and len(reached) == 1
 
 
-def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None:
+def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken():
     checking, free = threading.Event(), threading.Event()
 
     class Busy:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             checking.set()
             free.wait(30)
             return [GateResult("accept", 0.5, 3.0)]
@@ -359,20 +351,20 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
     app = GateMiddleware(FastAPI(), Busy(), waiting=1, timeout_s=20.0)  # type: ignore[arg-type]
     scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/png")]}
 
-    async def ask(arrived: asyncio.Event) -> bytes:
+    async def ask(arrived):
         sent: list[bytes] = []
 
-        async def receive() -> dict[str, Any]:
+        async def receive():
             await arrived.wait()
             return {"type": "http.request", "body": b"image"}
 
-        async def send(message: Any) -> None:
+        async def send(message):
             sent.append(message.get("body", b""))
 
         await app(dict(scope), receive, send)
         return b"".join(sent)
 
-    async def main() -> None:
+    async def main():
         now, later = asyncio.Event(), asyncio.Event()
         now.set()
         late = asyncio.create_task(ask(later))
@@ -386,19 +378,17 @@ def test_a_body_that_arrives_late_finds_no_room_that_others_have_taken() -> None
     asyncio.run(main())
 
 
-def test_a_thread_that_cannot_be_started_takes_no_place_for_good(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_thread_that_cannot_be_started_takes_no_place_for_good(monkeypatch):
     class Quick:
-        def check(self, images: list[bytes], *options: Any) -> list[GateResult]:
+        def check(self, images, *options):
             return [GateResult("accept", 0.5, 3.0)]
 
     client, reached = app_behind(Quick(), waiting=1)
 
-    def ask() -> int:
+    def ask():
         return client.post("/classify", content=b"image", headers=PNG).status_code
 
-    def full(*work: Any) -> None:
+    def full(*work):
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
@@ -407,13 +397,13 @@ def test_a_thread_that_cannot_be_started_takes_no_place_for_good(
     assert ask() == 200 and len(reached) == 1
 
 
-def documented() -> list[str]:
+def documented():
     """The how-to's programs: service, upload form, the gate by itself."""
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def documented_service() -> str:
+def documented_service():
     """The first of them, with more time for a decision: a busy machine needs it."""
     service = documented()[0]
     assert service.count("timeout_s=2)") == 1
@@ -423,18 +413,16 @@ def documented_service() -> str:
 class Watched:
     """A classifier that notes what it gets."""
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier):
         self.seen: list[np.ndarray] = []
         self._classifier = classifier
 
-    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> Any:
+    def run(self, names, inputs):
         self.seen.append(inputs["images"][0])
         return self._classifier.run(names, inputs)
 
 
-def test_the_documented_service(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_documented_service(monkeypatch, capsys):
     """An ID image is classified, an OOD image is not, and if the gate fails no image is."""
     monkeypatch.chdir(ROOT)
     *_, in_process = documented()
@@ -473,7 +461,7 @@ def test_the_documented_service(
     assert capsys.readouterr().out.startswith(" ".join(map(str, expected)))
 
 
-def test_the_documented_upload_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_upload_form(tmp_path, monkeypatch):
     """The gate guards the uploads alone: the site's other forms have no images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
@@ -492,11 +480,11 @@ def test_the_documented_upload_form(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert np.array_equal(read_image(kept.read_bytes()).pixels, horse)
 
 
-def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
+def test_the_documented_service_dies_with_its_gate(tmp_path):
     """As a process of its own: once killed, it answers nothing; started again, it classifies."""
     (tmp_path / "service.py").write_text(documented_service())
 
-    def start() -> tuple[subprocess.Popen[bytes], str]:
+    def start():
         (port,) = free_ports(1)
         command = [sys.executable, "-m", "uvicorn", "--app-dir", str(tmp_path), "service:app"]
         process = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT)
@@ -523,7 +511,7 @@ def test_the_documented_service_dies_with_its_gate(tmp_path: Path) -> None:
             httpx.post(url, content=HORSE.read_bytes(), headers=PNG)
 
 
-def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_documented_torchserve_handler(monkeypatch, tmp_path):
     """Loaded and called by the code of TorchServe's worker: each image has its own status."""
     loader = pytest.importorskip("ts.model_loader")
     examples = ROOT / "docs" / "how-to" / "examples"
@@ -537,7 +525,7 @@ def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.syspath_prepend(tmp_path)
     service = loader.TsModelLoader().load("classify", str(tmp_path), "gated.py", None, 8)
 
-    def ask(*bodies: Any) -> list[tuple[int, dict[str, Any]]]:
+    def ask(*bodies):
         context = service.context
         context.request_processor = [RequestProcessor({}) for _ in bodies]
         answers = service._entry_point([{"body": body} for body in bodies], context)
@@ -557,7 +545,7 @@ def test_the_documented_torchserve_handler(monkeypatch: pytest.MonkeyPatch, tmp_
     assert ask(horse) == [(503, {"error": "unavailable"})]
 
 
-def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:
+def test_the_middleware_asks_for_a_calibration_by_request(gate):
     """Here by a header. An unknown name is refused with a list of the known ones."""
     client, reached = app_behind(
         gate,
@@ -573,15 +561,15 @@ def test_the_middleware_asks_for_a_calibration_by_request(gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
-def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> None:
+def test_the_body_of_a_request_without_images_is_not_passed_on(method):
     """``curl -X GET --data-binary @IMAGE`` must not reach the classifier unchecked."""
     seen = []
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def app(scope, receive, send):
         seen.append((await receive(), await receive()))
 
     class Never:
-        def check(self, images: Any, *options: Any) -> Any:
+        def check(self, images, *options):
             raise AssertionError
 
     sent = iter(
@@ -592,10 +580,10 @@ def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> N
         ]
     )
 
-    async def receive() -> Any:
+    async def receive():
         return next(sent)
 
-    async def send(message: Any) -> None:
+    async def send(message):
         raise AssertionError
 
     scope = {"type": "http", "method": method, "headers": [(b"content-type", b"image/png")]}
@@ -604,15 +592,15 @@ def test_the_body_of_a_request_without_images_is_not_passed_on(method: str) -> N
     assert seen == [(empty, {"type": "http.disconnect"})]
 
 
-def test_connections_that_are_not_checked_are_refused(gate: Gate) -> None:
-    async def app(*_: object) -> None:
+def test_connections_that_are_not_checked_are_refused(gate):
+    async def app(*_):
         raise AssertionError("it was reached")
 
     with pytest.raises(RuntimeError, match="does not check connections of the type webtransport"):
         asyncio.run(GateMiddleware(app, gate)({"type": "webtransport"}, None, None))  # type: ignore[arg-type]
 
 
-def test_the_page_names_every_error() -> None:
+def test_the_page_names_every_error():
     codes = codes_raised_in([Path(middleware.__file__)])
     page = (ROOT / "docs" / "how-to" / "gate-before-a-classifier.md").read_text()
     assert len(codes) > 8 and not {code for code in codes if f"`{code}`" not in page}
