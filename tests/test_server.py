@@ -25,7 +25,7 @@ from ade_client.client import AdeClient, AdeError, ScoreResult
 from ade_model.checkpoint import save_model
 from handlers.service.options import ServingOptions
 from handlers.torchserve.configuration import ServerFolder, write_configuration
-from tests.helpers import PRETRAINED, ROOT, encode, make_model, narrow, npy
+from tests.helpers import PRETRAINED, ROOT, encode, make_model, narrow, npy, wait_for
 from tests.service import RunningService, error_of_serve
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
@@ -179,6 +179,8 @@ def test_status(service, client, monkeypatch, capsys):
     client.sample(seed=1)
     with pytest.raises(AdeError):
         client.sample(n=0)
+    # TorchServe reads the counts from its workers' logs.
+    wait_for(lambda: 'status="422"' in httpx.get(f"{service.metrics}/metrics").text)
     for variable, port in service.variables.items():
         monkeypatch.setenv(variable, port)
     assert main(["status"]) == 0
