@@ -6,14 +6,11 @@ import contextlib
 import math
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ade_base.messages import show
 from ade_client.model import Above, Between, Excludes, Field
 from serving.ingest.errors import unusable
-
-if TYPE_CHECKING:
-    pass
 
 
 def read(owner: str, fields: Mapping[str, Field], given: Mapping[str, Any]) -> dict[str, Any]:
