@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ade_base.pictures.show import tile
+from ade_base.pictures.show import psnr, tile
 from ade_model.likelihood import bits_per_dim, importance_weighted_bound
 from ade_model.model import ADEModel
 from ade_model.quantization import quantize
@@ -186,6 +186,22 @@ def reconstructions(model: ADEModel, images: np.ndarray, device: torch.device) -
         x = model.dequantize(pixels, torch.full_like(pixels, 0.5)).x
         out.append(_to_images(model.reconstruct(x, _noise(model, len(x), generator))))
     return np.concatenate(out)
+
+
+def psnr_figure(model: ADEModel, images: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Mean PSNR of mean reconstructions, dB, as a figure for :mod:`ade_base.panel`.
+
+    Exact reconstructions, which have no PSNR, are only counted.
+    """
+    decibels = map(psnr, images, reconstructions(model, images, device))
+    inexact = [value for value in decibels if value is not None]
+    figure: dict[str, Any] = {
+        "value": float(np.mean(inexact)) if inexact else None,
+        "images": len(images),
+    }
+    if len(inexact) < len(images):
+        figure["note"] = f"{len(images) - len(inexact):,} reconstructions are exact"
+    return figure
 
 
 def reconstruction_grid(model: ADEModel, images: np.ndarray, device: torch.device) -> np.ndarray:

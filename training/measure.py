@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from ade_base.panel import LITE2, RANDOM, RELATIVE
-from ade_base.pictures.show import psnr
 from ade_model.model import ADEModel
 from training.data import DataError, Dataset, ImageSet
-from training.evaluate import likelihood_figures, reconstructions, sample_images, sample_kinds
+from training.evaluate import likelihood_figures, psnr_figure, sample_images, sample_kinds
 from training.metrics.efficientnet import EfficientNetFeatures
 from training.metrics.features import FeatureError, RandomConvolutions
 from training.metrics.frechet import frechet_distance
@@ -98,15 +97,7 @@ class Measurer:
         images = np.asarray(self.held_out.images[:])
         figures = likelihood_figures(model, images, self.device, self.seed)
         self.report("reconstructions")
-        made = reconstructions(model, images[:SETS], self.device)
-        decibels = [psnr(a, b) for a, b in zip(images, made, strict=False)]
-        inexact = [value for value in decibels if value is not None]
-        figures["psnr"] = {
-            "value": float(np.mean(inexact)) if inexact else None,
-            "images": len(made),
-        }
-        if len(inexact) < len(made):
-            figures["psnr"]["note"] = f"{len(made) - len(inexact):,} reconstructions are exact"
+        figures["psnr"] = psnr_figure(model, images[:SETS], self.device)
         return figures
 
     def _samples(self, model: ADEModel, operations: Any, figures: dict[str, Any]) -> None:

@@ -199,7 +199,9 @@ def check_run(run: Path, config: TrainConfig, dataset: Dataset, resume: bool) ->
 
 
 def _check_unchanged(run: Path, config: TrainConfig, data: str) -> None:
-    different = different_fields(read_started(run), config, data)
+    started = read_started(run)
+    before = TrainConfig.from_dict(started["config"])
+    different = different_fields(before, started["data"], config, data)
     folders = checkpoint_folders(run)
     if folders and read_state(folders[-1])["joint_since"] is None:
         different = [its for its in different if not its.startswith(OF_ADVERSARIES)]
@@ -250,20 +252,22 @@ def last_of_likelihood(run: Path) -> Path | None:
     return folder if step and folder in checkpoint_folders(run) else None
 
 
-def different_fields(started: dict[str, Any], config: TrainConfig, data: str) -> list[str]:
-    """In what a run's ``run.json`` differs from a configuration, such as ``flow_width 32, now 48``.
+def different_fields(
+    before: TrainConfig, data_before: str, config: TrainConfig, data: str
+) -> list[str]:
+    """In what two runs differ, such as ``flow_width 32, now 48``.
 
     Args:
-        started: the ``run.json``.
-        config: the configuration.
-        data: name of the data set.
+        before: configuration of the first.
+        data_before: name of its data set.
+        config: configuration of the second.
+        data: name of its data set.
     """
-    before = _fields(TrainConfig.from_dict(started["config"]), started["data"])
-    wanted = _fields(config, data)
+    had, wanted = _fields(before, data_before), _fields(config, data)
     return [
-        f"{name} {before.get(name)}, now {wanted.get(name)}"
-        for name in before | wanted
-        if before.get(name) != wanted.get(name)
+        f"{name} {had.get(name)}, now {wanted.get(name)}"
+        for name in had | wanted
+        if had.get(name) != wanted.get(name)
     ]
 
 

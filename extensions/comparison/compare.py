@@ -12,41 +12,36 @@ works on.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
-import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from filelock import Timeout
 
-from ade_base.files import LOCK, locked, write_text
+from ade_base.files import LOCK, locked
 from ade_model.checkpoint import load_model, read_config
-from extensions.comparison.measure import MeasureOptions, Measurer
-from extensions.comparison.resnet20 import ResNet20
+from extensions.comparison.measure import PART, MeasureOptions, Measurer
+from extensions.comparison.rows import (
+    FAILURE,
+    MEASURED,
+    ROWS,
+    Row,
+    diverged,
+    is_newer,
+    kept_rows,
+    run_row,
+)
 from training.config import TrainConfig
-from training.data import Dataset
+from training.data import Dataset, Report
 from training.loop import train
 from training.run_options import RunOptions
-from training.run_start import check_budget, different_fields, open_run, read_started
-from training.runs import (
-    RunError,
-    checkpoint_folders,
-    latest_checkpoint,
-    read_json,
-    read_state,
-    write_json,
-)
-from training.step import TrainingDiverged
-
-MEASURED, FAILURE, ROWS = "measured.json", "failure.json", "rows.json"
-CURVES = ("bpd", "quality_loss", "d_loss")
-SMOOTHING = 25  # logged steps
-POINTS = 150  # of an archived curve
+from training.run_start import check_budget, different_fields, open_run, resumed_options
+from training.runs import RunError, latest_checkpoint, write_json
 
 
 @dataclass(frozen=True)
@@ -60,318 +55,150 @@ class Job:
     def name(self) -> str:
         return f"{self.config.recipe}-seed{self.options.seed}"
 
+    def is_trained(self, row: Row) -> bool:
+        """Whether a run has seen enough, by its images or the minutes that it was started with."""
+        same_minutes = row.minutes_budget is not None and (
+            row.minutes_budget == self.options.minutes
+        )
+        is_spent = row.has_seen(self.options.images) or (same_minutes and row.is_ended)
+        return is_spent and (row.inferring_since is not None or not self.config.inference_share)
 
-def compare(
-    jobs: Sequence[Job],
-    dataset: Dataset,
-    source: dict[str, Any],
-    out: Path,
-    options: MeasureOptions,
-    measurer: Callable[[], Measurer],
-    report: Callable[[str], None],
-) -> list[str]:
-    """Finish every unfinished job. A failure is recorded, and the next job starts.
 
-    Args:
-        jobs: in the order of training.
+@dataclass(frozen=True)
+class Comparison:
+    """Several jobs on the same images.
+
+    Attributes:
         dataset: for all jobs.
         source: where the data is, for each run's ``data.json``.
         out: the comparison's folder; jobs of earlier calls are kept in it.
         options: what to measure; a run that was measured with other options, or on another split,
             is measured again.
-        measurer: makes the measurer for these options; called when it is first needed.
+        device: where to measure.
         report: called with each line of progress.
-
-    Returns:
-        The names of the jobs that failed, now or before.
-
-    Raises:
-        RunError: the folder holds a run or an archived row of the same name with another
-            configuration, or a run that was interrupted beyond this budget but within its own; or
-            one of its files is damaged.
     """
-    ready = functools.cache(measurer)  # its networks are loaded once
-    # No paths: an archive should not tell where it was made.
-    how = dataclasses.asdict(options)
-    if options.resnet20 is not None:
-        how["resnet20"] = ResNet20(options.resnet20).digest
-    if options.inception is not None:
-        how["inception"] = "given"  # a file or "download", of the same weights
-    kept = {row["name"]: row for row in _kept_rows(out)}
-    archived = set()
-    for job in jobs:
-        run = out / "runs" / job.name
-        _check_same(run, job, dataset, kept.get(job.name))
-        if (
-            job.name in kept
-            and _is_valid(kept[job.name], run)
-            and _is_finished(kept[job.name], job, dataset, how)
-        ):
-            archived.add(job.name)
-        else:
-            _check_ended(run, job)
-    for job in jobs:
-        run = out / "runs" / job.name
-        if job.name in archived:
-            report(f"{job.name}: finished before; its archived row is used")
-            continue
-        try:
-            with locked(run / LOCK):
-                _finish(job, run, dataset, source, how, ready, report)
-        except Timeout:
-            report(f"{job.name}: another process works on it")
-        gc.collect()
-    names = [job.name for job in jobs if job.name not in archived]
-    return [name for name in names if (out / "runs" / name / FAILURE).is_file()]
 
+    dataset: Dataset
+    source: dict[str, Any]
+    out: Path
+    options: MeasureOptions
+    device: torch.device
+    report: Report
 
-def _finish(
-    job: Job,
-    run: Path,
-    dataset: Dataset,
-    source: dict[str, Any],
-    how: dict[str, Any],
-    measurer: Callable[[], Measurer],
-    report: Callable[[str], None],
-) -> None:
-    """Train and measure one system; a failure is recorded, so that the next system can start."""
-    if _diverged(run):
-        report(f"{job.name}: diverged before; delete {run} to try again")
-        return
-    (run / FAILURE).unlink(missing_ok=True)
-    try:
-        if not _is_trained(run, job):
-            report(f"{job.name}: training")
-            train(job.config, dataset, run, job.options, (run / "run.json").is_file(), source)
-        folder = latest_checkpoint(run)
-        if not _is_measured(run, folder, how, dataset.splits[how["part"]]):
-            report(f"{job.name}: measuring")
-            model = load_model(folder).to(measurer().device)
-            found = measurer().measure(model, read_config(folder))
-            write_json(run / MEASURED, {**found, "checkpoint": folder.name, "how": how})
-    except RunError:
-        raise
-    except Exception as error:  # any failure becomes a row of the report
-        report(f"{job.name}: {type(error).__name__}: {error}")
-        failure = {
-            "kind": type(error).__name__,
-            "why": str(error),
-            "trace": traceback.format_exc(),
-        }
-        if not (run / "run.json").is_file():  # it failed before it began, and gets a row as well
-            open_run(run, job.config, dataset, job.options, source)
-        write_json(run / FAILURE, failure)
+    @cached_property
+    def _measurer(self) -> Measurer:  # made when it is first needed
+        return Measurer(self.dataset, self.device, self.options, self.report)
 
+    @cached_property
+    def _how(self) -> dict[str, Any]:
+        return self.options.archived()
 
-def _diverged(run: Path) -> bool:
-    path = run / FAILURE
-    return path.is_file() and read_json(path, "kind")["kind"] == TrainingDiverged.__name__
+    def run(self, jobs: Sequence[Job]) -> list[str]:
+        """Finish every unfinished job, in this order. A failure is recorded; the next job starts.
 
+        Returns:
+            The names of the jobs that failed, now or before.
 
-def _is_valid(kept: dict[str, Any], run: Path) -> bool:
-    """Whether an archived row is still valid, even if the run was restarted."""
-    return kept["measured"] is not None and not (run / MEASURED).is_file() and not _diverged(run)
+        Raises:
+            RunError: the folder holds a run or an archived row of the same name with another
+                configuration, or a run that was interrupted beyond this budget but within its own;
+                or one of its files is damaged.
+        """
+        kept = {row.name: row for row in kept_rows(self.out)}
+        archived = {job.name for job in jobs if self._check(job, kept.get(job.name))}
+        for job in jobs:
+            if job.name in archived:
+                self.report(f"{job.name}: finished before; its archived row is used")
+                continue
+            try:
+                with locked(self._folder(job) / LOCK):
+                    self._finish(job)
+            except Timeout:
+                self.report(f"{job.name}: another process works on it")
+            gc.collect()
+        others = [job for job in jobs if job.name not in archived]
+        return [job.name for job in others if (self._folder(job) / FAILURE).is_file()]
 
+    def _folder(self, job: Job) -> Path:
+        return self.out / "runs" / job.name
 
-def _is_trained(run: Path, job: Job) -> bool:
-    folders = checkpoint_folders(run)
-    if not folders:
+    def _check(self, job: Job, kept: Row | None) -> bool:
+        """Check that a run or, where its folder is gone, its archived row can become this job's.
+
+        Returns:
+            Whether the archived row is all that is needed.
+
+        Raises:
+            RunError: it cannot, and would be lost.
+        """
+        run = self._folder(job)
+        has_run = (run / "run.json").is_file()
+        row = run_row(run) if has_run else kept
+        if row is None or not (has_run or row.images):
+            return False
+        different = different_fields(row.config, row.data, job.config, self.dataset.name)
+        if different:
+            raise RunError(
+                f"{run if has_run else f'{job.name} in {self.out / ROWS}'} was trained with "
+                f"{'; '.join(different)}: choose another folder for the comparison, or delete "
+                f"the {'run' if has_run else 'row'}"
+            )
+        if self._is_archived(job, kept):
+            return True
+        if not has_run or diverged(run):  # it is not trained again
+            return False
+        if row.has_seen(job.options.images) and not row.is_ended:
+            raise RunError(
+                f"{run} was interrupted after {row.images:,} images, and was started with a budget "
+                f"of {row.images_budget:,} images: finish it with that budget, delete it, or "
+                "choose another folder for the comparison"
+            )
+        if not job.is_trained(row):
+            options = resumed_options(run, job.options, resume=True)  # refuses other minutes
+            check_budget(run, row.inferring_since, job.config.batch_size, options.images)
         return False
-    return _is_enough(read_state(folders[-1]), job)
 
-
-def _is_enough(state: dict[str, Any], job: Job) -> bool:
-    return _is_spent(state, job.options.images, job.options.minutes, job.config.inference_share)
-
-
-def _is_spent(state: dict[str, Any], images: int, minutes: float | None, share: float) -> bool:
-    """Whether a budget, and a share of it for an inference network, are spent."""
-    is_late = minutes is not None and state["seconds"] >= 60 * minutes * (1 + share)
-    return is_late or bool(state["images"] >= round(images * (1 + share)))
-
-
-def _is_finished(row: dict[str, Any], job: Job, dataset: Dataset, how: dict[str, Any]) -> bool:
-    """Whether an archived row has the configuration, budget and measurements of a job."""
-    return bool(
-        row["config"] == job.config
-        and row["data"] == dataset.name
-        and row["state"] is not None
-        and _is_enough(row["state"], job)
-        and row["measured"] is not None
-        and row["measured"].get("split") == dataset.splits[how["part"]]
-        and row["measured"]["how"] == how
-    )
-
-
-def _is_measured(run: Path, folder: Path, how: dict[str, Any], split: str) -> bool:
-    """Whether a checkpoint was measured with these options on this part of the data."""
-    if not (run / MEASURED).is_file():
-        return False
-    before = read_json(run / MEASURED, "checkpoint", "how")
-    return bool(
-        before["checkpoint"] == folder.name
-        and before.get("split") == split
-        and before["how"] == how
-    )
-
-
-def _check_same(run: Path, job: Job, dataset: Dataset, kept: dict[str, Any] | None) -> None:
-    """Check that a run or, where its folder is gone, its archived row can become this job's.
-
-    Raises:
-        RunError: it cannot, and would be lost.
-    """
-    has_folder = (run / "run.json").is_file()
-    if has_folder:
-        different = different_fields(read_started(run), job.config, dataset.name)
-    elif kept is not None and kept["state"] is not None:
-        started = {"config": kept["archived"], "data": kept["data"]}
-        different = different_fields(started, job.config, dataset.name)
-    else:
-        return
-    if different:
-        raise RunError(
-            f"{run if has_folder else f'{job.name} in {run.parents[1] / ROWS}'} was trained with "
-            f"{'; '.join(different)}: choose another folder for the comparison, or delete "
-            f"the {'run' if has_folder else 'row'}"
+    def _is_archived(self, job: Job, kept: Row | None) -> bool:
+        """Whether an archived row is all that a job needs."""
+        return (
+            kept is not None
+            and not is_newer(self._folder(job), kept)
+            and (kept.config, kept.data) == (job.config, self.dataset.name)
+            and job.is_trained(kept)
+            and self._is_measured(kept)
         )
-    if not has_folder:
-        return
-    folders = checkpoint_folders(run)
-    if not folders or _diverged(run):
-        return
-    state = read_state(folders[-1])
-    minutes = job.options.minutes
-    if minutes is None or state["seconds"] < 60 * minutes:
-        check_budget(run, state["inferring_since"], job.config.batch_size, job.options.images)
 
+    def _is_measured(self, row: Row) -> bool:
+        """Whether a run was measured with these options on this part of the data."""
+        found = row.measured
+        return found is not None and (found.split, found.how) == (
+            self.dataset.splits[PART],
+            self._how,
+        )
 
-def _check_ended(run: Path, job: Job) -> None:
-    """Check that a run which has spent a job's budget has also spent its own.
-
-    Its learning rates do not fall before the last part of its own.
-
-    Raises:
-        RunError: it was started with a larger budget and was interrupted.
-    """
-    folders = checkpoint_folders(run)
-    if not folders or _diverged(run):  # it is not trained again
-        return
-    state, options = read_state(folders[-1]), read_started(run)["options"]
-    images, minutes = options["images"], options["minutes"]
-    # Until a GAN's generator is frozen, the budget counts without that of its inference network.
-    is_frozen = state["inferring_since"] is not None
-    share = job.config.inference_share if is_frozen else 0.0
-    if not _is_spent(state, job.options.images, job.options.minutes, share) or _is_spent(
-        state, images, minutes, share
-    ):
-        return
-    time = "" if minutes is None else f" or {minutes:g} minutes"
-    raise RunError(
-        f"{run} was interrupted after {state['images']:,} images in {state['seconds'] / 60:.1f} "
-        f"minutes, and was started with a budget of {images:,} images{time}: finish it with that "
-        "budget, delete it, or choose another folder for the comparison"
-    )
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    """Collect each run's configuration, progress, measurements or failure, and curves.
-
-    ``run`` is the run's folder, or ``None`` for an archived row whose folder is gone; such a row
-    also has ``archived``, its configuration as it was recorded. An archived row is used until a
-    restarted run is measured or diverges. Measurements of an earlier checkpoint are left out.
-    """
-    rows = []
-    kept = {row["name"]: row for row in _kept_rows(out)}
-    for path in sorted((out / "runs").glob("*/run.json")):
-        run = path.parent
-        if run.name in kept and _is_valid(kept[run.name], run):
-            continue
-        started = read_started(run)
-        row: dict[str, Any] = {
-            "name": run.name,
-            "run": run,
-            "config": TrainConfig.from_dict(started["config"]),
-            "data": started["data"],
-            "source": _source_of(run),
-            "seed": started["options"]["seed"],
-            "budget": started["options"],
-            "state": None,
-            "measured": None,
-            "failure": None,
-        }
-        folders = checkpoint_folders(run)
-        if folders:
-            row["state"] = read_state(folders[-1])
-        for key, file in (("measured", MEASURED), ("failure", FAILURE)):
-            if (run / file).is_file():
-                row[key] = read_json(run / file)
-        stale = row["measured"] and folders and row["measured"]["checkpoint"] != folders[-1].name
-        if stale or _diverged(run):
-            row["measured"] = None
-        row["curves"] = {name: _curve(run / "metrics.jsonl", name) for name in CURVES}
-        rows.append(row)
-    present = {row["name"] for row in rows}
-    return rows + [row for name, row in kept.items() if name not in present]
-
-
-def recorded_data(out: Path) -> dict[Path, str]:
-    """What each run was trained on, a name or a folder, as far as that is recorded.
-
-    Runs whose folders are gone are included.
-    """
-    rows = read_json(out / ROWS, kind=list) if (out / ROWS).is_file() else []
-    found = {out / "runs" / row["name"]: row.get("source") for row in rows}
-    for path in sorted((out / "runs").glob("*/data.json")):
-        found[path.parent] = _source_of(path.parent)
-    return {run: source for run, source in found.items() if source is not None}
-
-
-def _source_of(run: Path) -> str | None:
-    path = run / "data.json"
-    return str(read_json(path, "data")["data"]) if path.is_file() else None
-
-
-def keep_rows(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Archive the rows in ``OUT/rows.json``, one per line, so that a diff shows which changed."""
-    kept = [
-        {
-            **{name: value for name, value in row.items() if name not in ("run", "archived")},
-            "config": row.get("archived") or row["config"].to_dict(),
-        }
-        for row in rows
-    ]
-    write_text(out / ROWS, "[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
-
-
-def _kept_rows(out: Path) -> list[dict[str, Any]]:
-    if not (out / ROWS).is_file():
-        return []
-    rows = []
-    for row in read_json(out / ROWS, kind=list):
-        config = TrainConfig.from_dict(row["config"])
-        rows.append({**row, "run": None, "config": config, "archived": row["config"]})
-    return rows
-
-
-def _curve(path: Path, name: str) -> list[list[float]]:
-    """Images seen and the running mean of a logged value, at most :data:`POINTS` of each.
-
-    Both lists are empty if the value was not logged.
-    """
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    def _finish(self, job: Job) -> None:
+        """Train and measure one system; a failure is recorded, so that the next can start."""
+        run = self._folder(job)
+        if diverged(run):
+            self.report(f"{job.name}: diverged before; delete {run} to try again")
+            return
+        (run / FAILURE).unlink(missing_ok=True)
+        has_run = (run / "run.json").is_file()
         try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the line was cut off when the run was killed
-        if name in row:
-            found.append((row["images"], row[name]))
-    if len(found) < 2:
-        return [[], []]
-    images, values = np.array(found, float).T
-    width = min(SMOOTHING, len(values))
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    means = (sums[width:] - sums[:-width]) / width
-    chosen = np.unique(np.linspace(0, len(means) - 1, POINTS).round().astype(int))
-    return [images[width - 1 :][chosen].tolist(), means[chosen].round(4).tolist()]
+            if not (has_run and job.is_trained(run_row(run))):
+                self.report(f"{job.name}: training")
+                train(job.config, self.dataset, run, job.options, has_run, self.source)
+            if not self._is_measured(run_row(run)):
+                self.report(f"{job.name}: measuring")
+                folder = latest_checkpoint(run)
+                model = load_model(folder).to(self.device)
+                found = self._measurer.measure(model, read_config(folder), folder.name)
+                write_json(run / MEASURED, dataclasses.asdict(found))
+        except RunError:
+            raise
+        except Exception as error:  # any failure becomes a row of the report
+            kind, why = type(error).__name__, str(error)
+            self.report(f"{job.name}: {kind}: {why}")
+            if not (run / "run.json").is_file():  # it failed before it began, and gets a row, too
+                open_run(run, job.config, self.dataset, job.options, self.source)
+            write_json(run / FAILURE, {"kind": kind, "why": why, "trace": traceback.format_exc()})

@@ -5,22 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from extensions.comparison.measure import INCEPTION
-from extensions.comparison.paper import BPD_ERROR, Finding, claims
-from extensions.comparison.rows import (
-    SPACES,
-    figures_of,
-    learned,
-    number_text,
-    used_spaces,
-)
+from extensions.comparison.paper import BPD, BPD_ERROR, Finding, claims
+from extensions.comparison.rows import SPACES, Row, number_text, used_spaces
 
 SAME_BUDGET = 0.01  # relative difference up to which numbers of images count as equal
 
 
-def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
+def judge_claims(rows: Sequence[Row]) -> list[tuple[Finding, str]]:
     """What these runs say about each claim that they can test, and the claim with its figures.
 
     Each seed is judged by itself, because seeds may have different budgets. A claim holds, or does
@@ -28,11 +20,14 @@ def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
     """
     found = []
     for claim in claims(tuple(used_spaces(rows))):
-        candidates = _comparable([_measured_runs(rows, name) for name in claim.systems])
+        measured = [row for row in rows if row.measured]
+        candidates = _comparable(
+            [[row for row in measured if row.system == name] for name in claim.systems]
+        )
         if not candidates:
             continue
         if _shared_budget(candidates[0]) is None:
-            *first, last = (f"{learned(row):,}" for row in candidates[0])
+            *first, last = (f"{row.learned:,}" for row in candidates[0])
             counts = f"{', '.join(first)} and {last}"
             found.append((Finding.UNDECIDED, f"{claim.text} (after {counts} images)"))
             continue
@@ -54,26 +49,23 @@ def judge_claims(rows: Sequence[dict[str, Any]]) -> list[tuple[Finding, str]]:
     return found
 
 
-def _seeds(rows: Sequence[dict[str, Any]]) -> str:
-    seeds = sorted({row["seed"] for row in rows})
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = sorted({row.seed for row in rows})
     return f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
 
 
-def _deciding(row: dict[str, Any]) -> dict[str, float | None]:
+def _deciding(row: Row) -> dict[str, float | None]:
     """The figures that decide claims: reliable ones, and the standard error of the bits."""
-    measured = row["measured"] or {}
-    found = dict(measured.get("distances", {}).get("mean", {}))
-    found[INCEPTION] = measured.get("inception", {}).get("fid", {}).get("50000", {})
-    unreliable = dict.fromkeys(s for s, value in found.items() if "rank_deficient" in value)
-    error = measured.get("elbo", {}).get("standard_error")
-    return {**figures_of(row), **unreliable, BPD_ERROR: error}
+    assert row.measured is not None
+    distances = {space: row.distance(space) for space in SPACES}
+    return {
+        BPD: row.measured.bpd,
+        BPD_ERROR: row.measured.bpd_error,
+        **{s: d.frechet if d and d.is_reliable else None for s, d in distances.items()},
+    }
 
 
-def _measured_runs(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["measured"] and row["config"].recipe == system]
-
-
-def _comparable(runs: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], ...]]:
+def _comparable(runs: list[list[Row]]) -> list[tuple[Row, ...]]:
     """Choose runs to judge by, one of each system: those of each seed, if their budgets are equal.
 
     Where no seed has all systems, it is those of several seeds that learned most. There are none
@@ -82,46 +74,39 @@ def _comparable(runs: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], 
     """
     alike = [rows for rows in itertools.product(*runs) if _are_alike(rows)]
     candidates = [rows for rows in alike if _shared_budget(rows)] or alike
-    candidates.sort(key=lambda rows: min(map(learned, rows)), reverse=True)
-    of_one_seed = [rows for rows in candidates if len({row["seed"] for row in rows}) == 1]
+    candidates.sort(key=lambda rows: min(row.learned for row in rows), reverse=True)
+    of_one_seed = [rows for rows in candidates if len({row.seed for row in rows}) == 1]
     return of_one_seed or candidates[:1]
 
 
-def _are_alike(rows: Sequence[dict[str, Any]]) -> bool:
+def _are_alike(rows: Sequence[Row]) -> bool:
     """Whether data, sizes, the settings that a version's recipes share, and measurements agree."""
 
-    def shared(row: dict[str, Any]) -> tuple[object, ...]:
-        config, measured = row["config"], row["measured"]
+    def shared(row: Row) -> tuple[object, ...]:
+        config, measured = row.config, row.measured
+        assert measured is not None
         return (
-            row["data"],
+            row.data,
             config.size,
             config.model.image_size,
             config.cooldown,
             config.ema_decay,
-            measured["split"],
-            measured["images"],
-            measured["how"].get("resnet20"),
-            measured["how"]["samples"],
-            measured["how"]["efficientnet_samples"],
+            measured.split,
+            measured.images,
+            measured.how.get("resnet20"),
+            measured.how["samples"],
         )
 
     return len({shared(row) for row in rows}) == 1
 
 
-def _learning_seconds(row: dict[str, Any]) -> float:
-    """Seconds of training, of a GAN those of its generator alone."""
-    state = row["state"]
-    return float(state.get("generator_seconds") or state["seconds"])
-
-
-def _shared_budget(rows: Sequence[dict[str, Any]]) -> str | None:
+def _shared_budget(rows: Sequence[Row]) -> str | None:
     """The budget that runs share: a number of images or a time; ``None`` if neither."""
     first = rows[0]
-    if all(math.isclose(learned(first), learned(row), rel_tol=SAME_BUDGET) for row in rows):
-        return f"{learned(first):,} images"
-    minutes = first["budget"]["minutes"]
-    timed = minutes is not None and all(
-        row["budget"]["minutes"] == minutes and _learning_seconds(row) >= 60 * minutes
-        for row in rows
-    )
+    if all(math.isclose(first.learned, row.learned, rel_tol=SAME_BUDGET) for row in rows):
+        return f"{first.learned:,} images"
+    minutes = first.minutes_budget
+    if minutes is None:
+        return None
+    timed = all(row.minutes_budget == minutes and row.is_ended for row in rows)
     return f"{minutes:g} minutes" if timed else None

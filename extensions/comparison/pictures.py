@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ade_base.pictures.show import tile
 from ade_model.checkpoint import load_model
-from extensions.comparison.rows import row_label
+from extensions.comparison.rows import Row
 from training.evaluate import sample_images
 from training.runs import latest_checkpoint
 
@@ -25,37 +24,34 @@ CAPTIONS = {
 HINGED = ("quality_loss", "d_loss")  # without unit where the discriminator's loss is a hinge
 
 
-def samples_name(row: dict[str, Any]) -> str:
+def samples_name(row: Row) -> str:
     """File name of a row's grid of samples."""
-    return f"{row['name']}.webp"
+    return f"{row.name}.webp"
 
 
-def sample_pictures(
-    rows: Sequence[dict[str, Any]], pictures: Path, device: torch.device
-) -> list[dict[str, Any]]:
+def sample_pictures(rows: Sequence[Row], pictures: Path, device: torch.device) -> list[Row]:
     """Write a grid of mean samples of each system, where its run is still there.
 
     Returns:
         The row of each system whose picture is in the folder now: of the measured ones, the first
         that has a run, or a picture from before its run was deleted.
     """
-    shown: dict[str, dict[str, Any]] = {}
+    shown: dict[str, Row] = {}
     for row in rows:
         path = pictures / samples_name(row)
-        has_run = row["run"] is not None and row["state"] is not None
-        if row["config"].recipe in shown or row["measured"] is None:
+        if row.system in shown or row.measured is None:
             continue
-        if has_run:
-            model = load_model(latest_checkpoint(row["run"])).to(device)
+        if row.run is not None:
+            model = load_model(latest_checkpoint(row.run)).to(device)
             grid = tile(sample_images(model, GRID**2, device, with_noise=False), GRID)
             # Lossy WebP has a tenth of a PNG's size, for repositories that hold reports.
             Image.fromarray(grid).save(path, quality=90)
-        if has_run or path.is_file():
-            shown[row["config"].recipe] = row
+        if row.run is not None or path.is_file():
+            shown[row.system] = row
     return list(shown.values())
 
 
-def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple[str, str]]:
+def curve_pictures(rows: Sequence[Row], pictures: Path) -> list[tuple[str, str]]:
     """Write a picture of each loss over the images seen; returns file names and captions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,12 +61,12 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
         figure = Figure(figsize=(9, 4), layout="constrained")
         axes = figure.subplots()
         for i, row in enumerate(rows):
-            images, values = row["curves"][name]
+            images, values = row.curves[name]
             if values:
                 axes.plot(
                     images,
                     values,
-                    label=row_label(row),
+                    label=row.label,
                     linewidth=1.1,
                     color=f"C{i % 10}",
                     linestyle=("-", "--", ":")[i // 10 % 3],
@@ -78,9 +74,9 @@ def curve_pictures(rows: Sequence[dict[str, Any]], pictures: Path) -> list[tuple
         if not axes.lines:
             continue
         hinged = dict.fromkeys(
-            row["config"].recipe
+            row.system
             for row in rows
-            if name in HINGED and row["curves"][name][1] and row["config"].compares_images
+            if name in HINGED and row.curves[name][1] and row.config.compares_images
         )
         if hinged:
             caption += f" ({', '.join(hinged)}: of a hinge loss, without unit)"

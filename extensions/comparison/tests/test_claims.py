@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from extensions.comparison.judging import _comparable, _deciding, _shared_budget, judge_claims
-from extensions.comparison.measure import EFFICIENTNET, INCEPTION, RESNET20
 from extensions.comparison.paper import Claim, Finding, claims
-from training.recipes import recipe, recipe_names
+from extensions.comparison.rows import EFFICIENTNET, INCEPTION, RESNET20, Distance
+from extensions.comparison.tests.made import run
+from training.recipes import recipe_names
 
 HOLDS, FAILS, UNDECIDED = Finding.HOLDS, Finding.FAILS, Finding.UNDECIDED
 
@@ -72,102 +73,67 @@ def test_claims_are_of_systems_that_exist():
 
 
 def test_runs_of_equal_budgets_are_compared_and_of_one_seed_if_there_are():
-    def run(seed, images, cooldown=0.2, **other):
-        state = {"images": images, "inferring_since": None}
-        size, pixels = other.pop("size", "tiny"), other.pop("pixels", 32)
-        config = dataclasses.replace(recipe("av-ade", pixels, 3, size), cooldown=cooldown)
-        counts = {"samples": other.pop("samples", 10), "efficientnet_samples": 5}
-        counts["resnet20"] = other.pop("resnet20", "one")
-        measured = {"split": "test[0:9]", "images": other.pop("measured", 9), "how": counts}
-        row = {"seed": seed, "state": state, "budget": {"minutes": None}, "config": config}
-        return {**row, "data": "cifar10", "measured": measured, **other}
+    def plain_run(seed, images, **changes):
+        return run("av-ade", seed, images, changes)
 
-    plain = [run(0, 400_000), run(1, 80_000), run(3, 150_000)]
-    residual = [run(0, 150_016), run(3, 150_016)]
+    plain = [plain_run(0, 400_000), plain_run(1, 80_000), plain_run(3, 150_000)]
+    residual = [plain_run(0, 150_016), plain_run(3, 150_016)]
     assert _comparable([residual, plain]) == [(residual[1], plain[2])]
     assert _comparable([residual[:1], plain]) == [(residual[0], plain[2])]
-    more = [run(0, 150_000), run(1, 150_100)]  # the difference counts as none
+    more = [plain_run(0, 150_000), plain_run(1, 150_100)]  # the difference counts as none
     assert _comparable([residual[:1], more]) == [(residual[0], more[0])]
-    assert _comparable([residual, [*more, run(3, 150_000)]])[1][1]["seed"] == 3
+    assert _comparable([residual, [*more, plain_run(3, 150_000)]])[1][1].seed == 3
     # Each seed by itself, those that learned most first.
     assert _comparable([plain, plain]) == [(plain[i], plain[i]) for i in (0, 2, 1)]
     assert _comparable([plain[:1], residual[:1]]) == [(plain[0], residual[0])]  # budgets differ
     assert _comparable([plain, []]) == []
     # Another version of the program had no cooldown.
-    older = run(0, 150_000, cooldown=0.0)
+    older = plain_run(0, 150_000, cooldown=0.0)
     assert not _comparable([[older], plain])
-    assert _comparable([[older], [*plain, run(1, 80_000, cooldown=0.0)]])
-    for other in (
-        {"data": "stl10"},
+    assert _comparable([[older], [*plain, plain_run(1, 80_000, cooldown=0.0)]])
+    for changes in (
         {"size": "small"},
         {"pixels": 64},
-        {"samples": 20},
-        {"measured": 8},
-        {"resnet20": "another"},
+        {"measured": {"how": {"samples": 20, "resnet20": "one"}}},
+        {"measured": {"how": {"samples": 10, "resnet20": "another"}}},
+        {"measured": {"images": 8}},
     ):
-        assert not _comparable([[run(0, 80_000, **other)], plain])
+        assert not _comparable([[plain_run(0, 80_000, **changes)], plain])
+    assert not _comparable([[run("av-ade", 0, 80_000, data="stl10")], plain])
 
 
-def test_a_claim_is_undecided_if_its_seeds_disagree():
-    def run(system, seed, bpd, images):
-        return {
-            "seed": seed,
-            "state": {"images": images, "inferring_since": None},
-            "budget": {"minutes": None},
-            "config": recipe(system, 32, 3, "tiny"),
-            "data": "cifar10",
-            "measured": {
-                "split": "test[0:9]",
-                "images": 9,
-                "how": {"samples": 10, "efficientnet_samples": 5},
-                "elbo": {"bpd": bpd},
-            },
-        }
+def with_bpd(system, seed, bpd, images):
+    return run(system, seed, images, {"measured": {"bpd": bpd}})
 
-    first = [run("av-ade-s2", 0, 4.0, 400_000), run("av-ade", 0, 4.1, 400_000)]
-    for images in (400_000, 150_000):
-        for bpd, finding in ((3.9, HOLDS), (4.1, UNDECIDED), (4.2, UNDECIDED)):
-            second = [run("av-ade-s2", 3, bpd, images), run("av-ade", 3, 4.1, images)]
-            ((found, text),) = [
-                one for one in judge_claims([*second, *first]) if one[1].startswith("two scales")
-            ]
-            assert found is finding
-            assert "after 400,000 images, seed 0: BPD 4.00 against 4.10" in text
-            assert f"after {images:,} images, seed 3: BPD {bpd:.2f} against 4.10" in text
+
+@pytest.mark.parametrize("images", [400_000, 150_000])
+@pytest.mark.parametrize(("bpd", "finding"), [(3.9, HOLDS), (4.1, UNDECIDED), (4.2, UNDECIDED)])
+def test_a_claim_is_undecided_if_its_seeds_disagree(images, bpd, finding):
+    first = [with_bpd("av-ade-s2", 0, 4.0, 400_000), with_bpd("av-ade", 0, 4.1, 400_000)]
+    second = [with_bpd("av-ade-s2", 3, bpd, images), with_bpd("av-ade", 3, 4.1, images)]
+    judged = judge_claims([*second, *first])
+    ((found, text),) = [one for one in judged if one[1].startswith("two scales")]
+    assert found is finding
+    assert "after 400,000 images, seed 0: BPD 4.00 against 4.10" in text
+    assert f"after {images:,} images, seed 3: BPD {bpd:.2f} against 4.10" in text
 
 
 def test_unreliable_distances_decide_nothing():
-    far = {"frechet": 9.0, "rank_deficient": True}
-    measured = {
-        "elbo": {"bpd": 4.0, "standard_error": 0.1},
-        "distances": {"mean": {RESNET20: {"frechet": 8.0}, EFFICIENTNET: far}},
-        "inception": {"fid": {"50000": {"fid": 7.0, "rank_deficient": True}}},
-    }
+    far = Distance(9.0, 10, "", is_reliable=False)
+    distances = {RESNET20: Distance(8.0, 10, ""), EFFICIENTNET: far, INCEPTION: far}
+    row = run("gan", changes={"measured": {"bpd": 4.0, "bpd_error": 0.1, "distances": distances}})
     found = {"bpd": 4.0, "bpd_error": 0.1, RESNET20: 8.0, EFFICIENTNET: None, INCEPTION: None}
-    assert _deciding({"measured": measured}) == found
+    assert _deciding(row) == found
 
 
-def test_the_time_of_an_inference_network_is_not_that_of_its_generator():
-    def row(system, **state):
-        config = recipe(system, 32, 3, "tiny")
-        return {"config": config, "budget": {"minutes": 60}, "state": state}
-
-    gan = row(
-        "gan",
-        images=500_000,
-        step=15_625,
-        inferring_since=12_500,
-        seconds=3720.0,
-        generator_seconds=3000.0,
-    )
-    timed = row(
-        "av-ade",
-        images=250_000,
-        step=7_813,
-        inferring_since=None,
-        seconds=3601.0,
-        generator_seconds=0.0,
-    )
-    assert _shared_budget([timed, gan]) is None
-    gan["state"]["generator_seconds"] = 3600.5
+def test_minutes_are_a_budget_as_well_once_they_are_spent():
+    """A GAN's are those of its generator, and of its inference network in addition."""
+    gan = run("gan", images_budget=400_000, minutes_budget=60, images=500_000, inferring_since=9)
+    timed = run("av-ade", images_budget=250_000, minutes_budget=60, images=250_016)
     assert _shared_budget([timed, gan]) == "60 minutes"
+    for changed in (
+        {"images": 499_000},  # the inference network is not finished
+        {"minutes_budget": 30},
+        {"minutes_budget": None},
+    ):
+        assert _shared_budget([timed, dataclasses.replace(gan, **changed)]) is None

@@ -15,26 +15,29 @@ from PIL import Image
 from ade_base.files import LOCK
 from ade_cli.main import main
 from ade_model.model import ADEModel
-from extensions.comparison.compare import (
+from extensions.comparison.compare import Comparison, Job
+from extensions.comparison.judging import judge_claims
+from extensions.comparison.measure import MeasureOptions, Measurer
+from extensions.comparison.paper import Finding
+from extensions.comparison.report import write_comparison
+from extensions.comparison.rows import (
+    EFFICIENTNET,
     FAILURE,
     MEASURED,
-    Job,
-    _check_same,
-    _is_measured,
-    compare,
+    Bound,
+    Distance,
     keep_rows,
     read_rows,
     recorded_data,
 )
-from extensions.comparison.judging import judge_claims
-from extensions.comparison.measure import EFFICIENTNET, NOT_INDEPENDENT, MeasureOptions, Measurer
-from extensions.comparison.report import _notes, _table, write_comparison
+from extensions.comparison.tests import made
 from tests.helpers import ROOT, held_by_another, interrupt_after, make_folder, narrow
 from training.datasets import load_dataset
 from training.loop import train
 from training.run_options import RunOptions
 from training.runs import RunError, write_json
 
+CPU, ONE_DRAW = torch.device("cpu"), MeasureOptions(draws=1)
 STEPS = 12
 
 
@@ -58,20 +61,32 @@ def options(steps, **changes):
     )
 
 
-def compare_one(job, dataset, out):
-    """Compare one system with itself; returns what is reported."""
-    said: list[str] = []
-    how = MeasureOptions(draws=1)
-    compare(
-        [job],
-        dataset,
-        {"data": "x", "root": None},
-        out,
-        how,
-        lambda: Measurer(dataset, torch.device("cpu"), how),
-        said.append,
-    )
-    return said
+def compare(jobs, dataset, out, how=ONE_DRAW):
+    """Compare systems; returns what is reported, but for what is measured."""
+    said = []
+    Comparison(dataset, {"data": "x", "root": None}, out, how, CPU, said.append).run(jobs)
+    names = [job.name for job in jobs]
+    return [line for line in said if line.split(":")[0] in names]
+
+
+def done(*names):
+    return [f"{name}-seed0: {verb}" for name in names for verb in ("training", "measuring")]
+
+
+def archived(*names):
+    return [f"{name}-seed0: finished before; its archived row is used" for name in names]
+
+
+def page_of(rows, out):
+    return write_comparison(rows, out, CPU).read_text()
+
+
+def interrupted(config, dataset, run, steps, monkeypatch):
+    """A run of eight steps that ends after some."""
+    with monkeypatch.context() as patched:
+        interrupt_after(steps, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, dataset, run, options(8), resume=False)
 
 
 def test_a_system_that_another_process_trains_is_left_to_it(dataset, tmp_path):
@@ -79,62 +94,57 @@ def test_a_system_that_another_process_trains_is_left_to_it(dataset, tmp_path):
     run.mkdir(parents=True)
     job = Job(narrow("vae"), options(1))
     with held_by_another(run / LOCK):
-        assert compare_one(job, dataset, tmp_path) == ["vae-seed0: another process works on it"]
+        said = compare([job], dataset, tmp_path)
+        assert said == ["vae-seed0: another process works on it"]
         assert not (run / "run.json").exists()
-    done = ["vae-seed0: training", "vae-seed0: measuring"]
-    assert compare_one(job, dataset, tmp_path) == done
+    assert compare([job], dataset, tmp_path) == done("vae")
     # Measurements stay valid whatever fails later, unless the run diverged.
     for kind, stands in (("MemoryError", True), ("TrainingDiverged", False)):
         (run / FAILURE).write_text(json.dumps({"kind": kind, "why": "x", "trace": ""}))
-        assert (read_rows(tmp_path)[0]["measured"] is not None) == stands
+        assert (read_rows(tmp_path)[0].measured is not None) == stands
     again = f"vae-seed0: diverged before; delete {run} to try again"
-    assert compare_one(job, dataset, tmp_path) == [again]
+    assert compare([job], dataset, tmp_path) == [again]
 
 
-def test_measurements_with_another_network_are_other_measurements(tmp_path):
+@pytest.mark.parametrize("changed", ["resnet20", "draws", "samples", "bound_images"])
+def test_what_was_measured_otherwise_is_measured_again(dataset, tmp_path, changed):
     """Distances in two networks' features cannot be compared, whatever their files are called."""
-    how = {"draws": 8, "resnet20": "a digest"}
-    measured = {"checkpoint": "step-1", "split": "test[0:9]", "how": how}
-    (tmp_path / MEASURED).write_text(json.dumps(measured))
-    for other, same in (
-        (how, True),
-        ({**how, "resnet20": "another"}, False),
-        ({**how, "resnet20": None}, False),
-        ({**how, "draws": 9}, False),
-    ):
-        assert _is_measured(tmp_path, tmp_path / "step-1", other, "test[0:9]") == same
+    job, path = Job(narrow("vae"), options(1)), tmp_path / "runs" / "vae-seed0" / MEASURED
+    compare([job], dataset, tmp_path)
+    assert compare([job], dataset, tmp_path) == []
+    measured = json.loads(path.read_text())
+    measured["how"][changed] = "another"
+    path.write_text(json.dumps(measured))
+    assert compare([job], dataset, tmp_path) == ["vae-seed0: measuring"]
 
 
 def test_figures_of_another_test_part_are_measured_again(dataset, tmp_path):
-    job, run = Job(narrow("vae"), options(1)), tmp_path / "runs" / "vae-seed0"
-    compare_one(job, dataset, tmp_path)
+    job = Job(narrow("vae"), options(1))
+    compare([job], dataset, tmp_path)
     other = dataclasses.replace(dataset, splits={**dataset.splits, "test": "test[3:8]"})
-    assert compare_one(job, other, tmp_path) == ["vae-seed0: measuring"]
+    assert compare([job], other, tmp_path) == ["vae-seed0: measuring"]
     (row,) = read_rows(tmp_path)
-    assert row["measured"]["split"] == "test[3:8]"
-    write_comparison([row], tmp_path, torch.device("cpu"))
-    shutil.rmtree(run)
-    archived = ["vae-seed0: finished before; its archived row is used"]
-    assert compare_one(job, other, tmp_path) == archived
-    done = ["vae-seed0: training", "vae-seed0: measuring"]
-    assert compare_one(job, dataset, tmp_path) == done
+    assert row.measured.split == "test[3:8]"
+    keep_rows([row], tmp_path)
+    shutil.rmtree(row.run)
+    assert compare([job], other, tmp_path) == archived("vae")
+    assert compare([job], dataset, tmp_path) == done("vae")
 
 
 def test_a_kept_row_stands_until_its_run_is_measured_again(dataset, tmp_path):
     short, long = (Job(narrow("vae"), options(steps)) for steps in (1, 2))
     run = tmp_path / "runs" / "vae-seed0"
-    compare_one(short, dataset, tmp_path)
-    write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu"))
+    compare([short], dataset, tmp_path)
+    keep_rows(read_rows(tmp_path), tmp_path)
     shutil.rmtree(run)
     # The run is killed before it is measured.
     train(long.config, dataset, run, long.options, resume=False)
     (row,) = read_rows(tmp_path)
-    assert row["run"] is None and row["measured"] and row["state"]["images"] == 16
-    archived = "vae-seed0: finished before; its archived row is used"
-    assert compare_one(short, dataset, tmp_path) == [archived]
-    assert compare_one(long, dataset, tmp_path) == ["vae-seed0: measuring"]
+    assert row.run is None and row.measured and row.images == 16
+    assert compare([short], dataset, tmp_path) == archived("vae")
+    assert compare([long], dataset, tmp_path) == ["vae-seed0: measuring"]
     (row,) = read_rows(tmp_path)
-    assert row["run"] == run and row["state"]["images"] == 32
+    assert row.run == run and row.images == 32
 
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
@@ -143,16 +153,11 @@ def test_an_interrupted_run_is_no_finished_one_of_a_smaller_budget(
 ):
     """Its learning rates have not fallen."""
     short, long = (Job(narrow(name), options(steps)) for steps in (4, 8))
-    run = tmp_path / "runs" / f"{name}-seed0"
-    with monkeypatch.context() as patched:
-        interrupt_after(5, patched)
-        with pytest.raises(KeyboardInterrupt):
-            train(long.config, dataset, run, long.options, resume=False)
-    with pytest.raises(RunError, match=r"after 80 images .* a budget of 128 images: finish it"):
-        compare_one(short, dataset, tmp_path)
-    done = [f"{name}-seed0: training", f"{name}-seed0: measuring"]
-    assert compare_one(long, dataset, tmp_path) == done
-    assert compare_one(short, dataset, tmp_path) == []
+    interrupted(long.config, dataset, tmp_path / "runs" / long.name, 5, monkeypatch)
+    with pytest.raises(RunError, match=r"after 80 images, .* a budget of 128 images: finish it"):
+        compare([short], dataset, tmp_path)
+    assert compare([long], dataset, tmp_path) == done(name)
+    assert compare([short], dataset, tmp_path) == []
 
 
 @pytest.mark.parametrize("name, now", [("vae", 4), ("gan", 16)])
@@ -161,42 +166,44 @@ def test_a_run_that_diverged_blocks_no_comparison_of_another_budget(
 ):
     """Neither if it diverged beyond a smaller budget, nor after a GAN's generator was frozen."""
     config, run = narrow(name), tmp_path / "runs" / f"{name}-seed0"
-    with monkeypatch.context() as patched:
-        interrupt_after(5 if name == "vae" else 10, patched)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, dataset, run, options(8), resume=False)
+    interrupted(config, dataset, run, 5 if name == "vae" else 10, monkeypatch)
     (run / FAILURE).write_text(json.dumps({"kind": "TrainingDiverged", "why": "x", "trace": ""}))
-    (said,) = compare_one(Job(config, options(now)), dataset, tmp_path)
+    (said,) = compare([Job(config, options(now))], dataset, tmp_path)
     assert "diverged before" in said
+
+
+def test_a_run_of_minutes_is_finished_once_their_images_are_seen(dataset, tmp_path):
+    run = tmp_path / "runs" / "vae-seed0"
+    train(narrow("vae"), dataset, run, options(3), resume=False)
+    started = json.loads((run / "run.json").read_text())
+    started["options"]["minutes"] = 1.0  # which became that many images
+    write_json(run / "run.json", started)
+    job = Job(narrow("vae"), options(1000, minutes=1.0))
+    assert compare([job], dataset, tmp_path) == ["vae-seed0: measuring"]
 
 
 def test_a_system_that_fails_before_it_begins_has_a_row(dataset, tmp_path, monkeypatch):
     job = Job(narrow("vae"), options(1))
-
-    def fail(**given):
-        raise MemoryError("no room for the weights")
-
     with monkeypatch.context() as patched:
+        fail = Mock(side_effect=MemoryError("no room for the weights"))
         patched.setattr("training.loop.Trainer", fail)
         failed = "vae-seed0: MemoryError: no room for the weights"
-        assert compare_one(job, dataset, tmp_path)[1:] == [failed]
+        assert compare([job], dataset, tmp_path)[1:] == [failed]
     (row,) = read_rows(tmp_path)
-    assert row["config"] == job.config and row["state"] is None
-    page = write_comparison([row], tmp_path, torch.device("cpu")).read_text()
-    assert "**failed: no room for the weights**" in page
-    done = ["vae-seed0: training", "vae-seed0: measuring"]
-    assert compare_one(job, dataset, tmp_path) == done
+    assert row.config == job.config and not row.images
+    assert "**failed: no room for the weights**" in page_of([row], tmp_path)
+    assert compare([job], dataset, tmp_path) == done("vae")
     (row,) = read_rows(tmp_path)
-    assert row["measured"] and row["failure"] is None
+    assert row.measured and row.failure is None
 
 
 def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(dataset, tmp_path):
-    for seed in (0, 1):
-        compare_one(Job(narrow("vae"), options(1, seed=seed)), dataset, tmp_path)
+    jobs = [Job(narrow("vae"), options(1, seed=seed)) for seed in (0, 1)]
+    compare(jobs, dataset, tmp_path)
     runs, pictures = tmp_path / "runs", tmp_path / "pictures"
 
     def samples():
-        page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
+        page = page_of(read_rows(tmp_path), tmp_path)
         return page[page.index("## Samples") : page.index("## Training curves")]
 
     shown = (
@@ -217,30 +224,12 @@ def test_a_report_shows_samples_of_a_row_that_has_its_run_or_its_picture(dataset
     )
 
 
-@pytest.mark.parametrize(
-    "bound, cell",
-    [
-        ({"images": 5}, "4.000"),
-        ({"images": 5, "elbo": 4.1}, "4.000 (ELBO 4.100)"),
-    ],
-)
-def test_a_bound_is_shown_with_the_elbo_of_the_same_images(bound, cell):
-    measured = {
-        "images": 9,
-        "split": "test[0:9]",
-        "elbo": {"bpd": 4.2, "standard_error": 0.1, "images": 9},
-        "iwae-8": {"bpd": 4.0, **bound},
-    }
-    row = {
-        "config": narrow("vae"),
-        "seed": 0,
-        "state": {"images": 0},
-        "measured": measured,
-        "failure": None,
-    }
-    assert f"| 4.200 ± 0.100 | {cell} |" in _table([row])[2]
-    (notes,) = _notes([row])
-    assert "iwae-8 of the first 5 of them" in notes and "but not with BPD" in notes
+@pytest.mark.parametrize("elbo, cell", [(None, "4.000"), (4.1, "4.000 (ELBO 4.100)")])
+def test_a_bound_is_shown_with_the_elbo_of_the_same_images(elbo, cell, tmp_path):
+    measured = {"bpd": 4.2, "bpd_error": 0.1, "bound": Bound(4.0, 8, 5, elbo)}
+    page = page_of([made.run("vae", changes={"measured": measured})], tmp_path)
+    assert f"| 4.200 ± 0.100 | {cell} |" in page
+    assert "iwae-8 of the first 5 of them" in page and "but not with BPD" in page
 
 
 def test_failed_systems_are_named_after_the_report_and_in_the_exit_status(
@@ -286,209 +275,147 @@ def test_a_row_that_was_trained_otherwise_is_not_replaced(dataset, tmp_path):
     before = rows.read_bytes()
     refused = r"gan-seed0 in .*rows\.json was trained with data set cifar10, now images; "
     with pytest.raises(RunError, match=refused):
-        compare_one(Job(narrow("gan"), options(1)), dataset, tmp_path)
+        compare([Job(narrow("gan"), options(1))], dataset, tmp_path)
     assert rows.read_bytes() == before and not (tmp_path / "runs").exists()
-    job, failed = Job(narrow("gan"), options(1)), {"config": narrow("vae"), "data": "d"}
-    _check_same(tmp_path, job, dataset, {**failed, "state": None})  # nothing would be lost
+    # Nothing would be lost of a run that failed before its first checkpoint.
+    lost = made.run("vae", images=0, name="gan-seed0", measured=None)
+    keep_rows([lost], tmp_path)
+    assert compare([Job(narrow("gan"), options(1))], dataset, tmp_path) == done("gan")
 
 
-def test_a_long_failure_stays_in_its_row():
+@pytest.mark.parametrize("content", ['[{"name": "vae-seed0"}]', '[{"measured": null}]', "[1]"])
+def test_rows_of_another_version_are_refused(content, tmp_path):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(RunError, match=r"rows.json is damaged, or of another version \("):
+        read_rows(tmp_path)
+
+
+def test_a_long_failure_stays_in_its_row(tmp_path):
     why = "CUDA error: a | b\nCompile with `TORCH_USE_CUDA_DSA`\n\n" + "size mismatch; " * 99
-    row = {
-        "config": narrow("vae"),
-        "seed": 0,
-        "state": {"images": 0},
-        "measured": None,
-        "failure": {"why": why},
-    }
-    table = _table([row])
-    assert len(table) == 3 and "\n" not in table[2] and len(table[2]) < 400
-    assert r"**failed: CUDA error: a \| b Compile with `TORCH_USE_CUDA_DSA` size" in table[2]
-    cells = [re.findall(r"(?<!\\)\|", line) for line in table]
-    assert len(cells[0]) == len(cells[2]) == 10
+    page = page_of([made.run("vae", measured=None, failure=why)], tmp_path)
+    header, _, line = page[page.index("| system ") :].splitlines()[:3]
+    assert len(line) < 400
+    assert r"**failed: CUDA error: a \| b Compile with `TORCH_USE_CUDA_DSA` size" in line
+    assert len(re.findall(r"(?<!\\)\|", header)) == len(re.findall(r"(?<!\\)\|", line)) == 10
 
 
 @pytest.mark.slow
-def test_a_comparison_resumes_records_failures_and_is_written_up(dataset, tmp_path, monkeypatch):
-    said: list[str] = []
-
-    how = MeasureOptions(draws=2)
-
-    def run(chosen, how=how, out=tmp_path):
-        said.clear()
-        compare(
-            chosen,
-            dataset,
-            {"data": "x", "root": None},
-            out,
-            how,
-            lambda: Measurer(dataset, torch.device("cpu"), how, lambda line: None),
-            said.append,
-        )
-        return list(said)
-
+def test_a_comparison_resumes_records_failures_and_is_written_up(dataset, tmp_path):
+    two, three = MeasureOptions(draws=2), MeasureOptions(draws=3)
     broken = dataclasses.replace(narrow("av-gde"), g_learning_rate=1e30)
-    jobs = [
-        Job(config, options(STEPS))
-        for config in (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))
-    ]
-    jobs.append(Job(narrow("vae"), options(STEPS, seed=1)))
-    assert "av-gde-seed0: TrainingDiverged" in "".join(run(jobs[:3]))
-    first = (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text()
-    again = run(jobs)
-    assert not [
-        line
-        for line in again
-        if line.startswith(("vae-seed0", "gan-seed0", "av-gde-seed0: training"))
-    ]
-    assert (tmp_path / "runs" / "vae-seed0" / MEASURED).read_text() == first
-    assert (
-        "diverged before" in "".join(again)
-        and (tmp_path / "runs" / "av-gde-seed0" / FAILURE).is_file()
-    )
+    configs = (narrow("vae"), broken, narrow("gan"), narrow("v-ade"))
+    vae, av_gde, gan, v_ade = (Job(config, options(STEPS)) for config in configs)
+    other_seed = Job(vae.config, options(STEPS, seed=1))
+    longer = Job(vae.config, options(2 * STEPS))
+    runs = tmp_path / "runs"
+    first = "".join(compare([vae, av_gde, gan], dataset, tmp_path, two))
+    assert "av-gde-seed0: TrainingDiverged" in first
+    measured = (runs / "vae-seed0" / MEASURED).read_text()
+    jobs = [vae, av_gde, gan, v_ade, other_seed]
+    again = compare(jobs, dataset, tmp_path, two)
+    assert "diverged before" in again[0] and (runs / "av-gde-seed0" / FAILURE).is_file()
+    assert again[1:] == [*done("v-ade"), "vae-seed1: training", "vae-seed1: measuring"]
+    assert (runs / "vae-seed0" / MEASURED).read_text() == measured
     rows = read_rows(tmp_path)
-    assert [row["name"] for row in rows] == [
-        "av-gde-seed0",
-        "gan-seed0",
-        "v-ade-seed0",
-        "vae-seed0",
-        "vae-seed1",
-    ]
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
+    assert [row.name for row in rows] == sorted(job.name for job in jobs)
+    page = page_of(rows, tmp_path)
     assert "**failed: step" in page and "| vae (seed 1) |" in page and "[4.4" not in page
     assert "V-ADE beats VAE on bits per dimension" in page and "| [7.0] | 31.4 |" in page
     for picture in ("vae-seed0.webp", "gan-seed0.webp", "curve-bpd.png", "curve-d_loss.png"):
-        assert (
-            f"pictures/{picture}" in page and (tmp_path / "pictures" / picture).stat().st_size > 500
-        )
+        assert f"pictures/{picture}" in page
+        assert (tmp_path / "pictures" / picture).stat().st_size > 500
     # Where the runs' folders are gone, the rows that were kept stand for them, in the report and in
     # what is left to do.
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
     shutil.copytree(tmp_path / "pictures", elsewhere / "pictures")
     shutil.copy(tmp_path / "rows.json", elsewhere)
-    assert run(jobs[:1] + jobs[2:4], out=elsewhere) == [
-        f"{name}-seed0: finished before; its archived row is used"
-        for name in ("vae", "gan", "v-ade")
-    ]
-    assert run([Job(jobs[0].config, options(2 * STEPS))], out=elsewhere) == [
-        "vae-seed0: training",
-        "vae-seed0: measuring",
-    ]
+    names = ("vae", "gan", "v-ade")
+    assert compare([vae, gan, v_ade], dataset, elsewhere, two) == archived(*names)
+    assert compare([longer], dataset, elsewhere, two) == done("vae")
     shutil.rmtree(elsewhere / "runs")
-    assert (
-        write_comparison(read_rows(elsewhere), elsewhere, torch.device("cpu")).read_text() == page
-    )
+    assert page_of(read_rows(elsewhere), elsewhere) == page
     # Measured otherwise, or trained for longer, a run is measured again.
-    assert run(jobs[:1], MeasureOptions(draws=3)) == ["vae-seed0: measuring"]
-    assert run([Job(jobs[0].config, options(2 * STEPS))], MeasureOptions(draws=3)) == [
-        "vae-seed0: training",
-        "vae-seed0: measuring",
-    ]
-    refused = f"finished after {16 * STEPS} images: its budget cannot be raised"
-    with pytest.raises(RunError, match=refused):
-        run([jobs[3], Job(jobs[2].config, options(2 * STEPS))])
-    started = (tmp_path / "runs" / "gan-seed0" / "run.json").read_text()
-    with pytest.raises(RunError, match=refused):
-        run([jobs[3], Job(jobs[2].config, options(2 * STEPS, minutes=60))])
-    assert (tmp_path / "runs" / "gan-seed0" / "run.json").read_text() == started
-    # A run that was trained on is not what was measured; where rows were measured otherwise, the
-    # notes say of which.
-    (found,) = [row for row in read_rows(tmp_path) if row["name"] == "gan-seed0"]
-    many = [{**row, "seed": seed} for seed in range(10) for row in rows if row["measured"]]
-    page = write_comparison(
-        [*many, {**found, "measured": {**found["measured"], "images": 7}}],
-        tmp_path / "elsewhere",
-        torch.device("cpu"),
-    ).read_text()
+    assert compare([vae], dataset, tmp_path, three) == ["vae-seed0: measuring"]
+    assert compare([longer], dataset, tmp_path, three) == done("vae")
+    started = (runs / "gan-seed0" / "run.json").read_text()
+    for budget in (options(2 * STEPS), options(2 * STEPS, minutes=60)):
+        refused = f"after {16 * STEPS} images: its budget cannot be|minutes became {16 * STEPS} "
+        with pytest.raises(RunError, match=refused):
+            compare([v_ade, Job(gan.config, budget)], dataset, tmp_path, two)
+        assert (runs / "gan-seed0" / "run.json").read_text() == started
+    # Where rows were measured otherwise, the notes say of which.
+    few = [dataclasses.replace(row.measured, images=7) for row in rows if row.name == "gan-seed0"]
+    mixed = [*(row for row in rows if row.measured), dataclasses.replace(rows[1], measured=few[0])]
+    page = page_of(mixed, elsewhere)
     assert "the ELBO of 7 held-out images" in page and "(gan)" in page
-    train(
-        jobs[3].config, dataset, tmp_path / "runs" / "v-ade-seed0", options(2 * STEPS), resume=True
-    )
-    (found,) = [row for row in read_rows(tmp_path) if row["name"] == "v-ade-seed0"]
-    assert found["measured"] is None and found["state"]["images"] == 32 * STEPS
+    # A run that was trained on is not what was measured.
+    train(v_ade.config, dataset, runs / "v-ade-seed0", options(2 * STEPS), resume=True)
+    (found,) = [row for row in read_rows(tmp_path) if row.name == "v-ade-seed0"]
+    assert found.measured is None and found.images == 32 * STEPS
+    faster = dataclasses.replace(vae.config, learning_rate=0.1)
     with pytest.raises(RunError, match=r"trained with learning_rate 0\.0005, now 0\.1"):
-        run([Job(dataclasses.replace(narrow("vae"), learning_rate=0.1), options(2 * STEPS))])
+        compare([Job(faster, options(2 * STEPS))], dataset, tmp_path, two)
 
 
 def test_the_comparison_is_what_its_rows_say(tmp_path):
     committed = ROOT / "docs" / "comparison"
     shutil.copy(committed / "rows.json", tmp_path)
     shutil.copytree(committed / "pictures", tmp_path / "pictures")
-    page = write_comparison(read_rows(tmp_path), tmp_path, torch.device("cpu")).read_text()
+    rows = read_rows(tmp_path)
+    page = page_of(rows, tmp_path)
     documented = (ROOT / "docs" / "comparison.md").read_text()
-    for finding, claim in judge_claims(read_rows(tmp_path)):
+    for finding, claim in judge_claims(rows):
         assert f"\n- {finding.value}: {claim}\n" in page
         assert f"\n| {claim.split(' (after')[0]} | {finding.value.strip('*')} |\n" in documented
-    assert (tmp_path / "rows.json").read_text() == (committed / "rows.json").read_text()
+    assert read_rows(tmp_path) == rows
     for picture in re.findall(r"\(pictures/([^)]+)\)", page):
         assert (committed / "pictures" / picture).is_file()
     # A claim is of two systems that learned alike.
-    rows = read_rows(tmp_path)
-    for row in rows:
-        row["state"]["images"] //= 2 if row["config"].recipe == "av-ade" else 1
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
-    assert "**holds**: V-ADE beats VAE on bits per dimension" in page
-    # Time is a budget as well, if it was spent.
-    for row in rows:
-        row["budget"]["minutes"] = 10.0
-        row["state"]["seconds"] = 599.0 if row["config"].recipe == "vae" else 601.0
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats V-ADE on samples (after 10 minutes, seed 0: " in page
-    assert "undecided: AV-ADE beats VAE on samples (after 200,000 and 400,000 images)" in page
+    halved = [
+        dataclasses.replace(row, images=row.images // (1 + (row.system == "av-ade")))
+        for row in rows
+    ]
+    judged = judge_claims(halved)
+    different = "AV-ADE beats VAE on samples (after 200,000 and 400,000 images)"
+    assert (Finding.UNDECIDED, different) in judged
+    assert any(
+        finding is Finding.HOLDS and text.startswith("V-ADE beats VAE on bits per dimension")
+        for finding, text in judged
+    )
     # Another seed may have been measured.
-    (seed1,) = [row for row in rows if row["name"] == "av-ade-seed1"]
-    seed1["state"]["images"] = 400_000
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
-    assert "**holds**: AV-ADE beats VAE on samples (after 400,000 images, seeds 0 and 1: " in page
+    other = [
+        dataclasses.replace(row, images=400_000) if row.name == "av-ade-seed1" else row
+        for row in halved
+    ]
+    after = "AV-ADE beats VAE on samples (after 400,000 images, seeds 0 and 1: "
+    assert any(f is Finding.HOLDS and text.startswith(after) for f, text in judge_claims(other))
 
 
 @pytest.mark.slow
 def test_distances_in_the_features_that_trained_a_model_are_marked(dataset):
-    how = MeasureOptions(draws=1, efficientnet=True, efficientnet_samples=30, samples=30)
-    measurer = Measurer(dataset, torch.device("cpu"), how)
+    how = MeasureOptions(draws=1, efficientnet=True, samples=60)
+    measurer = Measurer(dataset, CPU, how)
     model = ADEModel(narrow("av-ade-pd").model)
-    for name, marked in (("av-ade", False), ("av-ade-pd", True)):
+    for name, is_independent in (("av-ade", True), ("av-ade-pd", False)):
         found = measurer.measure(model, {"recipe": name, "operations": ["sample", "score"]})
-        assert ("independent" in found["distances"]["mean"][EFFICIENTNET]) == marked
+        distance = found.distances[EFFICIENTNET]
         # 30 samples have a singular covariance of 1280 features.
-        assert found["distances"]["mean"][EFFICIENTNET]["rank_deficient"] is True
+        assert distance.is_independent == is_independent and not distance.is_reliable
 
 
 def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path):
-    def row(name, space):
-        measured = {
-            "distances": {
-                "mean": {
-                    EFFICIENTNET: {
-                        "samples": 9,
-                        "reference": "9 images",
-                        "frechet": 5.0,
-                        **space,
-                    }
-                }
-            }
-        }
-        return {
-            "name": name,
-            "run": None,
-            "config": narrow(name),
-            "data": "x",
-            "seed": 0,
-            "budget": {"minutes": None},
-            "state": {"images": 64, "step": 4, "seconds": 1.0},
-            "measured": measured,
-            "failure": None,
-            "curves": {"bpd": [[], []], "quality_loss": [[], []], "d_loss": [[1, 2], [3.0, 4.0]]},
-        }
+    def row(name, **changes):
+        distance = Distance(5.0, 9, "9 images", precision=0.5, recall=0.5, **changes)
+        curves = {"bpd": [[], []], "quality_loss": [[], []], "d_loss": [[1, 2], [3.0, 4.0]]}
+        measured = {"distances": {EFFICIENTNET: distance}}
+        return made.run(name, changes={"measured": measured}, curves=curves)
 
     rows = [
-        row("av-ade", {}),
-        row("av-ade-pd", {"independent": NOT_INDEPENDENT}),
-        row("real-nvp", {"rank_deficient": True}),
+        row("av-ade"),
+        row("av-ade-pd", is_independent=False),
+        row("real-nvp", is_reliable=False),
     ]
-    page = write_comparison(rows, tmp_path, torch.device("cpu")).read_text()
+    page = page_of(rows, tmp_path)
     marked = [line for line in page.splitlines() if "(not independent)" in line]
     assert len(marked) == 2 and all(line.startswith("| av-ade-pd |") for line in marked)
     # The Fréchet distance, and precision and recall.
@@ -497,7 +424,7 @@ def test_the_report_marks_distances_in_the_features_of_a_discriminator(tmp_path)
     assert "![discriminator, nats (av-ade-pd: of a hinge loss, without unit). Logits of a " in page
     assert "it is not the published network" in page
     assert "unreliable, of fewer images than features (real-nvp)" in page
-    page = write_comparison(rows[:1], tmp_path, torch.device("cpu")).read_text()
+    page = page_of(rows[:1], tmp_path)
     assert "ndependent" not in page and "published network" not in page
     assert "![discriminator, nats](" in page
 
@@ -519,8 +446,7 @@ def test_a_comparison_is_of_one_folder(small_images, tmp_path, capsys):
         assert not (out / "cache").exists() and not (out / "runs" / "v-ade-seed0").exists()
         shutil.rmtree(out / "runs", ignore_errors=True)
     assert recorded_data(out) == {run: str(mine)}
-    write_json(out / "rows.json", [{"name": "vae-seed0"}])  # of an earlier version
-    assert recorded_data(out) == {}
+    (out / "rows.json").unlink()
     runs = [out / "runs" / name for name in "dafcbeg"]
     for run in runs:
         run.mkdir(parents=True)
@@ -566,20 +492,3 @@ def test_an_image_size_that_the_user_did_not_give_is_explained(
     Image.new("RGB", (width, height)).save(photos / "a.png")
     assert main(["compare", "av-ade", "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     assert message.format(photos) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        (["--resnet20", "nowhere.npz"], "nowhere.npz does not hold a ResNet-20"),
-        (["--inception", "nowhere.pth"], "there is no file nowhere.pth"),
-    ],
-)
-def test_images_are_not_decoded_if_the_network_that_measures_is_missing(
-    option, message, tmp_path, small_images, monkeypatch, capsys
-):
-    folder = make_folder(tmp_path / "images", small_images[:60])
-    monkeypatch.setattr("training.datasets.folder.decode_into", None)
-    arguments = ["vae", "--out", str(tmp_path / "out"), "--image-size", "8"]
-    assert main(["compare", *arguments, "--data", str(folder), *option]) == 2
-    assert message in capsys.readouterr().err

@@ -18,14 +18,10 @@ from ade_cli.data_options import (
 from ade_cli.help_texts import DEVICE
 from ade_cli.paths import given_path
 from ade_cli.run_checks import check_one_process, check_same_data, size_checked
-from extensions.comparison.compare import Job, compare, read_rows, recorded_data
-from extensions.comparison.measure import (
-    MeasureOptions,
-    Measurer,
-    check_networks,
-    check_options,
-)
+from extensions.comparison.compare import Comparison, Job
+from extensions.comparison.measure import MeasureOptions, check_networks, check_options
 from extensions.comparison.report import write_comparison
+from extensions.comparison.rows import read_rows, recorded_data
 from training.config import SIZES
 from training.data import CHANNELS, DataError
 from training.device import DEVICES, choose_device
@@ -126,8 +122,8 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inception",
         metavar="PATH",
-        help="weights of the FID's Inception, or `download`, for FID with 5,000, 10,000 and 50,000 "
-        "samples",
+        help="weights of the FID's Inception, or `download`, for the FID of 50,000 samples from "
+        "training images",
     )
 
 
@@ -148,7 +144,6 @@ def _measure_options(args: argparse.Namespace) -> MeasureOptions:
         efficientnet=args.efficientnet,
         inception=args.inception,
         samples=args.samples,
-        efficientnet_samples=args.samples // 2,
     )
 
 
@@ -205,13 +200,5 @@ def _train(args: argparse.Namespace, device: torch.device) -> str:
         for budget in budgets
         for name in dict.fromkeys(args.recipes)
     ]
-    failed = compare(
-        jobs,
-        dataset,
-        source_of(args),
-        args.out,
-        options,
-        lambda: Measurer(dataset, device, options, say),
-        say,
-    )
+    failed = Comparison(dataset, source_of(args), args.out, options, device, say).run(jobs)
     return f"{len(failed)} of {len(jobs)} systems failed: {', '.join(failed)}" if failed else ""
