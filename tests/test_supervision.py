@@ -23,7 +23,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from filelock import FileLock
 
 from ade_base.files import LOCK
 from ade_base.ports import Ports, free_ports
@@ -41,7 +40,6 @@ from handlers.processes.run_folder import (
 from handlers.processes.supervision import (
     MAX_DEATHS,
     MAX_OUTPUT_BYTES,
-    Child,
     LaunchError,
     Supervisor,
 )
@@ -49,11 +47,12 @@ from handlers.processes.watchdog import MAX_UNANSWERED, MAX_UNANSWERED_AT_START
 from serving.api.guard import check_host
 from serving.engine.backends import BackendError
 from serving.engine.bundle import open_bundle
-from tests.helpers import PRETRAINED, ROOT
+from tests.helpers import PRETRAINED, ROOT, held_by_another
 from tests.service import RunningService
 
 EXAMPLE = ROOT / "serving" / "examples" / "cat.png"
 SLEEP = ["sleep", "1000"]
+PORTS = Ports(1, 2, 3)
 
 
 def until(condition, seconds=10.0):
@@ -94,13 +93,10 @@ def start(supervisor, script="exec sleep 1000", **options):
     return supervisor.start("page", ["sh", "-c", script], dict(os.environ), **given)
 
 
-@pytest.mark.parametrize("can_be_told", [True, False])
-def test_a_killed_child_is_restarted(can_be_told, tmp_path, monkeypatch, capfd):
-    """What it started ends before. Standard error may be a file on a full disk."""
+def test_a_killed_child_is_restarted(tmp_path, capfd):
+    """What it started ends before."""
     pids = tmp_path / "pids"
-    with Supervisor(tmp_path) as supervisor, open("/dev/full", "w") as full:
-        if not can_be_told:
-            monkeypatch.setattr(sys, "stderr", full)
+    with Supervisor(tmp_path) as supervisor:
         child = start(supervisor, f"sleep 1000 & echo $! >> {pids}; wait")
         first = child.process.pid
         assert not supervisor.tend()
@@ -109,14 +105,11 @@ def test_a_killed_child_is_restarted(can_be_told, tmp_path, monkeypatch, capfd):
         os.kill(first, signal.SIGKILL)
         assert until(supervisor.tend) and until(lambda: not is_running(grandchild))
         assert supervisor.pids["page"] != first and is_running(supervisor.pids["page"])
-        monkeypatch.undo()
-        with contextlib.suppress(OSError):
-            full.close()
     assert not is_running(supervisor.pids["page"])
-    assert can_be_told == ("page ended with -9: restarting it" in capfd.readouterr().err)
+    assert "page ended with -9: restarting it" in capfd.readouterr().err
 
 
-def test_addresses_are_printed_for_any_proxy_and_need_not_be(tmp_path, monkeypatch, capsys):
+def test_addresses_are_printed_for_any_proxy(tmp_path, monkeypatch, capsys):
     plan: Any = SimpleNamespace(
         bundles=[open_bundle(PRETRAINED)],
         ports=Ports(8080, 8082, 7860),
@@ -124,12 +117,6 @@ def test_addresses_are_printed_for_any_proxy_and_need_not_be(tmp_path, monkeypat
         token=None,
         logs=tmp_path,
     )
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        serve._print_addresses(plan, RunFolder(tmp_path), 1.0)
-        monkeypatch.undo()
-        with contextlib.suppress(OSError):
-            full.close()
     for direct in (False, True):
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         monkeypatch.setenv("no_proxy", "127.0.0.1" if direct else "")
@@ -227,96 +214,6 @@ def test_children_are_stopped_together(tmp_path, monkeypatch):
         pids, started = list(supervisor.pids.values()), time.monotonic()
     assert 3.0 <= time.monotonic() - started < 8.5
     assert not any(map(is_running, pids))
-
-
-@pytest.fixture
-def interrupts(monkeypatch):
-    """Sends SIGTERM when a process was started whose command has the word ``before``.
-
-    What ``at`` returns when the signal arrives is in the list.
-    """
-    popen, given, seen = subprocess.Popen, {"before": None, "at": lambda: None}, list[Any]()
-
-    def interrupted(command, **options):
-        made = popen(command, **options)
-        if given["before"] in command:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return made
-
-    def stop(number, frame):
-        seen.append(given["at"]())
-        raise SystemExit(0)
-
-    former = signal.signal(signal.SIGTERM, stop)
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    yield given, seen
-    assert signal.getsignal(signal.SIGTERM) == stop
-    signal.signal(signal.SIGTERM, former)
-
-
-@pytest.mark.parametrize("restarts", [False, True])
-def test_a_signal_while_a_child_is_started_leaves_no_orphan(restarts, tmp_path, interrupts):
-    given, seen = interrupts
-    before = set(psutil.Process().children())
-    with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
-        given["before"] = None if restarts else "exec sleep 1000"
-        child = start(supervisor)
-        given["before"] = "exec sleep 1000"
-        child.process.kill()
-        until(supervisor.tend)
-    assert len(seen) == 1
-    assert not [one for one in psutil.Process().children() if one not in before]
-
-
-def test_a_signal_while_the_reaper_is_renewed_leaves_the_folder(tmp_path, interrupts):
-    given, seen = interrupts
-    given["at"] = tmp_path.exists
-    with pytest.raises(SystemExit), Supervisor(tmp_path) as supervisor:
-        child = start(supervisor)
-        given["before"] = "ade-reaper"
-        child.process.kill()
-        try:
-            until(supervisor.tend)
-        finally:
-            given["before"] = None
-            assert reapers(psutil.Process())
-    assert seen == [True]
-
-
-def test_the_reaper_stays_until_there_is_another(supervisor, monkeypatch):
-    """If the machine has no room for a process, a service that is killed still leaves none."""
-    popen = subprocess.Popen
-
-    def scarce(command, **options):
-        if "ade-reaper" in command:
-            raise OSError("Resource temporarily unavailable")
-        return popen(command, **options)
-
-    child, first = start(supervisor), reapers(psutil.Process())
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", scarce)
-        announced: list[Child] = []
-        patch.setattr(supervisor, "_announce", announced.append)
-        child.process.kill()
-        assert until(supervisor.tend) and announced == [child]
-        assert reapers(psutil.Process()) == first
-    supervisor.tend()
-    now = reapers(psutil.Process())  # other tests of this process may have one, too
-    assert len(now - first) == len(first - now) == 1
-
-
-def test_a_child_that_may_end_is_not_signalled_later(supervisor, monkeypatch):
-    """Its number may be another's then."""
-    child = start(supervisor)
-    child.is_ending = True
-    child.process.kill()
-    child.process.wait()
-    assert not supervisor.tend()
-    signalled: list[int] = []
-    monkeypatch.setattr(os, "killpg", lambda number, sign: signalled.append(number))
-    supervisor.stop(child)
-    monkeypatch.undo()
-    assert signalled == []
 
 
 def kills(answers, monkeypatch):
@@ -480,113 +377,66 @@ def test_children_and_folder_die_with_the_service(tmp_path, kills_reaper):
 
 
 def test_the_folder_is_locked_found_and_gone(short_path, monkeypatch):
+    """Cleaners leave it out: systemd-tmpfiles takes this lock before it looks for old files."""
     monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
-    ports, other = Ports(1, 2, 3), Ports(1, 2, 4)
     with run_folder() as folder:
-        assert (
-            folder.path.parent == short_path / "run" and folder.path.stat().st_mode & 0o777 == 0o700
-        )
-        assert find_service(ports) is None
-        folder.describe(ports, "127.0.0.1", short_path, {"page": 1})
-        assert find_service(ports) == folder and find_service(other) is None
-        folder.description.write_text("{")
-        assert find_service(ports) is None
-    assert not folder.path.exists()
-
-
-def test_cleaners_of_temporary_files_leave_out_the_folder(short_path, monkeypatch):
-    """systemd-tmpfiles takes this lock of each folder before it looks for old files."""
-    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
-    with run_folder() as folder:
+        assert folder.path.parent == short_path / "run"
+        assert folder.path.stat().st_mode & 0o777 == 0o700
+        assert find_service(PORTS) is None
+        folder.describe(PORTS, "127.0.0.1", short_path, {"page": 1})
+        assert find_service(PORTS) == folder and find_service(Ports(1, 2, 4)) is None
         cleaner = os.open(folder.path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.description.write_text("{")
+        assert find_service(PORTS) is None
+    assert not folder.path.exists()
     fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(cleaner)
 
 
 def test_a_service_keeps_running_if_its_description_cannot_be_written_again(tmp_path):
     folder = RunFolder(tmp_path)
-    (tmp_path / "service.new").mkdir()  # as a full disk would, it keeps the file from being written
-    with pytest.raises(OSError):
-        folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 1})
-    (tmp_path / "service.new").rmdir()
-    folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 1})
+    full = tmp_path / "service.new"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(str(folder.description))):
+        folder.describe(PORTS, "127.0.0.1", tmp_path, {"page": 1})
+    full.unlink()
+    folder.describe(PORTS, "127.0.0.1", tmp_path, {"page": 1})
     before = folder.read_description()
-    (tmp_path / "service.new").mkdir()
-    folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {"page": 2})
+    full.symlink_to("/dev/full")
+    folder.describe(PORTS, "127.0.0.1", tmp_path, {"page": 2})
     assert before is not None and folder.read_description() == before
 
 
-def test_a_full_disk_of_the_working_folder_is_named(tmp_path):
-    folder = RunFolder(tmp_path)
-    (tmp_path / "probe.new").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=re.escape(str(folder.probe_file))):
-        folder.write(folder.probe_file, "secret")
+def left_behind(base, name, has_lock=True):
+    """The working folder of a service that nobody runs any more."""
+    folder = RunFolder(base / f"{PREFIX}{name}")
+    folder.path.mkdir(parents=True)
+    if has_lock:
+        (folder.path / LOCK).touch()
+    folder.describe(PORTS, "127.0.0.1", base, {})
+    return folder
 
 
 def test_folders_of_dead_services_are_removed_and_of_living_ones_kept(short_path, monkeypatch):
-    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
-    dead, living, other = (
-        short_path / f"{PREFIX}dead",
-        short_path / f"{PREFIX}living",
-        short_path / "other",
-    )
-    for folder in (dead, living, other):
-        folder.mkdir()
-        (folder / LOCK).touch()
-    (short_path / f"{PREFIX}link").symlink_to(other)
-    script = (
-        f"import fcntl, time\nf = open({str(living / LOCK)!r})\n"
-        "fcntl.flock(f, fcntl.LOCK_EX)\nprint(1, flush=True)\ntime.sleep(99)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline()
-        with run_folder() as mine, run_folder() as second:
-            assert (
-                not dead.exists()
-                and living.exists()
-                and other.exists()
-                and mine.path.exists()
-                and second.path.exists()
-            )
-    finally:
-        holder.kill()
-        holder.communicate()
-
-
-def test_a_folder_whose_removal_was_interrupted_is_removed_and_not_found(short_path, monkeypatch):
-    """Its lock may be gone already. In the temporary folder it may be a new one."""
-    monkeypatch.setenv("ADE_RUN_DIR", str(short_path / "run"))
+    """Without a lock, a removal was interrupted; in the temporary folder, it may be a new one."""
+    base = short_path / "run"
+    monkeypatch.setenv("ADE_RUN_DIR", str(base))
     monkeypatch.setattr("tempfile.tempdir", str(short_path))
-    ports = Ports(1, 2, 3)
-    dead, new = RunFolder(short_path / "run" / f"{PREFIX}dead"), short_path / f"{PREFIX}new"
-    dead.path.mkdir(parents=True)
-    new.mkdir()
-    dead.describe(ports, "127.0.0.1", short_path, {})
-    assert find_service(ports) is None
-    with run_folder():
-        assert not dead.path.exists() and new.exists()
-
-
-def test_a_dead_folder_stays_dead_however_often_it_is_looked_at(short_path, monkeypatch):
-    release = FileLock.release
-
-    def release_and_remove(lock, force=False):
-        release(lock, force)
-        Path(lock.lock_file).unlink(missing_ok=True)
-
-    monkeypatch.setattr(FileLock, "release", release_and_remove)  # as filelock 3.20.4 to 3.29.4
-    monkeypatch.setenv("ADE_RUN_DIR", str(short_path))
-    ports, dead = Ports(1, 2, 3), RunFolder(short_path / f"{PREFIX}dead")
-    dead.path.mkdir()
-    (dead.path / LOCK).touch()
-    dead.describe(ports, "127.0.0.1", short_path, {})
-    for _ in range(2):
-        assert find_service(ports) is None and dead.is_held()
-    with run_folder():
-        assert not dead.path.exists()
+    dead, cut = left_behind(base, "dead"), left_behind(base, "cut", has_lock=False)
+    new = left_behind(short_path, "new", has_lock=False)
+    for _ in range(2):  # looking does not bring it to life
+        assert find_service(PORTS) is None
+    living, other = left_behind(base, "living"), base / "other"
+    other.mkdir()
+    (base / f"{PREFIX}link").symlink_to(other)
+    with held_by_another(living.path / LOCK):
+        assert find_service(PORTS) == living
+        with run_folder() as mine, run_folder() as second:
+            assert not dead.path.exists() and not cut.path.exists()
+            kept = (living.path, new.path, other, mine.path, second.path)
+            assert all(path.exists() for path in kept)
 
 
 def test_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capfd):
@@ -595,11 +445,10 @@ def test_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capfd):
     for cache in (tmp_path / "file", tmp_path / ("long" * 30), "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         with run_folder() as folder:
-            assert (
-                tmp_path not in folder.path.parents and folder.path.stat().st_mode & 0o777 == 0o700
-            )
-            folder.describe(Ports(1, 2, 3), "127.0.0.1", tmp_path, {})
-            assert find_service(Ports(1, 2, 3)) == folder
+            assert tmp_path not in folder.path.parents
+            assert folder.path.stat().st_mode & 0o777 == 0o700
+            folder.describe(PORTS, "127.0.0.1", tmp_path, {})
+            assert find_service(PORTS) == folder
         assert "using the temporary folder" in capfd.readouterr().err
     for chosen in (tmp_path / "file", tmp_path / ("long" * 30)):
         monkeypatch.setenv("ADE_RUN_DIR", str(chosen))
@@ -607,43 +456,39 @@ def test_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capfd):
             pass
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+GIVEN_AWAY = pytest.param(
+    None, marks=pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, GIVEN_AWAY])
 def test_no_working_folder_where_others_can_write(mode, tmp_path, monkeypatch):
     """Others could replace the lock by a link, whose target is emptied, or rename the folder."""
     mine = tmp_path / "mine"
     mine.write_text("something")
     (tmp_path / LOCK).symlink_to(mine)
-    tmp_path.chmod(mode)
+    if mode is None:
+        os.chown(tmp_path, 12345, 12345)
+    else:
+        tmp_path.chmod(mode)
     monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
-    with (
-        pytest.raises(RunFolderError, match="only you can write to: others can write to"),
-        run_folder(),
-    ):
+    why = f"{tmp_path} belongs to another user" if mode is None else "others can write to"
+    with pytest.raises(RunFolderError, match=f"only you can write to: {why}"), run_folder():
         pass
     assert mine.read_text() == "something"
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_no_working_folder_in_one_of_another_user(tmp_path, monkeypatch):
-    os.chown(tmp_path, 12345, 12345)
-    monkeypatch.setenv("ADE_RUN_DIR", str(tmp_path))
-    refused = pytest.raises(RunFolderError, match=f"{tmp_path} belongs to another user")
-    with refused, run_folder():
-        pass
 
 
 def test_temporary_files_without_a_sticky_bit(short_path, monkeypatch):
     monkeypatch.delenv("ADE_RUN_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr("tempfile.tempdir", str(short_path))
-    for mode, is_usable in ((0o1777, True), (0o777, False), (0o700, True)):
+    for mode in (0o1777, 0o700):
         short_path.chmod(mode)
-        if is_usable:
-            with run_folder() as folder:
-                assert folder.path.parent == short_path
-        else:
-            with pytest.raises(RunFolderError, match="others can write"), run_folder():
-                pass
+        with run_folder() as folder:
+            assert folder.path.parent == short_path
+    short_path.chmod(0o777)
+    with pytest.raises(RunFolderError, match="others can write"), run_folder():
+        pass
 
 
 def test_the_page_and_the_front_come_back(service):
