@@ -9,13 +9,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -117,26 +116,23 @@ def test_a_manifest_of_a_host_keeps_its_name():
 
 
 def test_names_that_make_no_url_end_the_listing(monkeypatch):
+    """Or an empty one: so s3fs lists s3://a/b//x.png, which would be missing."""
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
 
+    with pytest.raises(BulkError, match="nowhere://bucket cannot be used: .*nowhere"):
+        list(manifest.list_files("nowhere://bucket"))
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/names/a::b.png", b"x")
     with pytest.raises(BulkError, match='^memory://names/a::b.png .* splits URLs at "::"'):
         list(manifest.list_files("memory://names"))
-    monkeypatch.setattr(MemoryFileSystem, "_strip_protocol", lambda path: "/container")
-    with pytest.raises(BulkError, match=r"/container, .* into a manifest \(.parquet\)"):
-        list(manifest.list_files("memory://container@account"))
-
-
-def test_a_folder_with_an_empty_name_ends_the_listing(monkeypatch):
-    """So s3fs lists s3://a/b//x.png, which would be missing."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
     listed = [{"name": "/a/b/", "type": "directory"}]
     monkeypatch.setattr(MemoryFileSystem, "ls", lambda *args, **options: listed)
     with pytest.raises(BulkError, match=r"^/a/b// cannot be listed: .* manifest"):
         list(manifest.list_files("memory://a/b"))
+    monkeypatch.setattr(MemoryFileSystem, "_strip_protocol", lambda path: "/container")
+    with pytest.raises(BulkError, match=r"/container, .* into a manifest \(.parquet\)"):
+        list(manifest.list_files("memory://container@account"))
 
 
 @pytest.mark.parametrize(
@@ -167,22 +163,6 @@ def test_a_folder_may_list_itself(protocol, listed, found, refused):
     expected = pytest.raises(BulkError, match="^b/a// cannot") if refused else nullcontext()
     with expected:
         assert [about["name"] for about in manifest._walk(Store(), "b/a")] == ["b/a/1.png"]
-
-
-def test_a_local_path_may_have_colons(tmp_path):
-    folder = tmp_path / "a::b"
-    folder.mkdir()
-    (folder / "1::2.png").write_bytes(b"x")
-    (row,) = manifest.list_files(str(folder))
-    assert row["path"] == str(folder / "1::2.png")
-    source = str(folder / "list.parquet")
-    parquet.write_table(pa.table({"path": [row["path"]]}), source)
-    assert [other["path"] for other in manifest.read_manifest(source)] == [row["path"]]
-
-
-def test_a_protocol_that_nobody_knows():
-    with pytest.raises(BulkError, match="nowhere://bucket cannot be used: .*nowhere"):
-        list(manifest.list_files("nowhere://bucket"))
 
 
 def test_a_folder_that_cannot_be_listed_ends_the_listing(tmp_path, monkeypatch):
@@ -221,74 +201,6 @@ def test_a_pipe_behind_a_url_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.png")
     with pytest.raises(OSError, match="not a regular file"):
         score.read_any_file(f"file://{tmp_path}/p.png")
-
-
-def test_rows_that_other_processes_write_are_found():
-    """The clients of object stores remember listings, and only this process's writes end them."""
-    import fsspec
-
-    class Store(fsspec.AbstractFileSystem):
-        protocol = "remembering"
-        objects: dict[str, bytes] = {}
-
-        def ls(self, path, detail=True, **options):
-            path = self._strip_protocol(path)
-            listed = self.dircache.get(path) or [
-                {"name": name, "size": len(content), "type": "file"}
-                for name, content in self.objects.items()
-                if self._parent(name) == path
-            ]
-            self.dircache[path] = listed
-            return listed if detail else [about["name"] for about in listed]
-
-        def isdir(self, path):
-            return not path.endswith(".parquet")
-
-        def invalidate_cache(self, path=None):
-            self.dircache.clear()
-
-        def _open(self, path, mode="rb", **options):
-            return io.BytesIO(self.objects[path])
-
-    fsspec.register_implementation("remembering", Store)
-
-    def commit(number):  # as a worker does, in a process of its own
-        rows = {"id": [2 * number, 2 * number + 1], "decision": ["accept", "reject"]}
-        part = io.BytesIO()
-        parquet.write_table(pa.table({**rows, "error": pa.nulls(2, pa.string())}), part)
-        Store.objects[f"out/rows/{number}.parquet"] = part.getvalue()
-
-    seen: list[int] = []
-    commit(0)
-    progress = score._Progress("remembering://out", 4, lambda done, total: seen.append(done))
-    progress._report()
-    commit(1)
-    progress._report()
-    assert seen == [2, 4]
-    summary = score._count("remembering://out", 4)
-    assert (summary.accepted, summary.rejected) == (2, 2)
-    list(manifest.list_files("remembering://out"))
-    assert not fsspec.filesystem("remembering").dircache, "of any number of folders"
-
-
-def test_a_store_that_cannot_be_listed_leaves_the_run_alone(monkeypatch, caplog):
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class ClientError(Exception):
-        pass
-
-    def fail(*args, **options):
-        raise ClientError("503")
-
-    seen: list[int] = []
-    progress = score._Progress("memory://out", 4, lambda done, total: seen.append(done))
-    with pytest.raises(BulkError, match="of the run"), monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "isdir", fail)
-        with progress:
-            raise BulkError("of the run")
-    assert "memory://out/rows cannot be listed: 503" in caplog.text and not seen
-    progress._report()
-    assert seen == [0]
 
 
 def test_parts_are_numbered_and_read_again(tmp_path, monkeypatch):
@@ -342,69 +254,50 @@ def test_files_to_try_are_spread_over_the_manifest(tmp_path, monkeypatch):
         assert found == [str(i) for i in expected], count
 
 
-def test_a_manifest_without_paths(tmp_path):
-    parquet.write_table(pa.table({"file": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(BulkError, match="has no column path"):
-        list(manifest.read_manifest(str(tmp_path / "x.parquet")))
-    with pytest.raises(BulkError, match="cannot be read"):
-        list(manifest.read_manifest(str(tmp_path / "y.parquet")))
-    for wrong in (None, "", "a\0.png"):
-        parquet.write_table(pa.table({"path": ["x", wrong]}), tmp_path / "z.parquet")
-        expected = re.escape(f"a path must be text without zero bytes, got {wrong!r}")
-        with pytest.raises(BulkError, match=expected):
-            list(manifest.read_manifest(str(tmp_path / "z.parquet")))
+def test_what_a_manifest_may_say(tmp_path):
+    """Relative paths are from here: Ray's workers may be on other machines.
+
+    Times without a zone are UTC, wherever this machine is.
+    """
+    folder = tmp_path / "a::b"
+    folder.mkdir()
+    (folder / "1::2.png").write_bytes(b"x")
+    (found,) = manifest.list_files(str(folder))
+    assert found["path"] == str(folder / "1::2.png")
+    source = str(folder / "list.parquet")
+    paths = [found["path"], "a/x.png", "s3://b/y.png"]
+    for zone in ("UTC", None):
+        times = pa.array([1_700_000_000_000] * 3, pa.timestamp("ms", zone))
+        table = {"path": paths, "size": ["7", None, "8"], "mtime": times}
+        parquet.write_table(pa.table(table), source)
+        expected = zip([paths[0], os.path.abspath(paths[1]), paths[2]], (7, None, 8), strict=True)
+        assert list(manifest.read_manifest(source)) == [
+            {"path": path, "size": size, "mtime": 1.7e9} for path, size in expected
+        ]
 
 
-def test_a_store_that_fails_in_its_own_way_is_named(tmp_path, monkeypatch):
-    """Clients of stores have errors of their own, which are neither OSError nor ValueError."""
-
-    class Forbidden(Exception):
-        pass
-
-    def refuse(*given):
-        raise Forbidden("403 Forbidden")
-
-    parquet.write_table(pa.table({"path": ["a.png"]}), tmp_path / "m.parquet")
-    monkeypatch.setattr(manifest.parquet, "ParquetFile", refuse)
-    with pytest.raises(BulkError, match=r"m\.parquet cannot be read: 403 Forbidden"):
-        list(manifest.read_manifest(str(tmp_path / "m.parquet")))
-
-
-def test_a_run_without_rows_is_incomplete(tmp_path):
-    for _ in range(2):  # without the folder of rows, and with an empty one
-        with pytest.raises(BulkError, match="has 0 rows about 0 of 3 files"):
-            score._count(str(tmp_path), 3)
-        (tmp_path / "rows").mkdir(exist_ok=True)
-
-
-def test_relative_paths_of_a_manifest_are_from_here(tmp_path):
-    """Ray's workers, perhaps on other machines, have other working directories."""
-    parquet.write_table(pa.table({"path": ["a/x.png", "s3://b/y.png"]}), tmp_path / "x.parquet")
-    rows = manifest.read_manifest(str(tmp_path / "x.parquet"))
-    assert [row["path"] for row in rows] == [os.path.abspath("a/x.png"), "s3://b/y.png"]
-
-
-def test_a_manifest_with_times_of_any_type(tmp_path):
-    table = {"path": ["x"]}
-    for zone in ("UTC", None):  # without one it is UTC, wherever this machine is
-        table["mtime"] = pa.array([1_700_000_000_000], pa.timestamp("ms", zone))
-        parquet.write_table(pa.table(table), tmp_path / "x.parquet")
-        rows = list(manifest.read_manifest(str(tmp_path / "x.parquet")))
-        assert rows == [{"path": os.path.abspath("x"), "size": None, "mtime": 1.7e9}]
-    table["mtime"] = pa.array(["yesterday"])
-    parquet.write_table(pa.table(table), tmp_path / "x.parquet")
-    with pytest.raises(BulkError, match="cannot be read: .*yesterday"):
-        list(manifest.read_manifest(str(tmp_path / "x.parquet")))
-
-
-@pytest.mark.parametrize("size", ["12 bytes", float("nan"), float("inf"), 2.0**63, -1])
-def test_a_manifest_with_a_size_that_is_none(tmp_path, size):
-    source = str(tmp_path / "x.parquet")
-    parquet.write_table(pa.table({"path": ["x", "y"], "size": ["7", None]}), source)
-    assert [row["size"] for row in manifest.read_manifest(source)] == [7, None]
-    parquet.write_table(pa.table({"path": ["x"], "size": [size]}), source)
-    with pytest.raises(BulkError, match="cannot be read: "):
-        list(manifest.read_manifest(source))
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        (None, "cannot be read"),
+        ({"file": ["x"]}, "has no column path"),
+        *(
+            ({"path": ["x", path]}, f"a path must be text without zero bytes, got {path!r}")
+            for path in (None, "", "a\0.png")
+        ),
+        ({"path": ["x"], "mtime": ["yesterday"]}, "cannot be read"),
+        *(
+            ({"path": ["x"], "size": [size]}, "cannot be read: ")
+            for size in ("12 bytes", float("nan"), float("inf"), 2.0**63, -1)
+        ),
+    ],
+)
+def test_manifests_that_are_refused(columns, message, tmp_path):
+    source = tmp_path / "x.parquet"
+    if columns is not None:
+        parquet.write_table(pa.table(columns), source)
+    with pytest.raises(BulkError, match=re.escape(message)):
+        list(manifest.read_manifest(str(source)))
 
 
 def test_what_a_worker_makes_of_a_manifest(tmp_path):
@@ -421,7 +314,10 @@ def test_what_a_worker_makes_of_a_manifest(tmp_path):
     rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions)(files)
     assert rows["id"].to_pylist() == list(range(10)) and rows["path"] == listed["path"]
     assert rows["bpd"].null_count == 0 and set(rows["decision"].to_pylist()) <= {"accept", "reject"}
-    (tmp_path / "out" / "rows").mkdir()
+    for _ in range(2):  # without the folder of rows, and with an empty one
+        with pytest.raises(BulkError, match="has 0 rows about 0 of 10 files"):
+            score._count(out, total)
+        (tmp_path / "out" / "rows").mkdir(exist_ok=True)
     parquet.write_table(rows.slice(0, 6), f"{out}/rows/a.parquet")
     with pytest.raises(BulkError, match="has 6 rows about 6 of 10 files"):
         score._count(out, total)
@@ -494,18 +390,6 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_nothing_is_written_beside_the_folder(tmp_path, monkeypatch):
-    """In a container it may be a mount point, whose parent cannot be written."""
-
-    def prepare(source, out, plan):
-        raise BulkError(f"{os.listdir(tmp_path)} and {os.listdir(out)}")
-
-    monkeypatch.setattr(score, "_prepare", prepare)
-    scorer = FileScorer(open_bundle(PRETRAINED), None, BulkOptions())
-    with pytest.raises(BulkError, match=re.escape(f"['out'] and ['{LOCK}']")):
-        score.score_on_ray(scorer, "in", str(tmp_path / "out"), 1, None, lambda done, total: None)
-
-
 def test_names_that_are_not_utf_8_are_scored(tmp_path):
     (tmp_path / "in").mkdir()
     cat = (ROOT / "serving" / "examples" / "cat.png").read_bytes()
@@ -517,6 +401,37 @@ def test_names_that_are_not_utf_8_are_scored(tmp_path):
     rows = score.Scorer(str(PRETRAINED), BulkOptions(), versions)(files)
     assert [Path(path).name for path in rows["path"].to_pylist()] == [r"caf\udce9.png"] * 2
     assert rows["error"].null_count == 2
+
+
+def scoring(source, bundle, out, *options, program=("-m", "ade_cli.main"), workers=1):
+    """The command that scores on Ray."""
+    words = ["score", source, "--bundle", bundle, "--engine", "ray", "--workers", workers]
+    return [sys.executable, *program, *map(str, [*words, "--out", out, *options])]
+
+
+def ended(command, **variables):
+    """Run a command to its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+@contextmanager
+def begun(command, log, **variables):
+    """A command that runs, and is killed at the end of the block."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    with open(log, "wb") as out:
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+def images_in(folder):
+    return sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
 
 
 def wait_for_parts(run, out, log):
@@ -545,20 +460,14 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(tiny_bundle, small
     scorer = FileScorer(open_bundle(tiny_bundle), None, BulkOptions())
     score_folder(scorer, folder, expected, 1, lambda done, total: None)
     out = tmp_path / "out"
-    arguments = ["score", str(folder), "--bundle", str(tiny_bundle), "--engine", "ray"]
     # As many workers as cores: with too few of Ray's CPUs beside them, resuming waited forever.
-    workers = str(available_cores())
-    command = [sys.executable, "-c", SCRIPT, *arguments, "--workers", workers, "--out", str(out)]
-    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    with open(tmp_path / "first.txt", "wb") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=log, **options)
-    wait_for_parts(first, out, tmp_path / "first.txt")
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    cores = available_cores()
+    command = scoring(folder, tiny_bundle, out, program=("-c", SCRIPT), workers=cores)
+    with begun(command, tmp_path / "log.txt") as first:
+        wait_for_parts(first, out, tmp_path / "log.txt")
+    second = ended(command)
     assert second.returncode == 0, second.stderr
-    rows = rows_of(out)
-    files = sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
+    rows, files = rows_of(out), images_in(folder)
     assert sorted(rows["id"].to_pylist()) == list(range(files))
     alone = parquet.read_table(expected)
     assert alone.num_rows == files
@@ -569,7 +478,7 @@ def test_a_killed_driver_is_resumed_and_each_file_has_one_row(tiny_bundle, small
         assert row["bpd"] == pytest.approx(other["bpd"], abs=1e-5)
     assert not by_path
     assert sum(json.loads((out / "summary.json").read_text()).values()) == files
-    third = subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    third = ended(command)
     assert third.returncode == 2 and "is complete already" in third.stderr
 
 
@@ -581,11 +490,8 @@ def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path):
     images = ROOT / "serving" / "examples"
     urls = [f"http://127.0.0.1:{port}/{path.name}" for path in sorted(images.glob("*.png"))]
     parquet.write_table(pa.table({"path": urls}), tmp_path / "urls.parquet")
-    command = [sys.executable, "-m", "ade_cli.main", "score", str(tmp_path / "urls.parquet")]
-    command += ["--bundle", str(PRETRAINED), "--engine", "ray", "--workers", "1"]
-    command += ["--out", str(tmp_path / "out")]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
-    first = subprocess.run(command, **options)
+    command = scoring(tmp_path / "urls.parquet", PRETRAINED, tmp_path / "out")
+    first = ended(command)
     assert first.returncode == 2 and not rows_in(tmp_path / "out"), first.stderr
     *_, last = first.stderr.splitlines()
     assert last.startswith(f"ade score: {urls[0]}: ") and "no other file can be read" in last
@@ -594,7 +500,7 @@ def test_a_store_that_cannot_be_reached_ends_the_run_until_it_can(tmp_path):
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        second = subprocess.run(command, **options)
+        second = ended(command)
     finally:
         server.shutdown()
         server.server_close()
@@ -621,13 +527,8 @@ def test_an_image_that_ends_every_worker_ends_the_run(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(ENDS_WORKERS)
     folder = Path(shutil.copytree(ROOT / "serving" / "examples", tmp_path / "images"))
     (folder / "cat.png").rename(folder / "deadly.png")
-    command = [sys.executable, "-m", "ade_cli.main", "score", str(folder), "--engine", "ray"]
-    command += ["--bundle", str(PRETRAINED), "--workers", "1", "--out", str(tmp_path / "out")]
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    run = ended(scoring(folder, PRETRAINED, tmp_path / "out"), PYTHONPATH=paths)
     assert run.returncode == 2 and not rows_in(tmp_path / "out"), run.stderr
     assert run.stderr.splitlines()[-1].startswith("ade score: a process ended (was there too")
 
@@ -644,10 +545,8 @@ from extensions.ray.bulk import score
 score._uncommit = lambda out: shutil.rmtree({str(moved)!r})  # just before Ray starts
 sys.exit(main(sys.argv[1:]))
 """
-    command = [sys.executable, "-c", script, "score", str(ROOT / "serving" / "examples")]
-    command += ["--bundle", str(moved), "--engine", "ray", "--workers", "1"]
-    command += ["--out", str(tmp_path / "out")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    images = ROOT / "serving" / "examples"
+    run = ended(scoring(images, moved, tmp_path / "out", program=("-c", script)))
     assert run.returncode == 2, run.stderr
     *_, last = run.stderr.splitlines()
     assert last.startswith(f"ade score: {socket.gethostname()}: {moved}"), run.stderr
@@ -669,26 +568,19 @@ def test_an_object_store_holds_the_images_and_the_rows(tiny_bundle, small_images
         store.mkdir("here")
         folder = make_folder(tmp_path / "images", small_images)
         store.put(str(folder), "here/images", recursive=True)
-        command = [sys.executable, "-c", SCRIPT, "score", "s3://here/images"]
-        command += ["--bundle", str(tiny_bundle), "--engine", "ray", "--workers", "1"]
-        command += ["--out", "s3://here/scores"]
-        secrets = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
-        environment = {**os.environ, **secrets, "AWS_ENDPOINT_URL": endpoint}
+        command = scoring(
+            "s3://here/images", tiny_bundle, "s3://here/scores", program=("-c", SCRIPT)
+        )
+        variables = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "any")
+        variables["AWS_ENDPOINT_URL"] = endpoint
         log = tmp_path / "log.txt"
-        with open(log, "wb") as written:
-            first = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=written, stderr=written
-            )
+        with begun(command, log, **variables) as first:
             deadline = time.monotonic() + 300
             while len(store.glob("here/scores/rows/*.parquet")) < 2:
                 assert first.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
             time.sleep(2 * score.LOOK_S)  # the folder was seen with few rows
-            first.send_signal(signal.SIGKILL)
-            first.wait()
-        second = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-        )
+        second = ended(command, **variables)
         assert second.returncode == 0, second.stderr
         parts = [
             parquet.read_table(io.BytesIO(store.cat_file(name)))
@@ -713,24 +605,14 @@ def test_a_node_that_dies_costs_no_row(tiny_bundle, small_images, tmp_path):
     out = tmp_path / "out"
     with ray_cluster() as cluster:
         nodes = [cluster.add_worker(2) for _ in range(2)]
-        command = [
-            *(sys.executable, "-c", SCRIPT, "score", str(folder), "--bundle", str(tiny_bundle)),
-            *("--engine", "ray", "--address", cluster.address, "--workers", "2"),
-            *("--out", str(out)),
-        ]
+        options = ("--address", cluster.address)
+        command = scoring(folder, tiny_bundle, out, *options, program=("-c", SCRIPT), workers=2)
         log = tmp_path / "log.txt"
-        with open(log, "wb") as written:
-            run = subprocess.Popen(
-                command, cwd=ROOT, env=cluster.environment, stdout=written, stderr=written
-            )
-        try:
+        with begun(command, log, **cluster.environment) as run:
             wait_for_parts(run, out, log)
             cluster.add_worker(2)
             cluster.kill(nodes[0])
             assert run.wait(300) == 0, log.read_text()
-        finally:
-            run.kill()
-    rows = rows_of(out)
-    files = sum(path.suffix in {".png", ".jpg"} for path in folder.rglob("*"))
+    rows, files = rows_of(out), images_in(folder)
     assert sorted(rows["id"].to_pylist()) == list(range(files))
     assert rows["error"].null_count >= 900
