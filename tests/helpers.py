@@ -196,20 +196,26 @@ def encode(image, format, **options):
     return out.getvalue()
 
 
+def png_of(header, *chunks):
+    """A PNG of a header's width, height, bits and kind of colours, and chunks (name, content)."""
+    every = [(b"IHDR", struct.pack(">IIBBxxx", *header)), *chunks, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in every
+    )
+
+
 def png_header(width, height):
     """A PNG with a valid header and almost no data."""
+    return png_of((width, height, 8, 2), (b"IDAT", zlib.compress(b"\0" * 64)))
 
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
 
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
-        + chunk(b"IEND", b"")
-    )
+def png_with_key(bits, colours, rows, key):
+    """A PNG of these rows whose transparent colour is in the chunk tRNS, if it is not ``None``."""
+    width = len(rows[0]) * 8 // (bits * {2: 3}.get(colours, 1))
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    keys = [] if key is None else [(b"tRNS", key)]
+    return png_of((width, len(rows), bits, colours), *keys, (b"IDAT", data))
 
 
 def npy(array, **options):

@@ -221,13 +221,6 @@ BAD_PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize("cut", [50, 29])
-def test_a_damaged_image_is_described_without_addresses(cut):
-    (image,) = read_images("encode", body(png()[:cut].ljust(cut + 9, b"\0")), SHAPE).images
-    assert isinstance(image, ApiError) and (image.status, image.index) == (415, 0)
-    assert "damaged" in image.message and "0x" not in image.message
-
-
 def test_a_colour_picture_becomes_grey_for_a_grey_model():
     (grey,) = read_images("score", body(png()), (8, 8, 1)).images
     assert isinstance(grey, Picture) and grey.pixels.shape == (8, 8, 1)
